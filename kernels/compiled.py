@@ -1,0 +1,32 @@
+"""Elementwise pieces that torch.compile may fuse: eager by default, compiled when a run asks for it.
+
+Whole models are not compiled: routing breaks the graph. The pieces are pure functions of tensors.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_enabled = False
+
+
+def compile_pieces(enabled: bool) -> None:
+    """Switch compilation of all pieces on or off for this process; it happens at each piece's first call per shape."""
+    global _enabled
+    _enabled = enabled
+
+
+def piece(fn: Callable[P, R]) -> Callable[P, R]:
+    """Mark a pure function of tensors as fusible."""
+    compiled = torch.compile(fn, dynamic=False)
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return compiled(*args, **kwargs) if _enabled else fn(*args, **kwargs)
+
+    return call

@@ -1,0 +1,91 @@
+"""Checks and dispatch of the Engram gate.
+
+Shapes: B batch, L length, S residual streams, D model width.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.engram_gate.cpu import EngramGate
+
+
+def _check(
+    h_BLSD: Tensor, k_BLSD: Tensor, v_BLD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor,
+    eps: float, dead_BL: Tensor | None,
+) -> None:  # fmt: skip
+    if h_BLSD.dim() != 4 or h_BLSD.shape[-1] == 0:
+        raise ValueError(f"h_BLSD: got shape {tuple(h_BLSD.shape)}, expected four dims (B, L, S, D) with D > 0")
+    batch, length, streams, width = h_BLSD.shape
+    expected = {
+        "k_BLSD": (k_BLSD, (batch, length, streams, width)),
+        "v_BLD": (v_BLD, (batch, length, width)),
+        "query_weight_SD": (query_weight_SD, (streams, width)),
+        "key_weight_SD": (key_weight_SD, (streams, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+    for name, tensor in {"h_BLSD": h_BLSD, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}, expected a positive number")
+    if dead_BL is not None and (dead_BL.dtype != torch.bool or dead_BL.shape != (batch, length)):
+        raise ValueError(f"dead_BL: got {dead_BL.dtype} {tuple(dead_BL.shape)}, expected bool {(batch, length)}")
+
+
+@overload
+def engram_gate(
+    h_BLSD: Tensor, k_BLSD: Tensor, v_BLD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor, eps: float,
+    dead_BL: Tensor | None = None, return_gate: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def engram_gate(
+    h_BLSD: Tensor, k_BLSD: Tensor, v_BLD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor, eps: float,
+    dead_BL: Tensor | None = None, *, return_gate: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def engram_gate(
+    h_BLSD: Tensor,
+    k_BLSD: Tensor,
+    v_BLD: Tensor,
+    query_weight_SD: Tensor,
+    key_weight_SD: Tensor,
+    eps: float,
+    dead_BL: Tensor | None = None,
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Memory values, weighted by how well their keys fit the residual stream (arXiv 2601.07372, eq. 4 to 6).
+
+    For each stream: ``s = <RMSNorm(k), RMSNorm(h)> / sqrt(D)``, ``s = sign(s) sqrt(max(|s|, 1e-6))`` (the official
+    demo's signed root, which the paper's equation lacks), ``u = sigmoid(s) v``. s = 0 gives a gate of 1/2. The gradient
+    with respect to s is 0 where the clamp holds, so it is finite everywhere.
+    The math is fp32, or fp64 when h or k are fp64. Run-to-run deterministic. First derivatives only.
+
+    Args:
+        h_BLSD: residual streams; its dtype may differ from that of k and v.
+        k_BLSD: keys of each stream, projected from the memory rows.
+        v_BLD: the value that all streams share.
+        query_weight_SD, key_weight_SD: weights of the two RMSNorms.
+        eps: epsilon of both, positive.
+        dead_BL: bool, positions without memory: they give zero, and zero gradient to every input, even where k and v
+            are not finite.
+        return_gate: also return the gates (B, L, S) in the math dtype, detached; 0 at dead positions.
+
+    Returns:
+        u (B, L, S, D) in v's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or eps is not positive.
+    """
+    _check(h_BLSD, k_BLSD, v_BLD, query_weight_SD, key_weight_SD, eps, dead_BL)
+    if dead_BL is not None:  # a zero key scores 0, inside the clamp: nothing flows back through the gate either
+        k_BLSD = k_BLSD.masked_fill(dead_BL[..., None, None], 0.0)
+        v_BLD = v_BLD.masked_fill(dead_BL[..., None], 0.0)
+    flat = (h_BLSD.flatten(0, 1), k_BLSD.flatten(0, 1), v_BLD.flatten(0, 1))
+    u_TSD, gate_TS = EngramGate.apply(*flat, query_weight_SD, key_weight_SD, eps)
+    u_BLSD, gate_BLS = u_TSD.view_as(h_BLSD), gate_TS.view(h_BLSD.shape[:3])
+    if not return_gate:
+        return u_BLSD
+    return u_BLSD, gate_BLS if dead_BL is None else gate_BLS.masked_fill(dead_BL[..., None], 0.0)

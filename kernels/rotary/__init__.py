@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from kernels.rotary.op import apply_rotary
+
+__all__ = ["apply_rotary"]

@@ -1,0 +1,49 @@
+"""Rotary position embedding (arXiv 2104.09864), pairs made of the two halves of a head, as transformers' Llama does.
+
+Legend: B batch, L length, H heads, P head width, F = P / 2 frequencies.
+"""
+
+import torch
+from torch import Tensor
+
+
+def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
+    """Turn channels (i, i + P / 2) of each head by positions * theta^(-2i / P) radians (eq. 34).
+
+    Computed in fp32 (fp64 for fp64 inputs), rounded once. Differentiable in x.
+
+    Args:
+        x_BLHP: (B, L, H, P), queries or keys; any float dtype, P even.
+        positions_BL: (B, L) integers, position of each token in its document.
+        theta: base of the frequencies.
+
+    Returns:
+        (B, L, H, P) in the dtype of x.
+
+    Raises:
+        ValueError: shapes or theta that do not fit.
+    """
+    check_inputs(x_BLHP, positions_BL, theta)
+    cos_BL1F, sin_BL1F = rotation(positions_BL, x_BLHP.shape[-1], theta, x_BLHP.dtype)
+    low, high = x_BLHP.to(cos_BL1F.dtype).chunk(2, -1)
+    turned = (low * cos_BL1F - high * sin_BL1F, high * cos_BL1F + low * sin_BL1F)
+    return torch.cat(turned, -1).to(x_BLHP.dtype)
+
+
+def rotation(positions_BL: Tensor, P: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each token's angles, (B, L, 1, F), in fp32 or wider."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents_F = torch.arange(0, P, 2, dtype=dtype, device=positions_BL.device) / P
+    angles_BL1F = positions_BL.to(dtype)[:, :, None, None] * (1.0 / theta**exponents_F)
+    return angles_BL1F.cos(), angles_BL1F.sin()
+
+
+def check_inputs(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> None:
+    """Refuse what cannot be rotated."""
+    if x_BLHP.ndim != 4 or x_BLHP.shape[-1] % 2 or not x_BLHP.is_floating_point():
+        raise ValueError(f"x_BLHP: got {x_BLHP.dtype} {tuple(x_BLHP.shape)}, expected a float tensor with P even")
+    if positions_BL.shape != x_BLHP.shape[:2] or positions_BL.is_floating_point():
+        got = f"{positions_BL.dtype} {tuple(positions_BL.shape)}"
+        raise ValueError(f"positions_BL: got {got}, expected integers of shape {tuple(x_BLHP.shape[:2])}")
+    if theta <= 0:
+        raise ValueError(f"theta: got {theta}, expected a positive base")

@@ -1,0 +1,63 @@
+"""``python -m launch generate runs/<name> --prompt TEXT``: continue a prompt with a trained model."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from launch.env import discover
+from parallel.errors import Problem, RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Continue a prompt with the newest checkpoint of a run."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIRECTORY")]
+    """The run's directory: runs/<name>."""
+    prompt: str
+    """The text to continue."""
+    max_tokens: int = 200
+    """Tokens to generate, at most."""
+    temperature: float = 0.8
+    """Scale of the sampling noise; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the prompt and what the model makes of it."""
+    request = tyro.cli(Request, args=argv, prog="python -m launch generate", use_underscores=True)
+    if problems := find_problems(request):
+        raise RunError(*problems)
+    discover()
+    from training.generate import generate
+
+    print(
+        generate(request.run, request.prompt, request.max_tokens, request.temperature, request.top_p, request.seed),
+        flush=True,
+    )
+    return 0
+
+
+def find_problems(request: Request) -> list[Problem]:
+    """What keeps ``request`` from running."""
+    problems = []
+    if not (request.run / "run.json").is_file():
+        runs = sorted(str(file.parent) for file in request.run.parent.glob("*/run.json"))
+        near = get_close_matches(str(request.run), runs, n=1, cutoff=0.0)
+        fix = f"did you mean {near[0]}?" if near else "name the directory of a run, as in runs/tiny"
+        problems.append(Problem(field="run", value=request.run, rule="has no run.json", fix=fix))
+    limits = (
+        ("max_tokens", request.max_tokens, request.max_tokens >= 1, "is below 1", "use 1 or more"),
+        ("temperature", request.temperature, request.temperature >= 0, "is negative", "use 0 or more"),
+        ("top_p", request.top_p, 0 < request.top_p <= 1, "is outside 0 to 1", "use 1 to sample from all tokens"),
+    )
+    for field, value, ok, rule, fix in limits:
+        if not ok:
+            problems.append(Problem(field=f"--{field}", value=value, rule=rule, fix=fix))
+    return problems

@@ -1,0 +1,179 @@
+"""``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked configuration."""
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import tyro
+
+from launch.console import USER_ERROR, report
+from launch.env import Process, discover, identify
+from launch.machine import free_memory
+from parallel.errors import Problem, RunError
+from training.config import RunConfig, validate
+from training.model.config import EngramConfig
+from training.presets import PRESETS
+from training.run_file import dataclass_of, load_run_json
+
+RUNS = Path("runs")
+USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --overwrite]
+       python -m launch train --config runs/<name>/run.json [--field.name value ...] [--resume | --overwrite]
+
+presets:
+{presets}
+
+python -m launch train <preset> --help lists every field with the preset's value."""
+# Weight and the two moments of Adam, fp32.
+TABLE_BYTES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A training run."""
+
+    run: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
+    resume: bool = False
+    """Continue the run in runs/<name> from its newest checkpoint."""
+    overwrite: bool = False
+    """Start anew in an existing runs/<name>; only files that a run wrote are replaced."""
+
+
+def main(argv: list[str]) -> int:
+    """Check what was typed on every rank before any process group is made, then train. Exit code 2 when it cannot run."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(presets="\n".join(f"  {name:<20}{_summary(name)}" for name in PRESETS)))
+        return 0 if argv else USER_ERROR
+    process = identify()
+    try:
+        request = parse(argv, process.rank)
+        if problems := find_problems(request, process, RUNS):
+            raise RunError(*problems)
+    except RunError as error:  # every rank finds the same: one speaks
+        return report(error) if process.rank == 0 else USER_ERROR
+    process = discover()
+    from training.loop import train
+
+    train(request.run, process, resume=request.resume, overwrite=request.overwrite)
+    return 0
+
+
+def parse(argv: list[str], rank: int = 0) -> Request:
+    """The request in ``argv``: a preset or ``--config file``, then fields.
+
+    Raises:
+        RunError: an unknown preset or field, with the nearest name; a saved configuration that does not load.
+        SystemExit: ``--help``, or a value of the wrong type (code 2; told by rank 0).
+    """
+    source, words = argv[0], argv[1:]
+    if source.startswith("--config"):
+        path = source.partition("=")[2] or (words.pop(0) if words else "")
+        config = load_run_json(Path(path))
+    else:
+        config = _preset(source)
+    config, words = _switch_engram(config, words)
+    _check_names(words)
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[tyro.conf.FlagCreatePairsOff[Request]],
+        args=words,
+        default=Request(run=config),
+        prog=f"python -m launch train {source}",
+        use_underscores=True,
+        console_outputs=rank == 0,
+    )
+
+
+def find_problems(request: Request, process: Process, runs: Path) -> list[Problem]:
+    """All that keeps ``request`` from running: fields, layout, the run's directory, memory for the tables."""
+    problems = validate(request.run, process.world_size)
+    problems += _directory_problems(request, runs)
+    problems += _memory_problems(request.run, process, free_memory())
+    return problems
+
+
+def _directory_problems(request: Request, runs: Path) -> list[Problem]:
+    name, directory = request.run.name, runs / request.run.name
+    if not name or Path(name).name != name or name in (".", ".."):
+        return [
+            Problem(field="name", value=repr(name), rule="is not a plain directory name", fix="use a name without /")
+        ]
+    if request.resume and request.overwrite:
+        return [Problem(field="--resume", value="True", rule="contradicts --overwrite", fix="leave one of them out")]
+    exists = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if exists and not (request.resume or request.overwrite):
+        return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix="add --resume to continue it, --overwrite to start anew, or choose another --name")]  # fmt: skip
+    if request.resume and not exists:
+        others = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+        near = get_close_matches(name, others, n=1)
+        fix = f"did you mean --name {near[0]}?" if near else "leave --resume out to start it"
+        return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
+    return []
+
+
+def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Problem]:
+    engram = config.model.engram
+    if engram is None or config.table.placement != "host":
+        return []
+    row_bytes = TABLE_BYTES * engram.head_dim
+    heads = len(engram.layers) * len(engram.orders) * engram.num_heads
+    node_share = process.local_world_size / process.world_size
+    needed = heads * engram.table_size * row_bytes * node_share
+    if needed <= free:
+        return []
+    largest = int(free / (heads * row_bytes * node_share))
+    return [Problem(field="model.engram.table_size", value=engram.table_size, rule=f"needs {needed / 2**30:.1f} GiB a node for rows and their moments; {free / 2**30:.1f} GiB are free", fix=f"use at most {largest}, or more nodes")]  # fmt: skip
+
+
+def _preset(name: str) -> RunConfig:
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise RunError(
+            Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=f"did you mean {near}?")
+        )
+    return PRESETS[name]()
+
+
+def _summary(name: str) -> str:
+    return (PRESETS[name].__doc__ or "").partition("\n")[0]
+
+
+def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
+    """``--model.engram none`` takes Engram out; a field of it puts it into a model that has none."""
+    if "--model.engram" in words:
+        place = words.index("--model.engram")
+        if [word.lower() for word in words[place + 1 : place + 2]] != ["none"]:
+            raise RunError(
+                Problem(
+                    field="--model.engram",
+                    value=" ".join(words[place + 1 : place + 2]),
+                    rule="can only be none",
+                    fix="set its fields: --model.engram.layers 1 3",
+                )  # fmt: skip
+            )
+        return replace(config, model=replace(config.model, engram=None)), words[:place] + words[place + 2 :]
+    if config.model.engram is None and any(word.startswith("--model.engram.") for word in words):
+        return replace(config, model=replace(config.model, engram=EngramConfig())), words
+    return config, words
+
+
+def field_names(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a dataclass, nested ones included."""
+    names = []
+    for item, hint in ((item, get_type_hints(kind)[item.name]) for item in fields(kind)):
+        nested = dataclass_of(hint)
+        names += field_names(nested, f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def _check_names(words: list[str]) -> None:
+    known = ["resume", "overwrite", "help", *field_names(RunConfig)]
+    problems = []
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            problems.append(
+                Problem(field="option", value=word, rule="is no field of a run", fix=f"did you mean --{near}?")
+            )
+    if problems:
+        raise RunError(*problems)

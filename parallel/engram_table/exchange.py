@@ -1,0 +1,74 @@
+"""Ids to the owners of their rows, rows back, gradients to the owners: over the ``engram`` axis.
+
+Ids and counts travel in host memory (gloo): the exchange never waits for the device. Rows and gradients travel on the
+compute device. All layers share one exchange. On one rank nothing is communicated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from parallel.collectives import all_to_all_rows
+from parallel.engram_table.grouping import Groups
+from parallel.engram_table.layout import RowLayout
+from parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of one fetch, kept for the way back. Nothing of it is shared with another fetch.
+
+    Attributes:
+        pieces: [owner][layer] numbers of distinct rows asked; rows travel in this order.
+        sent: rows asked of each owner.
+        received: rows that each rank asks of this one.
+        local_rows: int64, the local rows that are asked of this rank, by asking rank; host memory.
+    """
+
+    pieces: list[list[int]]
+    sent: list[int]
+    received: list[int]
+    local_rows: torch.Tensor
+
+
+def open_route(groups: Sequence[Groups], layout: RowLayout, mesh: Mesh) -> tuple[Route, list[torch.Tensor]]:
+    """Ask the owners for the distinct rows of all layers. Collective over ``engram``: counts, then ids.
+
+    Args:
+        groups: one a layer, in the layout's order of layers.
+
+    Returns:
+        The route, and for each layer (U,) int64, the places of its rows among all that come back.
+    """
+    counts, local_ids = [], []
+    for layer, asked in zip(layout.layers, groups, strict=True):
+        counts.append(torch.searchsorted(asked.rows_U, layout.bounds[layer]).diff())
+        local_ids.append(asked.rows_U + layout.shift[layer].repeat_interleave(counts[-1]))
+    table = torch.stack(counts, 1)
+    pieces = table.tolist()
+    sent = table.sum(1)
+    size, group = mesh.size("engram"), mesh.group("engram")
+    received = all_to_all_rows(sent, [1] * size, [1] * size, group).tolist()
+    local_rows = all_to_all_rows(by_owner(local_ids, pieces), sent.tolist(), received, group)
+    places = torch.arange(int(table.sum())).split([count for owner in pieces for count in owner])
+    slots = [torch.cat(places[index :: len(groups)]) for index in range(len(groups))]
+    return Route(pieces, sent.tolist(), received, local_rows), slots
+
+
+def by_owner(layers: Sequence[torch.Tensor], pieces: list[list[int]]) -> torch.Tensor:
+    """One tensor for the wire, owner after owner, from one a layer; ``pieces`` as in Route."""
+    if len(layers) == 1:
+        return layers[0]
+    split = [layer.split([owner[index] for owner in pieces]) for index, layer in enumerate(layers)]
+    return torch.cat([piece for owner in zip(*split, strict=True) for piece in owner])
+
+
+def return_rows(rows_MW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
+    """Owners' answers to those who asked. Collective over ``engram``."""
+    return all_to_all_rows(rows_MW, route.received, route.sent, mesh.group("engram"))
+
+
+def send_gradients(grad_UW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
+    """Gradients to the owners, in the order of ``route.local_rows``: the transpose of ``return_rows``."""
+    return all_to_all_rows(grad_UW, route.sent, route.received, mesh.group("engram"))

@@ -1,0 +1,94 @@
+"""Host memory for large tables: is there enough of it on this node, and how it is allocated."""
+
+import contextlib
+import math
+import mmap
+import socket
+from pathlib import Path, PurePosixPath
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import Problem, RunError
+from parallel.mesh import Mesh
+
+GIB = 2**30
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory of their own, in huge pages where the kernel has them, not yet touched.
+
+    A random row of a 12.8 GB table costs up to 70 % less with huge pages (fewer TLB misses). The mapping is private:
+    a shared anonymous one is tmpfs, which ignores the advice.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def available_host_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still allocate: MemAvailable, and what its control groups (v1 or v2) leave.
+
+    Page cache that can be dropped counts as free. None where the system has no /proc.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    cgroup = root / "proc/self/cgroup"
+    for line in cgroup.read_text().splitlines() if cgroup.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            free += _cgroup_free(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            free += _cgroup_free(root / "sys/fs/cgroup/memory", path, *names)
+    return max(0, min(free))
+
+
+def _cgroup_free(mount: Path, path: str, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
+    """What each group from ``path`` up to the mount leaves; inside a container only the mount itself may exist."""
+    inner = PurePosixPath(path.lstrip("/"))
+    free = []
+    for group in (mount / inner, *(mount / parent for parent in inner.parents)):
+        with contextlib.suppress(OSError, ValueError):  # no such file here, or the limit is "max"
+            limit, usage = (int((group / name).read_text()) for name in (limit_name, usage_name))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free.append(limit - usage + int(stat.get(cache_name, 0)))
+    return free
+
+
+def check_memory(needed: int, available: int | None, where: str, what: str, mesh: Mesh) -> None:
+    """Compare what all ranks that share a memory need with what it has. Collective over ``engram``.
+
+    Args:
+        needed: bytes that this rank will allocate.
+        available: bytes that are free now; None if unknown.
+        where: this rank's memory ("host memory", "memory of cuda:0").
+        what: the size of the tables, for the message.
+
+    Raises:
+        RunError: on every rank, when any node has too little.
+    """
+    mine = (f"{where} on {socket.gethostname()}", needed, available)
+    asks = [mine] * mesh.size("engram")
+    if len(asks) > 1:
+        dist.all_gather_object(asks, mine, group=mesh.group("engram"))
+    for place in sorted({place for place, _, _ in asks}):
+        total = sum(ask for other, ask, _ in asks if other == place)
+        free = min((left for other, _, left in asks if other == place and left is not None), default=total)
+        if total > free:
+            raise RunError(
+                Problem(
+                    field="model.engram.table_size",
+                    value=f"({what})",
+                    rule=f"needs {total / GIB:.2f} GiB of {place} for rows and optimizer state, "
+                    f"and {free / GIB:.2f} GiB are available",
+                    fix="use a smaller table, more nodes, or a node with more memory",
+                )
+            )

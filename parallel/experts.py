@@ -1,0 +1,58 @@
+"""Expert parallelism: tokens to the ranks that hold their experts, and back. Dropless, beside tensor parallelism.
+
+Each rank brings its own tokens (tensor ranks divide theirs first). T tokens, K chosen experts, E experts, D model width,
+M rows sorted by expert.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kernels.grouped_matmul import grouped_mlp
+from kernels.moe_permute import permute, unpermute
+from parallel.collectives import all_to_all_rows
+from parallel.deepspeed_bridge import ExpertMarker
+from parallel.mesh import Mesh
+from parallel.placement import Init, Placement, declare
+
+
+class ExpertParallelMLP(ExpertMarker):
+    """E SwiGLU experts, E / ep of them on this rank: y = sum over k of weight_k * expert_k(x)."""
+
+    def __init__(self, d_model: int, inner: int, num_experts: int, mesh: Mesh, init: Init, out_init: Init) -> None:
+        super().__init__(num_experts, mesh)
+
+        def experts(*shape: int, init: Init) -> nn.Parameter:
+            return declare(Placement(shape=(num_experts, *shape), init=init, axis="ep"), mesh)
+
+        self.gate_up = experts(d_model, 2 * inner, init=init)
+        self.down = experts(inner, d_model, init=out_init)
+
+    def forward(
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts' weighted sum and the exact number of this rank's rows for each of the E experts.
+
+        Communicates over ``ep``: counts, rows out, rows back. An id of -1 is a dropped slot and adds nothing.
+
+        Returns:
+            y_TD in the dtype of x_TD, counts_E int64.
+        """
+        x_MD, sent = permute(x_TD, expert_ids_TK, self.num_experts)
+        if self.ep_size == 1:
+            y_MD = grouped_mlp(x_MD, sent.counts_E, self.gate_up, self.down)
+        else:
+            y_MD = self._exchange(x_MD, sent.counts_E)
+        return unpermute(y_MD, sent, weights_TK), sent.counts_E
+
+    def _exchange(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        group, (ranks, local) = self.mesh.group("ep"), (self.ep_size, self.num_local_experts)
+        received_counts = torch.empty_like(counts_E)
+        dist.all_to_all_single(received_counts, counts_E, group=group)
+        send, receive = counts_E.view(ranks, local).sum(1).tolist(), received_counts.view(ranks, local).sum(1).tolist()
+        arrived = all_to_all_rows(x_MD, send, receive, group)
+        # Rows arrive by (source rank, expert); the experts want them by expert.
+        expert_ids = torch.arange(local, device=x_MD.device).repeat(ranks).repeat_interleave(received_counts)
+        sorted_rows, order = permute(arrived, expert_ids[:, None], local)
+        y = unpermute(grouped_mlp(sorted_rows, order.counts_E, self.gate_up, self.down), order)
+        return all_to_all_rows(y, receive, send, group)

@@ -1,0 +1,32 @@
+"""How two tensors are compared in every test: by relative RMSE, under one table of tolerances."""
+
+import torch
+
+# relative RMSE by (class of op, dtype of its inputs). fp32 accumulates about 1e-7 a step of reduction.
+TOLERANCE = {
+    "forward": {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    "gradient": {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2},
+}
+
+
+def relative_rmse(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """||got - expected|| / ||expected||, in fp64; the absolute norm where expected is zero."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return (
+        float((got - expected).norm() / expected.norm().clamp_min(1e-30)) if expected.norm() > 0 else float(got.norm())
+    )
+
+
+def assert_close(
+    name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, kind: str = "forward"
+) -> None:
+    """Fail with the name when shapes differ, anything is not finite, or the relative RMSE is above the tolerance.
+
+    Args:
+        tolerance: overrides the table entry for ``kind`` and the dtype of ``got``.
+    """
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(got).all(), f"{name}: not finite"
+    limit = TOLERANCE[kind][got.dtype] if tolerance is None else tolerance
+    error = relative_rmse(got, expected)
+    assert error <= limit, f"{name}: relative RMSE {error:.2e} > {limit:.0e}"

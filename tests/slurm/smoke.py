@@ -1,0 +1,34 @@
+"""Stands in for ``python -m launch`` in a Slurm job: ``train NAME [--die] [--resume]``.
+
+Every rank sums over all ranks. The first start waits for USR1, as a long training would; a start with --resume ends.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+STOP = []
+signal.signal(signal.SIGUSR1, lambda *_: STOP.append("USR1"))
+
+verb, name, *options = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), torch.tensor([dist.get_rank() + 1])
+dist.all_reduce(ranks)
+directory = Path("runs") / name
+directory.mkdir(parents=True, exist_ok=True)
+state = "resumed" if "--resume" in options else "started"
+(directory / f"{state}-{rank}").write_text(
+    f"sum {ranks.item()} node {os.environ['GROUP_RANK']} port {os.environ['MASTER_PORT']}"
+)
+if "--die" in options and rank == 1:
+    sys.exit(3)
+deadline = time.monotonic() + 60
+while state == "started" and not STOP and time.monotonic() < deadline:
+    time.sleep(0.1)
+if STOP:
+    (directory / f"saved-{rank}").write_text(STOP[0])

@@ -1,0 +1,112 @@
+"""One run, wholly described: RunConfig composes the dataclasses of their owners. No torch in here: the CLI imports it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parallel.errors import Problem
+from parallel.mesh_plan import ParallelConfig, layout_problems
+from parallel.table_config import TableConfig
+from training.data.config import DataConfig
+from training.model.config import ModelConfig, model_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors, norms, A_log, D and dt_bias have none."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which all gradients, table rows included, are scaled down; 0 switches clipping off."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine to min_ratio, or warm-up, stable, decay (1 - sqrt) over the last decay_fraction."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    min_ratio: float = 0.1
+    """Final learning rate / peak."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 500
+    """Optimizer steps."""
+    global_batch: int = 32
+    """Rows an optimizer step, over all ranks."""
+    micro_batch: int = 4
+    """Rows a rank computes at once; the rest is accumulated."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute type; master weights and optimizer state are fp32."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile the elementwise pieces of the CPU kernels (a minute at the first step)."""
+    seed: int = 0
+    """Seed of the initial parameters."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 100
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_rows: int = 64
+    """Rows of the validation split that are evaluated."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    name: str = "run"
+    """The run's directory is runs/<name>."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def validate(config: RunConfig, world_size: int) -> list[Problem]:
+    """Every rule between fields, and between the run and the number of its processes, that is broken."""
+    problems = layout_problems(config.parallel, world_size)
+    if not problems:
+        problems += model_problems(config.model, config.parallel.tp, config.parallel.ep)
+        problems += _batch_problems(config, world_size)
+    return problems
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
+    problems = []
+    train, tp = config.train, config.parallel.tp
+    rows = train.micro_batch * (world_size // tp)
+    if train.global_batch % rows:
+        problems.append(
+            Problem(
+                field="train.global_batch",
+                value=train.global_batch,
+                rule=f"is not a multiple of train.micro_batch={train.micro_batch} x {world_size // tp} data ranks",
+                fix=f"use a multiple of {rows}",
+            )
+        )
+    if config.data.seq_length % tp:
+        problems.append(
+            Problem(
+                field="data.seq_length",
+                value=config.data.seq_length,
+                rule=f"is not divisible by parallel.tp={tp}: tensor ranks share a row's tokens in E and Engram layers",
+                fix=f"use a multiple of {tp}",
+            )
+        )
+    return problems

@@ -1,0 +1,294 @@
+"""What a model is made of: one dataclass a block, composed by ModelConfig. No torch in here: the CLI imports it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parallel.errors import Problem
+
+MIXERS = {"M": "mamba2", "S": "mamba1", "L": "s4d", "*": "attention", "-": "mlp", "E": "moe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Mamba-2 (SSD, arXiv 2405.21060)."""
+
+    expand: int = 2
+    """Inner width / d_model."""
+    head_dim: int = 64
+    """P, channels a head."""
+    state_dim: int = 128
+    """N, state size a channel."""
+    num_groups: int = 1
+    """G, heads that share B and C come in this many groups."""
+    conv_width: int = 4
+    """Taps of the causal convolution on x, B and C."""
+    chunk_size: int = 64
+    """Q, tokens a chunk of the SSD scan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba1Config:
+    """Mamba-1 (S6, arXiv 2312.00752)."""
+
+    expand: int = 2
+    """Inner width / d_model."""
+    state_dim: int = 16
+    """N, state size a channel."""
+    conv_width: int = 4
+    """Taps of the causal convolution on x."""
+    dt_rank: int = 0
+    """Rank of the step-size projection; 0 means d_model / 16, rounded up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S4DConfig:
+    """S4D (arXiv 2206.11893): linear time-invariant, a control layer."""
+
+    expand: int = 1
+    """Inner width / d_model."""
+    state_dim: int = 64
+    """N, complex states come in conjugate pairs: N / 2 are stored."""
+    init: Literal["legs", "lin", "inv", "real"] = "lin"
+    """Initial A: the diagonal of HiPPO-LegS, S4D-Lin, S4D-Inv or S4D-Real."""
+    discretization: Literal["zoh", "bilinear"] = "zoh"
+    """How the continuous system becomes a recurrence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention."""
+
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key/value heads."""
+    head_dim: int = 64
+    """Channels a head."""
+    positions: Literal["none", "rope"] = "none"
+    """NoPE (as in Nemotron 3 and Granite 4 hybrids) or rotary positions."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts: routed SwiGLU experts beside a shared one."""
+
+    num_experts: int = 8
+    """E, routed experts."""
+    top_k: int = 2
+    """K, experts a token goes to."""
+    expert_dim: int = 256
+    """F, inner width of a routed expert."""
+    shared_dim: int = 256
+    """Inner width of the shared expert; 0 for none."""
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router scores; the weights of the chosen experts are normalised to sum to 1."""
+    route_scale: float = 1.0
+    """Factor on the normalised weights (DeepSeek-V3: 2.5)."""
+    bias_rate: float = 1e-3
+    """Step of the balancing bias towards underloaded experts (arXiv 2408.15664); 0 switches it off."""
+    aux_loss: float = 0.0
+    """Weight of the sequence auxiliary loss (DeepSeek-V3: 1e-4)."""
+    z_loss: float = 0.0
+    """Weight of mean(logsumexp(router logits)^2)."""
+    capacity_factor: float = 0.0
+    """0 is dropless; otherwise an expert takes at most factor x K x tokens / E tokens of each rank's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngramConfig:
+    """Engram (arXiv 2601.07372): n-gram memory looked up by hash, gated into the residual stream."""
+
+    layers: tuple[int, ...] = (1,)
+    """0-based places in the pattern before which memory is added."""
+    orders: tuple[int, ...] = (2, 3)
+    """n-gram orders."""
+    num_heads: int = 8
+    """Hash heads an order."""
+    head_dim: int = 64
+    """W, width of one row."""
+    table_size: int = 100_000
+    """Smallest number of rows a head; each head takes the next unused prime."""
+    compress: bool = True
+    """Hash compressed token ids (case, accents and spaces folded)."""
+    gate: bool = True
+    """Context-aware gate; without it the value is added as it is."""
+    conv: bool = True
+    """Short dilated convolution after the gate (the paper's; V4.1 has none)."""
+    conv_width: int = 4
+    """Taps of that convolution; its dilation is the largest order."""
+    seed: int = 0
+    """Seed of the hash multipliers."""
+    init_std: float = 0.02
+    """Standard deviation of the initial rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A hybrid language model; one letter of ``pattern`` a layer."""
+
+    pattern: str = "MEM*E"
+    """M Mamba-2, S Mamba-1, L S4D, * attention, - dense MLP, E mixture of experts (Megatron's notation)."""
+    d_model: int = 256
+    """D, width of the residual stream."""
+    vocab_size: int = 8192
+    """Tokens of the vocabulary; the weights are padded to a multiple of 128."""
+    mlp_dim: int = 512
+    """Inner width of a dense SwiGLU MLP."""
+    num_streams: int = 1
+    """S, residual streams: 1, or 4 with manifold-constrained hyper-connections (arXiv 2512.24880)."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.0
+    """Standard deviation of the linear weights; 0 means sqrt(0.8 / D). Divided by sqrt(layers) on the way out."""
+    tie_embeddings: bool = False
+    """The head is the embedding."""
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    mamba1: Mamba1Config = field(default_factory=Mamba1Config)
+    s4d: S4DConfig = field(default_factory=S4DConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    engram: EngramConfig | None = None
+    """Engram memory; None for a model without it."""
+
+
+def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
+    """Every rule inside the model, and between it and the layout, that is broken."""
+    problems = []
+
+    def require(ok: bool, field: str, value: object, rule: str, fix: str) -> None:
+        if not ok:
+            problems.append(Problem(field=f"model.{field}", value=value, rule=rule, fix=fix))
+
+    unknown = sorted(set(model.pattern) - set(MIXERS))
+    require(bool(model.pattern) and not unknown, "pattern", repr(model.pattern),
+            f"has letters {unknown} that name no layer" if unknown else "is empty", f"use {''.join(MIXERS)}")  # fmt: skip
+    require(model.num_streams >= 1, "num_streams", model.num_streams, "is below 1", "use 1 or 4")
+    used = set(model.pattern)
+    if "M" in used:
+        mamba = model.mamba2
+        inner, heads = mamba.expand * model.d_model, mamba.expand * model.d_model // mamba.head_dim
+        require(
+            inner % mamba.head_dim == 0,
+            "mamba2.head_dim",
+            mamba.head_dim,
+            f"does not divide the inner width {inner}",
+            "use a divisor",
+        )
+        require(
+            heads % mamba.num_groups == 0,
+            "mamba2.num_groups",
+            mamba.num_groups,
+            f"does not divide the {heads} heads",
+            "use a divisor",
+        )
+        require(
+            heads % tp == 0,
+            "mamba2.head_dim",
+            mamba.head_dim,
+            f"gives {heads} heads, which parallel.tp={tp} does not divide",
+            "use fewer tensor ranks or smaller heads",
+        )
+        groups = mamba.num_groups
+        require(
+            groups % tp == 0 or tp % groups == 0,
+            "mamba2.num_groups",
+            groups,
+            f"and parallel.tp={tp} do not divide each other",
+            "let one divide the other",
+        )
+    if "S" in used or "L" in used:
+        require(
+            model.mamba1.expand * model.d_model % tp == 0,
+            "d_model",
+            model.d_model,
+            f"times expand is not divisible by parallel.tp={tp}",
+            "use a multiple",
+        )
+    if "*" in used:
+        attention = model.attention
+        heads, kv = attention.num_heads, attention.num_kv_heads
+        require(heads % kv == 0, "attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor")
+        require(
+            heads % tp == 0,
+            "attention.num_heads",
+            heads,
+            f"is not divisible by parallel.tp={tp}",
+            "use a multiple of tp",
+        )
+        require(
+            kv % tp == 0 or tp % kv == 0,
+            "attention.num_kv_heads",
+            kv,
+            f"and parallel.tp={tp} do not divide each other",
+            "let one divide the other",
+        )
+    if "-" in used:
+        require(
+            model.mlp_dim % tp == 0,
+            "mlp_dim",
+            model.mlp_dim,
+            f"is not divisible by parallel.tp={tp}",
+            "use a multiple of tp",
+        )
+    if "E" in used:
+        moe = model.moe
+        divisors = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
+        if moe.num_experts % ep:
+            problems.append(
+                Problem(
+                    field="parallel.ep",
+                    value=ep,
+                    rule=f"does not divide model.moe.num_experts={moe.num_experts}",
+                    fix=f"use {divisors}",
+                )
+            )
+        require(
+            1 <= moe.top_k <= moe.num_experts,
+            "moe.top_k",
+            moe.top_k,
+            f"is not between 1 and num_experts={moe.num_experts}",
+            "choose fewer experts a token",
+        )
+        require(
+            moe.shared_dim % tp == 0,
+            "moe.shared_dim",
+            moe.shared_dim,
+            f"is not divisible by parallel.tp={tp}",
+            "use a multiple of tp",
+        )
+    elif ep > 1:
+        problems.append(
+            Problem(
+                field="parallel.ep",
+                value=ep,
+                rule=f"is above 1, but model.pattern={model.pattern} has no E layer",
+                fix="use 1",
+            )
+        )
+    if model.engram is not None:
+        places = [layer for layer in model.engram.layers if not 0 <= layer < len(model.pattern)]
+        require(
+            not places,
+            "engram.layers",
+            places,
+            f"are outside the {len(model.pattern)} layers of the pattern",
+            f"use 0 to {len(model.pattern) - 1}",
+        )
+        require(
+            len(set(model.engram.layers)) == len(model.engram.layers),
+            "engram.layers",
+            model.engram.layers,
+            "names a layer twice",
+            "name each once",
+        )
+        orders = model.engram.orders
+        require(
+            orders == tuple(range(2, len(orders) + 2)),
+            "engram.orders",
+            orders,
+            "is not 2, 3, ... without a gap",
+            "use (2, 3) or (2, 3, 4)",
+        )
+    return problems

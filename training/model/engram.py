@@ -1,0 +1,84 @@
+"""Engram (arXiv 2601.07372, section 2): hashed n-gram memory, gated into the residual streams before a layer's mixer.
+
+B batch, L length, S streams, D model width, M = O x W memory width (n-gram orders x heads x row width).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels.causal_conv1d import causal_conv1d
+from kernels.engram_gate import engram_gate
+from kernels.rms_norm import rms_norm
+from parallel.collectives import gather_tokens, give_token_share, take_token_share
+from parallel.mesh import Mesh
+from parallel.placement import Init, Placement, constant, declare
+from training.model.config import ModelConfig
+from training.model.init import weight_init
+from training.model.mamba2 import Cache
+
+
+class Engram(nn.Module):
+    """k = W_K e, v = W_V e; u = gate(h, k) v; out = u + SiLU(conv(RMSNorm(u))), to be added to the streams.
+
+    Under tensor parallelism each tensor rank looks up and gates its share of the tokens.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
+        super().__init__()
+        config, self.mesh, self.eps = model.engram, mesh, model.norm_eps
+        assert config is not None, "a model without Engram has no Engram layer"
+        self.config, self.streams, width = config, model.num_streams, model.d_model
+        memory = len(config.orders) * config.num_heads * config.head_dim
+
+        def replica(*shape: int, init: Init, **kwargs) -> nn.Parameter:
+            return declare(Placement(shape=shape, init=init, partial=True, **kwargs), mesh)
+
+        self.value = replica(width, memory, init=weight_init(model))
+        if config.gate:
+            self.key = replica(self.streams * width, memory, init=weight_init(model))
+            self.query_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
+            self.key_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
+        if config.conv:
+            self.conv_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
+            self.conv_weight = replica(self.streams * width, config.conv_width, init=constant(0.0), decay=False)
+
+    def forward(
+        self,
+        h_BLSD: torch.Tensor,
+        memory_BLM: torch.Tensor,
+        seq_idx_BL: torch.Tensor | None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """What to add to the streams.
+
+        Args:
+            h_BLSD: residual streams, in their own layout.
+            memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and heads.
+            seq_idx_BL: documents of the whole row.
+        """
+        h_share = take_token_share(h_BLSD, self.mesh)
+        v_BLD = F.linear(memory_BLM, self.value)
+        if self.config.gate:
+            k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
+            u_BLSD = engram_gate(h_share, k_BLSD, v_BLD, self.query_norm, self.key_norm, self.eps)
+        else:
+            u_BLSD = v_BLD[:, :, None].expand(-1, -1, self.streams, -1)
+        if self.config.conv:
+            u_BLSD = u_BLSD + F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
+        return give_token_share(u_BLSD, self.mesh)
+
+    def _conv(self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        """Depthwise causal convolution over whole rows: the shares of all tensor ranks are gathered, the own one kept."""
+        group, dilation = self.mesh.group("tp"), max(self.config.orders)
+        normed = rms_norm(u_BLSD, self.conv_norm, self.eps).flatten(-2)
+        rows = gather_tokens(normed, group)
+        if cache is None:
+            y = causal_conv1d(rows, self.conv_weight, seq_idx=seq_idx_BL, dilation=dilation)
+        else:
+            y, cache["conv"] = causal_conv1d(
+                rows, self.conv_weight, initial_states=cache.get("conv"), return_final_states=True, dilation=dilation
+            )
+        if group is not None and self.mesh.size("tp") > 1:
+            y = y.chunk(self.mesh.size("tp"), dim=1)[self.mesh.rank("tp")]
+        return y.unflatten(-1, (self.streams, -1))

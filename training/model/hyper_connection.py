@@ -1,0 +1,64 @@
+"""Manifold-constrained hyper-connections (arXiv 2512.24880, section 4.2): S residual streams that mix at every layer.
+
+B batch, L length, S streams, D model width.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels.sinkhorn_knopp import sinkhorn_knopp
+from parallel.mesh import Mesh
+from parallel.placement import Placement, constant, declare
+from training.model.config import ModelConfig
+
+ALPHA = 0.01  # the paper's only published initial value (appendix A.1)
+IDENTITY_LOGIT = 5.0  # diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns
+
+
+class HyperConnection(nn.Module):
+    """Coefficients of one layer: u = H_pre x, x' = H_res x + H_post^T F(u).
+
+    H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn-Knopp; all from r^-1 x phi, fp32.
+    Initially H_pre = 1/S, H_post = 1: with equal streams the model is the plain residual network.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
+        super().__init__()
+        streams, self.eps = model.num_streams, model.norm_eps
+        self.streams = streams
+
+        def replica(*shape: int, init, whole: bool = False) -> nn.Parameter:
+            return declare(
+                Placement(
+                    shape=shape, init=init, partial=mesh.sequence_parallel, decay=False, fp32=True, whole_init=whole
+                ),
+                mesh,
+            )
+
+        def bias(_: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+            pre = torch.full((streams,), -math.log(streams - 1))
+            return torch.cat([pre, torch.zeros(streams), (IDENTITY_LOGIT * torch.eye(streams)).flatten()])
+
+        size = streams * (streams + 2)
+        self.phi = replica(size, streams * model.d_model, init=constant(0.0))
+        self.alpha = replica(3, init=constant(ALPHA))
+        self.bias = replica(size, init=bias, whole=True)
+
+    def forward(self, x_BLSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the layer reads, and how its output returns: u_BLD, post_BLS, mix_BLSS (from stream, to stream)."""
+        flat, sizes = x_BLSD.flatten(-2).float(), [self.streams, self.streams, self.streams**2]
+        inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
+        scale = self.alpha.repeat_interleave(torch.tensor(sizes, device=self.alpha.device))
+        pre, post, res = (F.linear(flat, self.phi) * inverse_rms * scale + self.bias).split(sizes, dim=-1)
+        mix = sinkhorn_knopp(res.unflatten(-1, (self.streams, self.streams)))
+        u_BLD = torch.einsum("bls,blsd->bld", torch.sigmoid(pre), x_BLSD.float())
+        return u_BLD, 2 * torch.sigmoid(post), mix
+
+
+def merge(x_BLSD: torch.Tensor, y_BLD: torch.Tensor, post_BLS: torch.Tensor, mix_BLSS: torch.Tensor) -> torch.Tensor:
+    """x'[k] = post[k] y + sum_j mix[j, k] x[j]."""
+    mixed = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD.float())
+    return (mixed + post_BLS[..., None] * y_BLD[..., None, :].float()).to(x_BLSD.dtype)

@@ -1,0 +1,110 @@
+"""run.json: a run's resolved configuration and where it ran. It reloads strictly and can start another run."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from parallel.errors import Problem, RunError
+from training.config import RunConfig
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "mpi4py", "numpy", "tokenizers", "datasets")
+PARTS = {"config", "commit", "versions", "hardware"}
+
+
+def save_run_json(path: Path, config: RunConfig, world_size: int) -> None:
+    """Write ``config``, the git commit, versions and hardware to ``path``, at once or not at all."""
+    content = {
+        "config": asdict(config),
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "processes": world_size},
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load_run_json(path: Path) -> RunConfig:
+    """The configuration in ``path``.
+
+    Raises:
+        RunError: no such file, not JSON, an unknown key (with the nearest known one), or a value of the wrong type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            Problem(field="--config", value=path, rule=f"cannot be read: {error}", fix="name the run.json of a run")
+        ) from error
+    if not isinstance(content, dict) or "config" not in content:
+        raise RunError(Problem(field="--config", value=path, rule="has no config", fix="name the run.json of a run"))
+    problems = [_unknown("", key, PARTS) for key in content if key not in PARTS]
+    problems += _unknown_keys(RunConfig, content["config"])
+    if problems:
+        raise RunError(*problems)
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(content["config"]), strict=True)
+    except ValidationError as error:
+        raise RunError(
+            *(
+                Problem(
+                    field=".".join(map(str, e["loc"])), value=e["input"], rule=e["msg"], fix=f"correct it in {path}"
+                )
+                for e in error.errors()
+            )
+        ) from error
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a run stands on; None where one is missing."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: installed(package) for package in PACKAGES}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with ``+`` where files differ from it; None outside a git checkout."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _unknown(prefix: str, key: str, known: set[str]) -> Problem:
+    near = get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+    return Problem(field=prefix + key, value="...", rule="is not a known key", fix=f"did you mean {prefix}{near}?")
+
+
+def _unknown_keys(kind: type, values: Any, prefix: str = "") -> list[Problem]:
+    """Keys of nested ``values`` that name no field of the dataclass ``kind``."""
+    if not isinstance(values, dict):
+        return []
+    known, hints = {item.name for item in fields(kind)}, get_type_hints(kind)
+    problems = [_unknown(prefix, key, known) for key in values if key not in known]
+    for key in known & set(values):
+        if (nested := dataclass_of(hints[key])) is not None:
+            problems += _unknown_keys(nested, values[key], f"{prefix}{key}.")
+    return problems
+
+
+def dataclass_of(hint: Any) -> type | None:
+    """The dataclass in a type hint ``X`` or ``X | None``; None where there is none."""
+    choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((choice for choice in choices if is_dataclass(choice) and isinstance(choice, type)), None)

@@ -1,0 +1,119 @@
+"""One optimizer step over the rank's micro-batches: forward, backward, norm, clip, update."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.deepspeed_bridge import gradient_fragments, squared_grad_norm
+from parallel.errors import RunError
+from parallel.placement import placed_parameters
+from training.data.dataset import Batch
+from training.model.moe import expert_loads, update_balance
+from training.trainer import Trainer, memory_of
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step, the same on every rank except the waiting time."""
+
+    loss: float
+    """Mean cross-entropy of the step's targets, nats."""
+    grad_norm: float
+    """Global norm before clipping, Engram rows included."""
+    expert_max: float | None
+    """Largest expert load / mean, over the MoE layers."""
+    engram_s: float
+    """Seconds that this rank spent in fetching, returning and updating Engram rows."""
+
+
+def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+    """Accumulate the micro-batches' gradients, clip them by the global norm, update parameters and table rows.
+
+    Raises:
+        RunError: a loss or gradient is not finite; nothing has been updated.
+    """
+    engine, mesh, memory = trainer.engine, trainer.mesh, trainer.memory
+    scale = len(batches) * mesh.size("dp") / _global_targets(trainer, batches)
+    loss_sum = torch.zeros((), device=trainer.device)
+    loads = None
+    engram_s = 0.0
+    for index, batch in enumerate(batches):
+        begin = time.perf_counter()
+        rows = trainer.fetch(batch)
+        engram_s += time.perf_counter() - begin
+        ids_BL, targets_BL, seq_idx_BL = (
+            part.to(trainer.device, non_blocking=True)
+            for part in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)
+        )
+        cross_entropy, auxiliary = engine(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
+        engine.backward((cross_entropy + auxiliary) * scale)
+        loss_sum += cross_entropy.detach()
+        if "E" in trainer.config.model.pattern:
+            counted = expert_loads(trainer.model)
+            loads = counted if loads is None else loads + counted
+        begin = time.perf_counter()
+        if memory is not None:
+            memory.tables.accumulate(rows, scale=1 / mesh.size("dp"))
+        engram_s += time.perf_counter() - begin
+        if index < len(batches) - 1:
+            engine.step()
+    grad_norm = global_grad_norm(trainer)
+    loss = _mean_loss(trainer, loss_sum, scale / len(batches))
+    _require_finite(trainer, loss, grad_norm, step)
+    clip = trainer.config.optimizer.clip_norm
+    factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
+    _set_learning_rate(trainer, learning_rate)
+    trainer.gradient_scale.factor = factor
+    engine.step()
+    begin = time.perf_counter()
+    if memory is not None:
+        memory.tables.step(learning_rate, factor)
+    engram_s += time.perf_counter() - begin
+    expert_max = None if loads is None else float(update_balance(trainer.model, loads, mesh))
+    return StepResult(loss, grad_norm, expert_max, engram_s)
+
+
+def global_grad_norm(trainer: Trainer) -> float:
+    """Norm of the whole model's gradient, table rows included: each global element counts once. One scalar over world."""
+    squared = squared_grad_norm(trainer.engine, trainer.mesh)
+    if trainer.memory is not None:
+        squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
+    dist.all_reduce(squared, group=trainer.mesh.group("world"))
+    return float(squared.sqrt())
+
+
+def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
+    """Targets of the step over all data ranks: the loss is a mean over them, not a mean of means."""
+    count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
+    dist.all_reduce(count, group=trainer.mesh.group("dp"))
+    return max(1, int(count))
+
+
+def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:
+    """Mean over the step's targets; ``scale`` is data ranks / targets."""
+    dist.all_reduce(loss_sum, group=trainer.mesh.group("dp"))
+    return float(loss_sum) * scale / trainer.mesh.size("dp")
+
+
+def _set_learning_rate(trainer: Trainer, learning_rate: float) -> None:
+    for group in trainer.engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) -> None:
+    """Stop on every rank, before anything is updated, naming the first rank and parameter that is not finite."""
+    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        return
+    names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
+    bad = next(
+        (names[id(p)] for p, _, values in gradient_fragments(trainer.engine) if not torch.isfinite(values).all()), None
+    )
+    found: list[str | None] = [None] * trainer.mesh.size("world")
+    dist.all_gather_object(found, bad)
+    where = next((f"rank {rank}, gradient of {name}" for rank, name in enumerate(found) if name), "an Engram table row")
+    raise RunError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, first on {where}. Nothing was updated; "
+        "resume from the last checkpoint with a lower optimizer.learning_rate or train.dtype=fp32."
+    )

@@ -1,0 +1,142 @@
+"""Everything that one rank trains with, put together once: mesh, model, engine, Engram tables, data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.compiled import compile_pieces
+from kernels.engram_hash import NgramHash, engram_hash, ngram_hashes
+from parallel.deepspeed_bridge import GradientScale, start_engine
+from parallel.engram_table import EngramTables, Rows, TableShape
+from parallel.mesh import Mesh
+from parallel.placement import register_gradient_reduction
+from training.config import RunConfig
+from training.data.dataset import Batch
+from training.data.files import TokenFiles
+from training.data.token_map import TokenMap, load_token_map
+from training.model.config import EngramConfig
+from training.model.model import HybridModel, build_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class EngramMemory:
+    """Hashes tokens into row ids and fetches the rows of this rank's share of the tokens."""
+
+    def __init__(self, config: EngramConfig, token_map: TokenMap, tables: EngramTables, mesh: Mesh) -> None:
+        self.hashes, self.tables, self.mesh = engram_hashes(config, token_map), tables, mesh
+        self.token_map = token_map
+
+    def row_ids(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, torch.Tensor]:
+        """(B, L / tp, O) int64 row ids of each layer, for this tensor rank's share of the tokens. Host tensors."""
+        compressed = self.token_map.compress(ids_BL.cpu())
+        share = slice(None)
+        if self.mesh.size("tp") > 1:
+            length = ids_BL.shape[1] // self.mesh.size("tp")
+            share = slice(self.mesh.rank("tp") * length, (self.mesh.rank("tp") + 1) * length)
+        return {layer: engram_hash(compressed, spec, seq_idx_BL)[:, share] for layer, spec in self.hashes.items()}
+
+    def fetch(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, Rows]:
+        """The rows of these tokens; collective over ``engram``."""
+        return self.tables.fetch(self.row_ids(ids_BL, seq_idx_BL))
+
+
+def engram_hashes(config: EngramConfig, token_map: TokenMap) -> dict[int, NgramHash]:
+    """The hash of each Engram layer over a compressed vocabulary."""
+    return ngram_hashes(
+        config.layers,
+        token_map.num_compressed,
+        config.orders,
+        config.num_heads,
+        config.table_size,
+        config.seed,
+        token_map.pad_id,
+    )
+
+
+def memory_of(rows: Mapping[int, Rows]) -> dict[int, Any]:
+    """What the model reads: for each layer a function that puts the rows into the graph."""
+    return {layer: fetched.embed for layer, fetched in rows.items()}
+
+
+@dataclass
+class Trainer:
+    """One rank's share of a run."""
+
+    config: RunConfig
+    mesh: Mesh
+    device: torch.device
+    model: HybridModel
+    engine: Any
+    gradient_scale: GradientScale
+    memory: EngramMemory | None
+
+    def fetch(self, batch: Batch) -> dict[int, Rows]:
+        """Engram rows of a micro-batch; empty for a model without Engram."""
+        return {} if self.memory is None else self.memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+
+
+def build_memory(config: RunConfig, mesh: Mesh, files: TokenFiles, device: torch.device) -> EngramMemory | None:
+    """The Engram tables of a run and the hash into them."""
+    engram = config.model.engram
+    if engram is None:
+        return None
+    token_map = load_token_map(files.token_map_path, files.tokenizer_path)
+    if not engram.compress:
+        token_map = TokenMap(
+            ids=torch.arange(len(token_map.ids)), num_compressed=len(token_map.ids), pad_id=files.pad_id
+        )
+    shapes = {
+        layer: TableShape(spec.num_rows, engram.head_dim) for layer, spec in engram_hashes(engram, token_map).items()
+    }
+    tables = EngramTables(
+        shapes,
+        mesh,
+        config.table,
+        init_std=engram.init_std,
+        seed=config.train.seed,
+        device=device,
+        dtype=DTYPES[config.train.dtype],
+    )
+    return EngramMemory(engram, token_map, tables, mesh)
+
+
+def build_trainer(config: RunConfig, mesh: Mesh, device: torch.device, token_map: TokenMap) -> Trainer:
+    """Allocate tables, build and initialise the model, start the engine."""
+    compile_pieces(config.train.compile)
+    memory = build_memory(config, mesh, token_map, device)
+    model = build_model(
+        config.model,
+        mesh,
+        seed=config.train.seed,
+        dtype=DTYPES[config.train.dtype],
+        device=device,
+        checkpoint_activations=config.train.checkpoint_activations,
+    )
+    register_gradient_reduction(model, mesh)
+    settings = config.optimizer
+    engine = start_engine(
+        model,
+        mesh,
+        optimizer=lambda groups: torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+        ),
+        weight_decay=settings.weight_decay,
+        zero_stage=config.parallel.zero_stage,
+        micro_batch=config.train.micro_batch,
+        accumulation=num_micro_batches(config, mesh),
+    )
+    return Trainer(config, mesh, device, model, engine, GradientScale(engine), memory)
+
+
+def num_micro_batches(config: RunConfig, mesh: Mesh) -> int:
+    """Micro-batches that each rank accumulates in one optimizer step."""
+    return config.train.global_batch // (config.train.micro_batch * mesh.size("dp"))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
