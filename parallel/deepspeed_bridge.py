@@ -43,7 +43,7 @@ class MeshMpu:
 
 
 class ExpertMarker(MoE):
-    """What DeepSpeed must see to treat a module's ``ep``-placed parameters as experts. Subclass it; it holds nothing."""
+    """What DeepSpeed must see to treat a module's ``ep``-placed parameters as experts; a base class, no more."""
 
     def __init__(self, num_experts: int, mesh: Mesh) -> None:
         nn.Module.__init__(self)
@@ -202,7 +202,7 @@ def check_engine(engine: Any, model: nn.Module, before: dict[str, tuple[torch.dt
 
 
 def owned_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, int, int]]:
-    """What this rank's ZeRO partitions hold: (parameter, group index, start in the flat parameter, number of values)."""
+    """What this rank's ZeRO partitions hold: (parameter, group index, start in its flat values, number of values)."""
     zero = engine.optimizer
     for index, flat in enumerate(zero.bit16_groups_flat):
         size = zero.single_partition_of_fp32_groups[index].numel()

@@ -14,3 +14,8 @@ def local_device(local_rank: int = 0) -> torch.device:
 def backend(device: torch.device) -> str:
     """The collective backends of a run on this device: gloo moves host tensors, nccl those of cards."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a device, as its vendor spells it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,8 +1,10 @@
-"""Expert parallelism: tokens to the ranks that hold their experts, and back. Dropless, beside tensor parallelism.
+"""Expert parallelism: tokens to the ranks that hold their experts, and back. Dropless.
 
-Each rank brings its own tokens (tensor ranks divide theirs first). T tokens, K chosen experts, E experts, D model width,
+Each rank brings its own tokens: tensor ranks divide theirs first. T tokens, K chosen experts, E experts, D model width,
 M rows sorted by expert.
 """
+
+import time
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ class ExpertParallelMLP(ExpertMarker):
         def experts(*shape: int, init: Init) -> nn.Parameter:
             return declare(Placement(shape=(num_experts, *shape), init=init, axis="ep"), mesh)
 
+        self.exchange_s = 0.0
         self.gate_up = experts(d_model, 2 * inner, init=init)
         self.down = experts(inner, d_model, init=out_init)
 
@@ -47,12 +50,26 @@ class ExpertParallelMLP(ExpertMarker):
 
     def _exchange(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         group, (ranks, local) = self.mesh.group("ep"), (self.ep_size, self.num_local_experts)
+        begin = time.perf_counter()
         received_counts = torch.empty_like(counts_E)
         dist.all_to_all_single(received_counts, counts_E, group=group)
         send, receive = counts_E.view(ranks, local).sum(1).tolist(), received_counts.view(ranks, local).sum(1).tolist()
         arrived = all_to_all_rows(x_MD, send, receive, group)
+        self.exchange_s += time.perf_counter() - begin
         # Rows arrive by (source rank, expert); the experts want them by expert.
         expert_ids = torch.arange(local, device=x_MD.device).repeat(ranks).repeat_interleave(received_counts)
         sorted_rows, order = permute(arrived, expert_ids[:, None], local)
         y = unpermute(grouped_mlp(sorted_rows, order.counts_E, self.gate_up, self.down), order)
-        return all_to_all_rows(y, receive, send, group)
+        begin = time.perf_counter()
+        back = all_to_all_rows(y, receive, send, group)
+        self.exchange_s += time.perf_counter() - begin
+        return back
+
+
+def take_exchange_seconds(model: nn.Module) -> float:
+    """Host seconds of all forward exchanges since the last call."""
+    layers = [module for module in model.modules() if isinstance(module, ExpertParallelMLP)]
+    total = sum(layer.exchange_s for layer in layers)
+    for layer in layers:
+        layer.exchange_s = 0.0
+    return total

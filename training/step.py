@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from parallel.deepspeed_bridge import gradient_fragments, squared_grad_norm
 from parallel.errors import RunError
+from parallel.experts import take_exchange_seconds
 from parallel.placement import placed_parameters
 from training.data.dataset import Batch
 from training.model.moe import expert_loads, update_balance
@@ -24,8 +25,10 @@ class StepResult:
     """Global norm before clipping, Engram rows included."""
     expert_max: float | None
     """Largest expert load / mean, over the MoE layers."""
-    engram_s: float
-    """Seconds that this rank spent in fetching, returning and updating Engram rows."""
+    engram_s: float | None
+    """Seconds that this rank spent in fetching, returning and updating Engram rows, waiting included."""
+    exchange_s: float
+    """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
 
 
 def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, step: int) -> StepResult:
@@ -72,7 +75,7 @@ def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, ste
         memory.tables.step(learning_rate, factor)
     engram_s += time.perf_counter() - begin
     expert_max = None if loads is None else float(update_balance(trainer.model, loads, mesh))
-    return StepResult(loss, grad_norm, expert_max, engram_s)
+    return StepResult(loss, grad_norm, expert_max, engram_s if memory else None, take_exchange_seconds(trainer.model))
 
 
 def global_grad_norm(trainer: Trainer) -> float:

@@ -79,16 +79,18 @@ class Trainer:
         return {} if self.memory is None else self.memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
 
 
-def build_memory(config: RunConfig, mesh: Mesh, files: TokenFiles, device: torch.device) -> EngramMemory | None:
+def run_token_map(config: RunConfig, files: TokenFiles) -> TokenMap:
+    """The token map that Engram hashes through: the prepared one, or every token as it is."""
+    if config.model.engram is None or config.model.engram.compress:
+        return load_token_map(files.token_map_path, files.tokenizer_path)
+    return TokenMap(ids=torch.arange(files.vocab_size), num_compressed=files.vocab_size, pad_id=files.pad_id)
+
+
+def build_memory(config: RunConfig, mesh: Mesh, token_map: TokenMap, device: torch.device) -> EngramMemory | None:
     """The Engram tables of a run and the hash into them."""
     engram = config.model.engram
     if engram is None:
         return None
-    token_map = load_token_map(files.token_map_path, files.tokenizer_path)
-    if not engram.compress:
-        token_map = TokenMap(
-            ids=torch.arange(len(token_map.ids)), num_compressed=len(token_map.ids), pad_id=files.pad_id
-        )
     shapes = {
         layer: TableShape(spec.num_rows, engram.head_dim) for layer, spec in engram_hashes(engram, token_map).items()
     }

@@ -11,9 +11,9 @@ from torch import Tensor
 def lti_conv(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
     """y_t = sum over s <= t of K_{t-s} u_s, plus D u_t: (B, D, L) in u's dtype.
 
-    Computed in fp32 (fp64 for fp64 ``u``). FFTs of at least 2L points, so nothing wraps round. Documents of a packed row are gathered by length into at most
-    log2(L) buckets of rows at most twice as long as their documents, and each bucket is convolved on its own: exact, with
-    no loop over positions or documents.
+    Computed in fp32 (fp64 for fp64 ``u``), by FFTs of at least 2L points, so that nothing wraps round. Documents of
+    packed rows are gathered by length into at most log2(L) + 1 buckets, padded to less than twice their length, and
+    each bucket is convolved on its own: exact, with no loop over positions or documents.
 
     Args:
         u_BDL: (B, D, L) real, of any strides.

@@ -15,7 +15,7 @@ def s4d_scan(
     state_BDN: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``s4d_step`` at every position, from ``state_BDN`` (zero by default), forgetting where ``seq_idx`` (B, L) changes.
+    """``s4d_step`` at every position, from ``state_BDN`` (default 0), forgetting where ``seq_idx`` (B, L) changes.
 
     Returns:
         y (B, D, L) and the last state (B, D, N), complex.

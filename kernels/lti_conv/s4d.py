@@ -45,8 +45,8 @@ def _expm1(x: Tensor) -> Tensor:
 def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization: Discretization = "zoh") -> Tensor:
     """K (D, L) = 2·Re(sum_n C_n B̄_n Ā_n^l), in the real dtype of ``C_DN``.
 
-    With l = Q·c + q, Ā^l = Ā^(Qc) Ā^q: two tables of about sqrt(L) powers and one product over n. The tables are made in
-    fp64, for a phase of l·dt·Im(A) is hundreds of turns (fp32 would lose 4 digits), and cost next to nothing.
+    With l = Q·c + q, Ā^l = Ā^(Qc) Ā^q: two tables of about sqrt(L) powers and one product over n. The tables are
+    fp64, which costs little: the phase l·dt·Im(A) can be hundreds of turns, and fp32 would lose four digits.
 
     Args:
         dt_D: (D,) real, positive.
@@ -74,7 +74,7 @@ def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization:
 
 
 def _powers(x: Tensor, count: int) -> Tensor:
-    """x^0 ... x^(count - 1) in a new last dim, by doubling: exact gradients at x = 0 too, where a logarithm has none."""
+    """x^0 ... x^(count - 1) in a new last dim, by doubling: at x = 0 too, where a logarithm has no value."""
     powers, square = torch.ones_like(x).unsqueeze(-1), x
     while powers.shape[-1] < count:
         powers = torch.cat([powers, powers * square.unsqueeze(-1)], dim=-1)
@@ -85,7 +85,7 @@ def _powers(x: Tensor, count: int) -> Tensor:
 def s4d_step(
     state_BDN: Tensor, u_BD: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, C_DN: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and the new state h = Ā h + B̄ u (B, D, N)."""
+    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and the state h = Ā h + B̄ u (B, D, N)."""
     state_BDN = Abar_DN * state_BDN + Bbar_DN * u_BD.unsqueeze(-1)
     y_BD = 2 * (C_DN * state_BDN).sum(-1).real
     y_BD = y_BD if D is None else y_BD + D * u_BD

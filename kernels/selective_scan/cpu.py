@@ -11,6 +11,7 @@ chunk, M = B·C chunks that advance together. A dim of 1 broadcasts.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ def chunked_scan(
     Returns:
         y_BLGP and the last state (B, G, N, P), both differentiable in all floating inputs.
     """
-    return _ChunkedScan.apply(x_BLGP, dt_BLGP, A_GNP, B_BLGN, C_BLGN, state_BGNP, reset_BL)
+    # every step reads A: with P innermost it is vectorised
+    return _ChunkedScan.apply(x_BLGP, dt_BLGP, A_GNP.contiguous(), B_BLGN, C_BLGN, state_BGNP, reset_BL)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -52,7 +54,8 @@ class _ChunkedScan(torch.autograd.Function):
         decays = _workspace(x, A, ctx.blocks, CHUNK_LEN)
         state, starts = state.clone(), []
         for block in ctx.blocks:
-            y_QMGP, starts_MGNP, state = _scan_block(_Steps.of(block, x, dt, A, B, C, reset), state, decays)
+            steps = _Steps.of(block, x, dt, A, B, C, reset)
+            y_QMGP, starts_MGNP, state = _scan_block(steps, state, decays[:, : steps.num_rows])
             _from_chunks(y_QMGP, out=y[:, block])
             starts.append(starts_MGNP)
         ctx.save_for_backward(x, dt, A, B, C, reset, *starts)
@@ -69,9 +72,10 @@ class _ChunkedScan(torch.autograd.Function):
         for block, starts_MGNP in reversed(list(zip(ctx.blocks, starts, strict=True))):
             steps = _Steps.of(block, x, dt, A, B, C, reset)
             dy_QMG1P = _to_chunks(dy[:, block])[:, :, :, None]
-            _recompute(steps, starts_MGNP, decays, states)
-            g_MGNP, dstate = _gradient_of_ends(steps, dy_QMG1P, decays, dstate)
-            dA_block, *parts = _chunk_gradients(steps, dy_QMG1P, A, decays, states, g_MGNP)
+            block_decays, block_states = decays[:, : steps.num_rows], states[:, : steps.num_rows]
+            _recompute(steps, starts_MGNP, block_decays, block_states)
+            g_MGNP, dstate = _gradient_of_ends(steps, dy_QMG1P, block_decays, dstate)
+            dA_block, *parts = _chunk_gradients(steps, dy_QMG1P, A, block_decays, block_states, g_MGNP)
             dA += dA_block
             for gradient, part_QMG in zip(sequences, parts, strict=True):
                 _from_chunks(part_QMG, out=gradient[:, block])
@@ -102,7 +106,7 @@ class _Steps(NamedTuple):
     A_log2e_GNP: Tensor
     reset_QM111: Tensor | None
     has_reset_Q: list[bool]
-    batch: int
+    num_rows: int
 
     @staticmethod
     def of(block: slice, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Tensor | None) -> "_Steps":
@@ -111,14 +115,15 @@ class _Steps(NamedTuple):
         has_reset_Q = [False] * CHUNK_LEN if reset_QM111 is None else reset_QM111.flatten(1).any(1).tolist()
         # exp2 is four times as fast as exp on CPU
         A_log2e = A * math.log2(math.e)
-        return _Steps(x_QMG.mT, dt_QMG.mT, B_QMG, C_QMG, A_log2e, reset_QM111, has_reset_Q, x.shape[0])
+        return _Steps(x_QMG.mT, dt_QMG.mT, B_QMG, C_QMG, A_log2e, reset_QM111, has_reset_Q, num_rows=x_QMG.shape[1])
 
-    def decay(self, t: int, out: Tensor) -> Tensor:
-        """exp(dt_t A) into ``out`` (M, G, N, P); 0 where step t starts a document."""
-        torch.mul(self.dt_QMG1P[t], self.A_log2e_GNP, out=out).exp2_()
-        if self.reset_QM111 is not None and self.has_reset_Q[t]:
-            out.masked_fill_(self.reset_QM111[t], 0)
-        return out
+    def decays(self, out: Tensor) -> Iterator[Tensor]:
+        """exp(dt_t A), (M, G, N, P), of one step after another into ``out``; 0 where the step starts a document."""
+        for t, (dt_MG1P, decay_MGNP) in enumerate(zip(self.dt_QMG1P, out, strict=True)):
+            torch.mul(dt_MG1P, self.A_log2e_GNP, out=decay_MGNP).exp2_()
+            if self.reset_QM111 is not None and self.has_reset_Q[t]:
+                decay_MGNP.masked_fill_(self.reset_QM111[t], 0)
+            yield decay_MGNP
 
     def chunk_decay(self) -> Tensor:
         """What a chunk leaves of the state at its start: (M, G, N, P)."""
@@ -128,36 +133,30 @@ class _Steps(NamedTuple):
 
 def _scan_block(steps: _Steps, state_BGNP: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y (Q, M, G, P), the states at the chunks' starts (M, G, N, P) and the last one (B, G, N, P)."""
-    num_rows = steps.x_QMG1P.shape[1]
-    h_MGNP = state_BGNP.new_zeros(num_rows, *state_BGNP.shape[1:])
-    for t in range(CHUNK_LEN):
-        decay_MGNP = steps.decay(t, out=decays[t, :num_rows])
-        h_MGNP.mul_(decay_MGNP).addcmul_(steps.x_QMG1P[t], steps.B_QMGN1[t])
+    h_MGNP = state_BGNP.new_zeros(decays.shape[1:])
+    for x, B, decay in zip(steps.x_QMG1P, steps.B_QMGN1, steps.decays(out=decays), strict=True):
+        h_MGNP.mul_(decay).addcmul_(x, B)
     starts_MGNP, state_BGNP = _carry(h_MGNP, steps.chunk_decay(), state_BGNP)
     h_MGNP.copy_(starts_MGNP)
     y_QMG1P = torch.empty_like(steps.x_QMG1P)
-    for t in range(CHUNK_LEN):
-        h_MGNP.mul_(decays[t, :num_rows]).addcmul_(steps.x_QMG1P[t], steps.B_QMGN1[t])
-        _matmul(steps.C_QMGN1[t].mT, h_MGNP, out=y_QMG1P[t])
+    for x, B, C, decay, y in zip(steps.x_QMG1P, steps.B_QMGN1, steps.C_QMGN1, decays, y_QMG1P, strict=True):
+        h_MGNP.mul_(decay).addcmul_(x, B)
+        _matmul(C.mT, h_MGNP, out=y)
     return y_QMG1P.squeeze(3), starts_MGNP, state_BGNP
 
 
 def _recompute(steps: _Steps, starts_MGNP: Tensor, decays: Tensor, states: Tensor) -> None:
     """Fill ``decays`` of every step, and ``states`` before every step and after the last."""
-    num_rows = len(starts_MGNP)
-    h_MGNP = states[0, :num_rows].copy_(starts_MGNP)
-    for t in range(CHUNK_LEN):
-        decay_MGNP = steps.decay(t, out=decays[t, :num_rows])
-        h_MGNP = torch.mul(h_MGNP, decay_MGNP, out=states[t + 1, :num_rows])
-        h_MGNP.addcmul_(steps.x_QMG1P[t], steps.B_QMGN1[t])
+    h_MGNP = states[0].copy_(starts_MGNP)
+    for x, B, decay, state in zip(steps.x_QMG1P, steps.B_QMGN1, steps.decays(out=decays), states[1:], strict=True):
+        h_MGNP = torch.mul(h_MGNP, decay, out=state).addcmul_(x, B)
 
 
 def _gradient_of_ends(steps: _Steps, dy_QMG1P: Tensor, decays: Tensor, dstate_BGNP: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the states at the chunks' ends (M, G, N, P), and of the state that entered the block."""
-    num_rows = dy_QMG1P.shape[1]
-    g_MGNP = dstate_BGNP.new_zeros(num_rows, *dstate_BGNP.shape[1:])
-    for t in reversed(range(CHUNK_LEN)):
-        g_MGNP.addcmul_(steps.C_QMGN1[t], dy_QMG1P[t]).mul_(decays[t, :num_rows])
+    g_MGNP = dstate_BGNP.new_zeros(decays.shape[1:])
+    for C, dy, decay in _backwards(steps.C_QMGN1, dy_QMG1P, decays):
+        g_MGNP.addcmul_(C, dy).mul_(decay)
     return _carry(g_MGNP, steps.chunk_decay(), dstate_BGNP, reverse=True)
 
 
@@ -168,20 +167,28 @@ def _chunk_gradients(
 
     ``g_MGNP`` is used up: the gradient of h_t, then of h_{t-1}, by g_t = decay_{t+1} g_{t+1} + C_t dy_t.
     """
-    num_rows = len(g_MGNP)
-    dx, ddt = torch.empty_like(dy_QMG1P), torch.empty_like(dy_QMG1P)
-    dB, dC = torch.empty_like(steps.B_QMGN1.mT), torch.empty_like(steps.C_QMGN1.mT)
+    dx_QMG1P, ddt_QMG1P = torch.empty_like(dy_QMG1P), torch.empty_like(dy_QMG1P)
+    dB_QMG1N, dC_QMG1N = torch.empty_like(steps.B_QMGN1.mT), torch.empty_like(steps.C_QMGN1.mT)
     dA_MGNP, dlog_decay = torch.zeros_like(g_MGNP), torch.empty_like(g_MGNP)
-    for t in reversed(range(CHUNK_LEN)):
-        g_MGNP.addcmul_(steps.C_QMGN1[t], dy_QMG1P[t])
-        _matmul(steps.B_QMGN1[t].mT, g_MGNP, out=dx[t])
-        _matmul(steps.x_QMG1P[t], g_MGNP.mT, out=dB[t])
-        _matmul(dy_QMG1P[t], states[t + 1, :num_rows].mT, out=dC[t])
-        g_MGNP.mul_(decays[t, :num_rows])
-        torch.mul(g_MGNP, states[t, :num_rows], out=dlog_decay)
-        dA_MGNP.addcmul_(dlog_decay, steps.dt_QMG1P[t])
-        torch.sum(dlog_decay.mul_(A_GNP), dim=2, keepdim=True, out=ddt[t])
-    return dA_MGNP.sum(0), dx.squeeze(3), ddt.squeeze(3), dB.squeeze(3), dC.squeeze(3)
+    given = _backwards(
+        steps.x_QMG1P, steps.dt_QMG1P, steps.B_QMGN1, steps.C_QMGN1, dy_QMG1P, decays, states[:-1], states[1:]
+    )
+    wanted = _backwards(dx_QMG1P, ddt_QMG1P, dB_QMG1N, dC_QMG1N)
+    for (x, dt, B, C, dy, decay, state_before, state), (dx, ddt, dB, dC) in zip(given, wanted, strict=True):
+        g_MGNP.addcmul_(C, dy)
+        _matmul(B.mT, g_MGNP, out=dx)
+        _matmul(x, g_MGNP.mT, out=dB)
+        _matmul(dy, state.mT, out=dC)
+        g_MGNP.mul_(decay)
+        torch.mul(g_MGNP, state_before, out=dlog_decay)
+        dA_MGNP.addcmul_(dlog_decay, dt)
+        torch.sum(dlog_decay.mul_(A_GNP), dim=2, keepdim=True, out=ddt)
+    return dA_MGNP.sum(0), dx_QMG1P.squeeze(3), ddt_QMG1P.squeeze(3), dB_QMG1N.squeeze(3), dC_QMG1N.squeeze(3)
+
+
+def _backwards(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Their steps together, the last first."""
+    return zip(*(reversed(x.unbind(0)) for x in tensors), strict=True)
 
 
 def _carry(added_MGNP: Tensor, decay_MGNP: Tensor, state_BGNP: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -214,7 +221,8 @@ def _to_chunks(x_BL: Tensor) -> Tensor:
 def _from_chunks(x_QM: Tensor, out: Tensor) -> None:
     """The inverse of ``_to_chunks``, into ``out`` (B, L, ...)."""
     batch, length = out.shape[:2]
-    rest = x_QM.shape[2:]
-    num_chunks = -(-length // CHUNK_LEN)
-    x_BCQ = x_QM.reshape(CHUNK_LEN, batch, num_chunks, *rest).movedim(0, 2)
-    out.copy_(x_BCQ.reshape(batch, num_chunks * CHUNK_LEN, *rest)[:, :length])
+    num_whole, rest = divmod(length, CHUNK_LEN)
+    x_BCQ = x_QM.unflatten(1, (batch, -(-length // CHUNK_LEN))).movedim(0, 2)
+    out[:, : length - rest].unflatten(1, (num_whole, CHUNK_LEN)).copy_(x_BCQ[:, :num_whole])
+    if rest:
+        out[:, length - rest :].copy_(x_BCQ[:, num_whole, :rest])

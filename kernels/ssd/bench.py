@@ -1,5 +1,6 @@
 """Forward plus backward of ``ssd`` beside transformers' chunked torch path: python -m kernels.ssd.bench."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from kernels.compiled import compile_pieces
 from kernels.ssd.op import ssd
 
 BATCH, LENGTH, HEADS, WIDTH, STATE, GROUPS, CHUNK = 4, 512, 8, 64, 64, 1, 64
+PEER_DEFAULT_CHUNK = 256  # chunk size in transformers' configurations of both models
 ROUNDS = 15
 
 
@@ -32,11 +34,11 @@ def make_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def peer_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+def peer_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK, **rest: Tensor) -> Tensor:
     """The scan of transformers' Mamba2Mixer and GraniteMoeHybrid as it runs without mamba_ssm."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-    return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True).to(x.dtype)
+    return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, **rest, dt_softplus=True).to(x.dtype)
 
 
 def our_ssd(**inputs: Tensor) -> Tensor:
@@ -59,36 +61,41 @@ def largest_difference(inputs: dict[str, Tensor], dy: Tensor) -> float:
     return max(float((got.float() - want).norm() / want.norm()) for got, want in pairs)
 
 
-def paired_medians(inputs: dict[str, Tensor], dy: Tensor) -> tuple[float, float, float]:
-    """Milliseconds of ours and of the peer, taken in turn, and the median of the paired ratios."""
-    times: dict[Callable[..., Tensor], list[float]] = {our_ssd: [], peer_ssd: []}
+def paired_times(inputs: dict[str, Tensor], dy: Tensor) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds of ours, of the peer at our chunk size and of the peer at its own, taken in turn."""
+    candidates = (our_ssd, peer_ssd, functools.partial(peer_ssd, chunk=PEER_DEFAULT_CHUNK))
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(ROUNDS):
-        for fn, taken in times.items():
+        for fn, taken in zip(candidates, times, strict=True):
             start = time.perf_counter()
             run_step(fn, inputs, dy)
             taken.append(1e3 * (time.perf_counter() - start))
-    ours, peer = times.values()
-    ratio = statistics.median(p / o for o, p in zip(ours, peer, strict=True))
-    return statistics.median(ours), statistics.median(peer), ratio
+    return times
+
+
+def report(name: str, dtype: torch.dtype, limit: float) -> None:
+    """Print one line; no speed when the results differ by more than ``limit``."""
+    inputs = make_inputs(dtype)
+    dy = torch.randn_like(inputs["x"])
+    if (error := largest_difference(inputs, dy)) > limit:
+        print(f"{name} relative error {error:.1e} > {limit:.0e}: no timing")
+        return
+    ours, *peers = paired_times(inputs, dy)
+    print(f"{name} ours {statistics.median(ours):6.1f}", end="")
+    for chunk, peer in zip((CHUNK, PEER_DEFAULT_CHUNK), peers, strict=True):
+        ratio = statistics.median(p / o for o, p in zip(ours, peer, strict=True))
+        print(f"   transformers chunk {chunk} {statistics.median(peer):6.1f} ratio {ratio:4.2f}", end="")
+    print(f"   (relative error {error:.0e})")
 
 
 def main() -> None:
-    """Print one line a dtype, eager and compiled; no speed is printed where the results differ."""
+    """One line a dtype, eager and with compiled pieces: median milliseconds and medians of the paired ratios."""
     print(f"ssd forward+backward, B{BATCH} L{LENGTH} H{HEADS} P{WIDTH} N{STATE} G{GROUPS} chunk {CHUNK},", end=" ")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {ROUNDS}, ms")
     for compiled in (False, True):
         compile_pieces(compiled)
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
-            inputs = make_inputs(dtype)
-            dy = torch.randn_like(inputs["x"])
-            name = f"{'compiled' if compiled else 'eager':8} {str(dtype).removeprefix('torch.'):8}"
-            if (error := largest_difference(inputs, dy)) > limit:
-                print(f"{name} relative error {error:.1e} > {limit:.0e}: no timing")
-                continue
-            ours, peer, ratio = paired_medians(inputs, dy)
-            print(
-                f"{name} ours {ours:6.1f}  transformers {peer:6.1f}  ratio {ratio:4.2f}  (relative error {error:.0e})"
-            )
+            report(f"{'compiled' if compiled else 'eager':8} {str(dtype).removeprefix('torch.'):8}", dtype, limit)
     compile_pieces(False)
 
 

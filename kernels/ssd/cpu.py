@@ -158,9 +158,9 @@ class _ChunkedScan(torch.autograd.Function):
         dinitial = _carry_(leaving, chunk_decay, dfinal, reverse=True)
         cum_TGJQ, dx = cum.permute(0, 2, 3, 1).contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, hidden, entering, leaving)
-        small = []
+        small: list[list[Tensor]] = []
         for t in _blocks(x):
-            dx[t], *rest = _tile_grads(*(tensor[t] for tensor in tiles), D=D)
+            dx[t], *rest = _tile_grads(D, *(tensor[t] for tensor in tiles))
             small.append(rest)
         *grads, dDs = zip(*small, strict=True)
         dB, dC, ddt, dcum, din_scale, dout_decay, dchunk_decay = (torch.cat(parts) for parts in grads)
@@ -170,6 +170,7 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _tile_grads(
+    D: Tensor | None,
     x: Tensor,
     B: Tensor,
     C: Tensor,
@@ -181,7 +182,6 @@ def _tile_grads(
     hidden: Tensor,
     entering: Tensor,
     leaving: Tensor,
-    D: Tensor | None,
 ) -> tuple[Any, ...]:
     """Gradients of x, B, C, dt, cum, in_scale, out_decay, chunk_decay and D for a block of tiles.
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from parallel.table_config import TableConfig
 from parallel.engram_table.layout import TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.tables import EngramTables
 from parallel.mesh import single_mesh
+from parallel.table_config import TableConfig
 
 LEARNING_RATE = 1e-3
 EPS = 1e-15  # SparseAdam adds epsilon before bias correction, we add it after: kept out of the comparison

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from parallel.table_config import TableConfig
 from parallel.engram_table.exchange import by_owner, open_route, return_rows, send_gradients
 from parallel.engram_table.grouping import group_rows, sum_groups
 from parallel.engram_table.initial import fill_initial_rows
@@ -20,6 +19,7 @@ from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros
 from parallel.engram_table.rows import Rows
 from parallel.mesh import Mesh
+from parallel.table_config import TableConfig
 
 
 class Piece(NamedTuple):

@@ -38,7 +38,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
-SchedulerParameters=sched_min_interval=100000
+SchedulerParameters=sched_interval=1
 SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
@@ -84,7 +84,7 @@ class Cluster:
         With ``cwd=ROOT`` and ``"tiny", "--train.steps", "3"`` it trains.
         """
         script = str(ROOT / "launch/slurm/train.sbatch")
-        return self.run("sbatch", "--parsable", "--time", "5", script, *words, cwd=cwd, **env).strip()
+        return self.run("sbatch", "--parsable", "--time", "60", script, *words, cwd=cwd, **env).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """Fields of ``scontrol show job``."""
@@ -123,10 +123,10 @@ def running_cluster() -> Iterator[Cluster]:
                 started.append(subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log))
             if name == "munge":
                 wait_for(munge["socket"].exists, "munged's socket", 10, cluster.logs)
-        idle = lambda: _answer(cluster).split() == ["idle", "idle"]  # noqa: E731
-        wait_for(idle, "two idle nodes", 30, cluster.logs)
+        wait_for(lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", 30, cluster.logs)
         yield cluster
     finally:
+        _end_jobs(cluster)
         for daemon in reversed(started):
             daemon.terminate()
             try:
@@ -136,6 +136,12 @@ def running_cluster() -> Iterator[Cluster]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _answer(cluster: Cluster) -> str:
-    asked = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=cluster.env, capture_output=True, text=True)
-    return asked.stdout
+def _ask(cluster: Cluster, *command: str) -> str:
+    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60).stdout
+
+
+def _end_jobs(cluster: Cluster) -> None:
+    """Jobs outlive their daemons: cancel what a failed test left, and wait until its processes are gone."""
+    if _ask(cluster, "squeue", "-h"):
+        _ask(cluster, "scancel", "--user", getpass.getuser())
+        wait_for(lambda: not _ask(cluster, "squeue", "-h"), "no jobs", 30, cluster.logs)

@@ -1,4 +1,4 @@
-"""Stands in for ``python -m launch`` in a Slurm job: ``train NAME [--die] [--resume]``.
+"""Stands in for ``python -m launch`` in a Slurm job: ``train PRESET --name NAME [--die] [--resume]``.
 
 Every rank sums over all ranks. The first start waits for USR1, as a long training would; a start with --resume ends.
 """
@@ -15,17 +15,17 @@ import torch.distributed as dist
 STOP = []
 signal.signal(signal.SIGUSR1, lambda *_: STOP.append("USR1"))
 
-verb, name, *options = sys.argv[1:]
+name = sys.argv[sys.argv.index("--name") + 1]
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(ranks)
 directory = Path("runs") / name
 directory.mkdir(parents=True, exist_ok=True)
-state = "resumed" if "--resume" in options else "started"
+state = "resumed" if "--resume" in sys.argv else "started"
 (directory / f"{state}-{rank}").write_text(
     f"sum {ranks.item()} node {os.environ['GROUP_RANK']} port {os.environ['MASTER_PORT']}"
 )
-if "--die" in options and rank == 1:
+if "--die" in sys.argv and rank == 1:
     sys.exit(3)
 deadline = time.monotonic() + 60
 while state == "started" and not STOP and time.monotonic() < deadline:

@@ -52,7 +52,7 @@ def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
 
 
 def test_a_rank_that_dies_ends_the_job_on_all_nodes(cluster, job_directory):
-    job = cluster.submit(job_directory, "second", "--die", NPROC="1")
+    job = cluster.submit(job_directory, "tiny", "--name", "second", "--die", NPROC="1")
     wait_for_state(cluster, job, "FAILED", job_directory)
     assert (job_directory / "runs/second/started-0").exists()
     assert "rank      : 1" in (job_directory / f"slurm-{job}.out").read_text()

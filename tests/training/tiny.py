@@ -48,6 +48,20 @@ def tiny_config(**model_fields) -> RunConfig:
     )
 
 
+def four_stream_config() -> RunConfig:
+    """Four residual streams, two groups and KV heads, softmax scores, RoPE, an embedding that is also the head."""
+    config = tiny_config(
+        pattern="ME*E",
+        num_streams=4,
+        tie_embeddings=True,
+        mamba2=Mamba2Config(head_dim=8, state_dim=12, num_groups=2, chunk_size=8),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope"),
+        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=1e-2),
+        engram=EngramConfig(layers=(2,), num_heads=2, head_dim=8, table_size=50, init_std=0.5),
+    )
+    return replace(config, train=replace(config.train, seed=0))
+
+
 def made_up_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, targets, documents (GLOBAL_BATCH, LENGTH) of a step: Zipf-like tokens, documents of uneven length."""
     generator = torch.Generator().manual_seed(1000 + step)

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.lti_conv import lti_conv, s4d_init, s4d_kernel
+from kernels.lti_conv import (
+    decode_diagonal,
+    discretize,
+    encode_diagonal,
+    lti_conv,
+    s4d_init,
+    s4d_kernel,
+    s4d_step,
+)
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part, Placement, constant, declare, normal
@@ -25,7 +33,7 @@ class S4D(nn.Module):
         inner = config.expand * model.d_model
         u, z = (Part(name=name, size=inner, units=inner) for name in "uz")
         self.in_proj = ColumnParallelLinear(model.d_model, (u, z), mesh, weight_init(model))
-        log_decay, frequency = s4d_init(config.init, config.state_dim)
+        log_decay, frequency = encode_diagonal(s4d_init(config.init, config.state_dim).cpu())
         states = log_decay.numel()
 
         def channels(*shape: int, init, whole: bool = False) -> nn.Parameter:
@@ -43,17 +51,25 @@ class S4D(nn.Module):
     def forward(self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None) -> torch.Tensor:
         """(B, L, D) -> (B, L, D). ``cache`` holds the state of a decoded sequence and is advanced."""
         u, z = self.in_proj.split(self.in_proj(x_BLD))
-        a_DN = torch.complex(-torch.exp(self.A_real_log), self.A_imag)
-        c_DN, dt_D = torch.view_as_complex(self.C), torch.exp(self.log_dt)
+        dt_D, a_DN = torch.exp(self.log_dt), decode_diagonal(self.A_real_log, self.A_imag)
+        c_DN = torch.view_as_complex(self.C)
         if cache is None:
-            kernel = s4d_kernel(
-                dt_D,
-                a_DN,
-                c_DN,
-                x_BLD.shape[1] if seq_idx_BL is None else seq_idx_BL.shape[1],
-                self.config.discretization,
-            )
-            y = lti_conv(u.transpose(1, 2), kernel, self.D, seq_idx=seq_idx_BL).transpose(1, 2)
+            kernel_DL = s4d_kernel(dt_D, a_DN, c_DN, u.shape[1], self.config.discretization)
+            y_BLD = lti_conv(u.transpose(1, 2), kernel_DL, self.D, seq_idx=seq_idx_BL).transpose(1, 2)
         else:
-            y = self._steps(u, dt_D, a_DN, c_DN, cache)
-        return self.out_proj(y.to(u.dtype) * F.silu(z))
+            y_BLD = self._steps(u, dt_D, a_DN, c_DN, cache)
+        return self.out_proj(y_BLD * F.silu(z))
+
+    def _steps(
+        self, u_BLD: torch.Tensor, dt_D: torch.Tensor, a_DN: torch.Tensor, c_DN: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        a_bar, b_bar = discretize(dt_D, a_DN, self.config.discretization)
+        state = cache.get("ssm")
+        if state is None:
+            state = torch.zeros((u_BLD.shape[0], *a_bar.shape), dtype=a_bar.dtype, device=u_BLD.device)
+        outputs = []
+        for u_BD in u_BLD.unbind(1):
+            y_BD, state = s4d_step(state, u_BD, a_bar, b_bar, c_DN, self.D)
+            outputs.append(y_BD)
+        cache["ssm"] = state
+        return torch.stack(outputs, 1)

@@ -1,0 +1,251 @@
+"""N ranks equal one: trains the tiny model on many layouts and compares every figure and tensor with a single process.
+
+``python -m tests.parity`` prints the table of the README. ``tests/training/test_parity.py`` asserts the same figures.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kernels.engram_gate.reference import engram_gate_reference
+from parallel.deepspeed_bridge import gradient_fragments
+from parallel.mesh import Mesh
+from parallel.placement import PlacedParameter, placed_parameters
+from tests.compare import relative_rmse
+from tests.ranks import run_ranks
+from tests.training.tiny import four_stream_config, layout, made_up_batches, make_trainer, tiny_config
+from training.config import RunConfig
+from training.model import engram as engram_layer
+from training.model import moe as moe_layer
+from training.step import global_grad_norm, train_step
+from training.trainer import Trainer
+
+STEPS = 5
+LEARNING_RATE = 1e-2
+TOLERANCE = 1e-5
+KINDS = ("loss", "norm", "gradients", "parameters", "updates", "rows")
+MODELS = {"plain": tiny_config, "streams": four_stream_config}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout: a name, the number of processes, and what differs from the single process."""
+
+    name: str
+    world_size: int
+    parallel: dict[str, Any]
+    model: str = "plain"
+    micro_batch: int = 2
+    recompute: bool = False
+
+    def config(self) -> RunConfig:
+        """The run on this layout."""
+        run = MODELS[self.model]()
+        train = replace(run.train, micro_batch=self.micro_batch, checkpoint_activations=self.recompute)
+        return replace(run, parallel=layout(**self.parallel), train=train)
+
+
+# dp = processes / tp; each data rank accumulates 8 / (micro_batch x dp) micro-batches. Engram rows are cut over all
+# processes. Without ep every process holds all experts.
+CASES = (
+    Case("accumulation 1", 1, {}, micro_batch=8),
+    Case("DP2, ZeRO 1, accumulation 2", 2, {}),
+    Case("EP2, ZeRO 2, accumulation 4", 2, {"ep": 2, "zero_stage": 2}, micro_batch=1),
+    Case("TP2", 2, {"tp": 2}),
+    Case("TP2, sequence parallel, ZeRO 2", 2, {"tp": 2, "sequence_parallel": True, "zero_stage": 2}),
+    Case("TP2 x EP2, recompute", 2, {"tp": 2, "ep": 2}, recompute=True),
+    Case("EP4, ZeRO 1", 4, {"ep": 4}),
+    Case("EP2, ZeRO 2", 4, {"ep": 2, "zero_stage": 2}),
+    Case("TP2 x EP2, ZeRO 1", 4, {"tp": 2, "ep": 2}),
+    Case("TP2 x EP4, ZeRO 2", 4, {"tp": 2, "ep": 4, "zero_stage": 2}),
+    Case("TP2, sequence parallel, ZeRO 1", 4, {"tp": 2, "sequence_parallel": True}),
+    Case("TP4", 4, {"tp": 4}),
+    Case("TP4 x EP2, sequence parallel", 4, {"tp": 4, "ep": 2, "sequence_parallel": True}),
+    Case("4 streams, TP2 x EP2, ZeRO 2", 2, {"tp": 2, "ep": 2, "zero_stage": 2}, model="streams"),
+    Case("4 streams, TP2 x EP4, sequence parallel", 4, {"tp": 2, "ep": 4, "sequence_parallel": True}, model="streams"),
+)
+
+
+class Piece(NamedTuple):
+    """What one rank holds of a global tensor: the values and the place of each of their blocks."""
+
+    shape: tuple[int, ...]
+    blocks: list[tuple[tuple[slice, ...], np.ndarray]]
+
+
+def parameter_piece(parameter: PlacedParameter, values: torch.Tensor, mesh: Mesh) -> Piece:
+    """``values`` (shape of the local parameter) as blocks of the global tensor."""
+    placement = parameter.placement
+    if placement.axis is None:
+        return Piece(placement.shape, [((slice(None),) * values.dim(), values.numpy().copy())])
+    blocks, base, dim = [], 0, placement.dim
+    for piece in placement.slices(mesh):
+        place = [slice(None)] * values.dim()
+        place[dim] = slice(base + piece.start, base + piece.stop)
+        blocks.append((tuple(place), values.narrow(dim, piece.offset, piece.size).numpy().copy()))
+        base += piece.part.size
+    return Piece(placement.shape, blocks)
+
+
+def assemble(pieces: list[Piece]) -> torch.Tensor:
+    """The global tensor. Fails where no rank holds an element, or replicas of one differ at all."""
+    whole = np.full(pieces[0].shape, np.nan, dtype=np.float32)
+    for piece in pieces:
+        for place, values in piece.blocks:
+            known = whole[place]
+            assert np.array_equal(known, np.where(np.isnan(known), known, values), equal_nan=True), "replicas differ"
+            whole[place] = values
+    assert not np.isnan(whole).any(), "no rank holds some elements"
+    return torch.from_numpy(whole)
+
+
+def parameters(trainer: Trainer) -> dict[str, Piece]:
+    """This rank's part of every parameter."""
+    return {
+        name: parameter_piece(parameter, parameter.detach(), trainer.mesh)
+        for name, parameter in placed_parameters(trainer.model)
+    }
+
+
+def gradients(trainer: Trainer) -> dict[str, Piece]:
+    """This rank's part of every reduced gradient, table rows included; collective. Between backward and step."""
+    mesh, local = trainer.mesh, {}
+    for parameter, start, values in gradient_fragments(trainer.engine):
+        flat = local.setdefault(id(parameter), torch.zeros(parameter.numel()))
+        flat[start : start + values.numel()] = values
+    pieces = {}
+    for name, parameter in placed_parameters(trainer.model):
+        flat = local.get(id(parameter), torch.zeros(parameter.numel()))
+        dist.all_reduce(flat, group=mesh.group("expt_dp" if parameter.placement.axis == "ep" else "dp"))
+        pieces[name] = parameter_piece(parameter, flat.view(parameter.shape), mesh)
+    if trainer.memory is not None:
+        tables = trainer.memory.tables
+        rows_U, grad_UW = tables._merged()
+        dense_RW = torch.zeros_like(tables._weight).index_copy_(0, rows_U, grad_UW)
+        for layer, shape in tables.shapes.items():
+            mine = dense_RW[tables.layout.local(layer, mesh.rank("engram"))]
+            pieces[f"engram.{layer}.weight"] = row_piece(mine, tables.owned(layer).start, shape.num_rows)
+    return pieces
+
+
+def row_piece(values_RW: torch.Tensor, start: int, num_rows: int) -> Piece:
+    """Contiguous rows of a table."""
+    place = (slice(start, start + len(values_RW)), slice(None))
+    return Piece((num_rows, values_RW.shape[1]), [(place, values_RW.numpy().copy())])
+
+
+def table_rows(trainer: Trainer) -> dict[str, Piece]:
+    """This rank's rows of every table."""
+    if trainer.memory is None:
+        return {}
+    state = trainer.memory.tables.state()
+    return {name: row_piece(*piece) for name, piece in state.items() if name.endswith(".weight")}
+
+
+def observe(config: RunConfig) -> dict[str, Any]:
+    """Train STEPS steps on this rank; the figures, and this rank's pieces of all tensors."""
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    trainer, first, figures = make_trainer(config), {}, []
+
+    def recorded_norm(trainer: Trainer) -> float:
+        if not first:
+            first.update(gradients(trainer))
+        return global_grad_norm(trainer)
+
+    initial, initial_rows = parameters(trainer), table_rows(trainer)
+    with mock.patch("training.step.global_grad_norm", recorded_norm), kinks() as distances:
+        for step in range(STEPS):
+            batches = made_up_batches(step, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
+            result = train_step(trainer, batches, LEARNING_RATE, step)
+            figures.append((result.loss, result.grad_norm))
+    return {
+        "figures": figures, "gradients": first, "initial": initial, "parameters": parameters(trainer),
+        "initial rows": initial_rows, "rows": table_rows(trainer), "kinks": distances,
+    }  # fmt: skip
+
+
+@contextmanager
+def kinks() -> Iterator[dict[str, float]]:
+    """Record how near this rank comes to the places where rounding is amplified: see ``assert_smooth``."""
+    distances = {"gate score": np.inf, "expert choice": np.inf}
+
+    def gate(h, k, v, query_norm, key_norm, eps):
+        _, gate_BLS = engram_gate_reference(h.detach(), k.detach(), v.detach(), query_norm, key_norm, eps)
+        score = torch.logit(gate_BLS.double()).square().min()
+        distances["gate score"] = min(distances["gate score"], float(score))
+        return engram_gate(h, k, v, query_norm, key_norm, eps)
+
+    def routed(logits, top_k, scores, bias, scale):
+        result = route(logits, top_k, scores, bias, scale)
+        chosen = (result[2] + bias).topk(top_k + 1).values
+        distances["expert choice"] = min(distances["expert choice"], float((chosen[:, -2] - chosen[:, -1]).min()))
+        return result
+
+    engram_gate, route = engram_layer.engram_gate, moe_layer.route
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(engram_layer, "engram_gate", gate))
+        stack.enter_context(mock.patch.object(moe_layer, "route", routed))
+        yield distances
+
+
+def assert_smooth(reference: dict[str, Any]) -> None:
+    """The data of the reference must not sit on a kink: no layout could be compared there to 1e-5.
+
+    The gate is the signed square root of a score, whose slope ends at 500 where the score is 0; near a tie of two
+    experts rounding decides. The seed in ``tiny.py`` was chosen as the first for which this holds.
+    """
+    assert reference["kinks"]["gate score"] > 1e-3, reference["kinks"]
+    assert reference["kinks"]["expert choice"] > 1e-5, reference["kinks"]
+
+
+def run_case(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Train on ``world_size`` processes: figures of each step, and global tensors by kind and name."""
+    ranks = run_ranks(observe, world_size, config)
+    assert all(rank["figures"] == ranks[0]["figures"] for rank in ranks), "ranks report different figures"
+    tensors = {
+        kind: {name: assemble([rank[kind][name] for rank in ranks]) for name in ranks[0][kind]}
+        for kind in ("gradients", "initial", "parameters", "initial rows", "rows")
+    }
+    tensors["updates"] = {name: tensors["parameters"][name] - tensors["initial"][name] for name in tensors["initial"]}
+    return tensors | {"figures": ranks[0]["figures"], "kinks": ranks[0]["kinks"]}
+
+
+def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Relative differences by kind and name: of figures |a - b| / |b|, of tensors the relative RMSE."""
+    result: dict[str, dict[str, float]] = {}
+    for column, kind in enumerate(("loss", "norm")):
+        pairs = zip(got["figures"], expected["figures"], strict=True)
+        result[kind] = {f"step {i}": abs(a[column] - b[column]) / abs(b[column]) for i, (a, b) in enumerate(pairs)}
+    for kind in KINDS[2:]:
+        assert got[kind].keys() == expected[kind].keys()
+        result[kind] = {name: relative_rmse(got[kind][name], values) for name, values in expected[kind].items()}
+    return result
+
+
+def reference_run(model: str) -> dict[str, Any]:
+    """The single process that all layouts of a model are compared with."""
+    return run_case(MODELS[model](), 1)
+
+
+def main() -> None:
+    """Print layout x largest relative difference."""
+    references = {model: reference_run(model) for model in MODELS}
+    print(f"{STEPS} steps in fp32, clipping active in each; largest relative difference from one process\n")
+    print("| processes | layout | " + " | ".join(KINDS) + " |")
+    print("|--:|---|" + "--:|" * len(KINDS))
+    for case in CASES:
+        found = differences(run_case(case.config(), case.world_size), references[case.model])
+        worst = " | ".join(f"{max(found[kind].values()):.1e}" for kind in KINDS)
+        print(f"| {case.world_size} | {case.name} | {worst} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

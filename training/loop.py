@@ -1,0 +1,194 @@
+"""The training loop of one rank."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from parallel.device import backend, device_name, local_device
+from parallel.errors import Problem, RunError
+from parallel.failure import explain_failure
+from parallel.mesh import build_mesh
+from training.checkpoint import latest, load, prune, save
+from training.config import RunConfig
+from training.data.dataset import PackedRows, ValidationRows
+from training.data.files import TokenFiles
+from training.data.loader import StepLoader, fingerprint
+from training.evaluate import evaluate
+from training.flops import flops_per_token, peak_flops
+from training.metrics import Metrics, memory_gib
+from training.run_file import save_run_json
+from training.sample import show_sample
+from training.schedule import learning_rate
+from training.step import StepResult, train_step
+from training.trainer import Trainer, build_trainer, perplexity, run_token_map
+
+RUNS = Path("runs")
+
+
+class ProcessLike(Protocol):
+    """What the loop asks of launch.env.Process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> None:
+    """Train a run from its configuration, from scratch or from its newest checkpoint.
+
+    Raises:
+        RunError: what the user must change, on every rank.
+        SystemExit: a rank died; its name and cause are printed on every rank (code 1).
+    """
+    files = open_data(config)
+    device = local_device(process.local_rank)
+    dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
+    try:
+        run_steps(config, files, device, process, resume=resume, overwrite=overwrite)
+    except RunError:
+        raise
+    except Exception as error:
+        explain_failure(error, process.rank, process.world_size)
+        os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def open_data(config: RunConfig) -> TokenFiles:
+    """The prepared token files.
+
+    Raises:
+        RunError: they are missing, damaged, or need a larger vocabulary than the model's.
+    """
+    files = TokenFiles.open(config.data.path)
+    if files.vocab_size > config.model.vocab_size:
+        raise RunError(
+            Problem(
+                field="model.vocab_size",
+                value=config.model.vocab_size,
+                rule=f"is below the {files.vocab_size} tokens of {config.data.path}",
+                fix=f"use {files.vocab_size} or more",
+            )
+        )
+    return files
+
+
+def run_steps(
+    config: RunConfig, files: TokenFiles, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
+) -> None:
+    """Build everything, then: load, step, log, evaluate, save, until the last step."""
+    directory = prepare_directory(config, process, resume=resume, overwrite=overwrite)
+    rows = PackedRows(files, "train", config.data.seq_length, config.data.seed)
+    validation = ValidationRows(files, config.data.seq_length)
+    trainer = build_trainer(config, build_mesh(config.parallel), device, run_token_map(config, files))
+    data_print = fingerprint(rows)
+    start = restore(trainer, directory, data_print) if resume else 0
+    mesh, settings = trainer.mesh, config.train
+    loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
+    speed = Speedometer(config, mesh.size("world"), device, start)
+    with loader, Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start) as metrics:
+        for step in range(start, settings.steps):
+            batches = next(loader)
+            rate = learning_rate(config.optimizer, step, settings.steps)
+            result = train_step(trainer, batches, rate, step)
+            done = step + 1
+            record = speed.record(done, result, rate)
+            metrics.advance(done, result.loss)
+            metrics.write(record, echo=done % settings.log_every == 0 or done in (1, settings.steps))
+            if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
+                loss = evaluate(trainer, validation, settings.eval_rows)
+                metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
+                speed.pause()
+            if done == settings.steps or done % settings.save_every == 0:
+                save(directory / "checkpoints", trainer, done, {"data_fingerprint": data_print})
+                prune(directory / "checkpoints", settings.keep)
+                speed.pause()
+        show_sample(trainer, files, directory, metrics)
+
+
+def prepare_directory(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> Path:
+    """runs/<name> with its run.json. An overwritten run is moved aside, never deleted. Collective."""
+    directory = RUNS / config.name
+    if process.rank == 0:
+        if overwrite and directory.exists():
+            aside = next(path for n in range(1, 10**6) if not (path := RUNS / f"{config.name}.{n}").exists())
+            directory.rename(aside)
+            print(f"the earlier run is now {aside}", flush=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_run_json(directory / "run.json", config, process.world_size)
+    dist.barrier()
+    return directory
+
+
+def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
+    """Load the newest complete checkpoint; the number of steps it has behind it.
+
+    Raises:
+        RunError: there is none, it does not fit, or the data are no longer the same.
+    """
+    path = latest(directory / "checkpoints")
+    if path is None:
+        raise RunError(
+            Problem(
+                field="--resume",
+                value=directory,
+                rule="has no complete checkpoint",
+                fix="use --overwrite to start anew",
+            )
+        )
+    manifest: dict[str, Any] = load(path, trainer)
+    if manifest["extra"]["data_fingerprint"] != data_print:
+        raise RunError(
+            Problem(
+                field="data.path",
+                value=trainer.config.data.path,
+                rule=f"no longer gives the rows that {path} was trained on",
+                fix="restore the token files, data.seed and data.seq_length of run.json",
+            )
+        )
+    if trainer.mesh.global_rank == 0:
+        print(f"resumed from {path}", flush=True)
+    return int(manifest["step"])
+
+
+class Speedometer:
+    """Turns step results into records: tokens a second, MFU, shares of time, time left."""
+
+    def __init__(self, config: RunConfig, num_ranks: int, device: torch.device, start: int) -> None:
+        self.steps, self.start, self.device = config.train.steps, start, device
+        self.tokens = config.train.global_batch * config.data.seq_length
+        self.flops = self.tokens * flops_per_token(config.model, config.data.seq_length)
+        self.peak = (peak_flops(device_name(device)) or 0.0) * num_ranks
+        self.last, self.spent, self.counted = time.perf_counter(), 0.0, 0
+
+    def pause(self) -> None:
+        """Do not count the time since the last record: evaluation, saving."""
+        self.last = time.perf_counter()
+
+    def record(self, done: int, result: StepResult, rate: float) -> dict[str, Any]:
+        """The record of the step that made ``done`` steps."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if self.counted:  # the first step allocates and compiles
+            self.spent += seconds
+        self.counted += 1
+        mean = self.spent / max(1, self.counted - 1) if self.spent else seconds
+        return {
+            "step": done,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "step_s": seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / self.peak if self.peak else None,
+            "mem_gib": memory_gib(self.device),
+            "a2a": result.exchange_s / seconds,
+            "expert_max": result.expert_max,
+            "engram": None if result.engram_s is None else result.engram_s / seconds,
+            "eta_s": mean * (self.steps - done),
+        }
