@@ -9,6 +9,7 @@ The model arrives in its own dtypes (bf16 with a few fp32 parameters), so DeepSp
 accumulates gradients in fp32 and uses one optimizer class for both stages and both dtypes.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,7 +127,11 @@ def start_engine(
         RuntimeError: DeepSpeed would train something else than the model (see ``check_engine``).
     """
     import deepspeed
+    from deepspeed.utils import logger
 
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed's shared-memory collective serves inference; building it costs a compiler and a minute at the first run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     tag_experts(model)
     check_placements(model, mesh)
     before = {name: _fingerprint(parameter) for name, parameter in placed_parameters(model)}

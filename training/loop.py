@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
         SystemExit: a rank died; its name and cause are printed on every rank (code 1).
     """
     files = open_data(config)
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.c10d_logger")  # about optional packages
     device = local_device(process.local_rank)
     dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
     try:

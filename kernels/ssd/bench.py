@@ -63,7 +63,11 @@ def largest_difference(inputs: dict[str, Tensor], dy: Tensor) -> float:
 
 def paired_times(inputs: dict[str, Tensor], dy: Tensor) -> tuple[list[float], list[float], list[float]]:
     """Milliseconds of ours, of the peer at our chunk size and of the peer at its own, taken in turn."""
-    candidates = (our_ssd, peer_ssd, functools.partial(peer_ssd, chunk=PEER_DEFAULT_CHUNK))
+    candidates: tuple[Callable[..., Tensor], ...] = (
+        our_ssd,
+        peer_ssd,
+        functools.partial(peer_ssd, chunk=PEER_DEFAULT_CHUNK),
+    )
     times: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(ROUNDS):
         for fn, taken in zip(candidates, times, strict=True):

@@ -6,7 +6,8 @@ section 6 and Listing 1). What makes it fast where elementwise passes and page f
 - the causal mask is laid on C·Bᵀ, which has no head dim, so the (chunk x chunk) decay of each head is only subtracted,
   clamped at zero, exponentiated and multiplied;
 - chunks are handled in blocks whose temporaries stay in cache and are allocated from the same memory again and again;
-- backward recomputes scores, decays and states: nothing but the inputs is kept;
+- backward recomputes scores, decays and weights; beside the inputs it keeps the state that enters each chunk and its
+  product with C, in the dtype of x: recomputing those too costs 12 % of forward and backward in fp32 (AVX-512, 1 core);
 - what is one scalar a token and head (step sizes, decays) is left to autograd.
 These are plain tensor operations: CUDA tensors run them as well, in one block.
 
@@ -98,7 +99,11 @@ def _outer_sums(x: Tensor, scale: Tensor, B_TGQN: Tensor, dtype: torch.dtype) ->
     shape = (tiles, groups, B_TGQN.shape[-1], heads[0] * heads[1])
     sums = torch.empty(shape, dtype=dtype, device=x.device)
     for block in _blocks(x):
-        sums[block] = B_TGQN[block].mT @ _scaled(x[block], scale[block], _BY_GROUP).flatten(-2)
+        factors = B_TGQN[block].mT, _scaled(x[block], scale[block], _BY_GROUP).flatten(-2)
+        if dtype == x.dtype:
+            torch.matmul(*factors, out=sums[block])
+        else:
+            sums[block] = torch.matmul(*factors)
     return sums
 
 
@@ -135,29 +140,29 @@ class _ChunkedScan(torch.autograd.Function):
         initial: Tensor,
         hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, initial, hidden)
         B_TGQN, C_TGQN, cum_TGJQ = B.transpose(1, 2), C.transpose(1, 2), cum.permute(0, 2, 3, 1).contiguous()
         states = _outer_sums(x, in_scale, B_TGQN, initial.dtype)
         final = _carry_(states, chunk_decay, initial)
+        entering = states.to(x.dtype)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y_off = torch.empty((*C_TGQN.shape[:3], entering.shape[-1]), dtype=x.dtype, device=x.device)
         for t in _blocks(x):
             _, weights = _decay_and_weights(cum_TGJQ[t], _masked_scores(B_TGQN[t], C_TGQN[t], hidden[t]))
             y_diag = weights @ _scaled(x[t], dt[t], _BY_HEAD)
-            y_off = (C_TGQN[t] @ states[t].to(x.dtype)).unflatten(-1, x.shape[-2:])
-            y[t] = _combine(y_diag, y_off, out_decay[t], x[t], D)
+            torch.matmul(C_TGQN[t], entering[t], out=y_off[t])
+            y[t] = _combine(y_diag, y_off[t].unflatten(-1, x.shape[-2:]), out_decay[t], x[t], D)
+        ctx.save_for_backward(x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, hidden, entering, y_off)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, initial, hidden = ctx.saved_tensors
+        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, hidden, entering, y_off = ctx.saved_tensors
         B_TGQN, C_TGQN = B.transpose(1, 2), C.transpose(1, 2)
-        entering = _outer_sums(x, in_scale, B_TGQN, initial.dtype)
-        _carry_(entering, chunk_decay, initial)
-        leaving = _outer_sums(dy, out_decay, C_TGQN, initial.dtype)
+        leaving = _outer_sums(dy, out_decay, C_TGQN, dfinal.dtype)
         dinitial = _carry_(leaving, chunk_decay, dfinal, reverse=True)
         cum_TGJQ, dx = cum.permute(0, 2, 3, 1).contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, hidden, entering, leaving)
+        tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, hidden, entering, leaving, y_off)
         small: list[list[Tensor]] = []
         for t in _blocks(x):
             dx[t], *rest = _tile_grads(D, *(tensor[t] for tensor in tiles))
@@ -182,10 +187,12 @@ def _tile_grads(
     hidden: Tensor,
     entering: Tensor,
     leaving: Tensor,
+    y_off: Tensor,
 ) -> tuple[Any, ...]:
     """Gradients of x, B, C, dt, cum, in_scale, out_decay, chunk_decay and D for a block of tiles.
 
-    ``leaving`` (T, G, N, J·P) is the gradient of the state after each chunk, ``entering`` the state before it.
+    ``leaving`` (T, G, N, J·P) is the gradient of the state after each chunk, ``entering`` the state before it, in the
+    dtype of x, and ``y_off`` (T, G, Q, J·P) the products of C with that state.
     """
     heads, mm = x.shape[-2:], x.dtype
     scores = _masked_scores(B, C, hidden)
@@ -195,16 +202,15 @@ def _tile_grads(
     dcum, dscores = _decay_and_score_grads(dweights, decay, scores)
     dscores = dscores.masked_fill_(hidden, 0).to(mm)
 
-    entering_mm, leaving_mm = entering.to(mm), leaving.to(mm)
+    leaving_mm = leaving.to(mm)
     x_in, dy_out = _scaled(x, in_scale, _BY_GROUP).flatten(-2), _scaled(dy, out_decay, _BY_GROUP).flatten(-2)
-    y_off = (C @ entering_mm).unflatten(-1, heads).permute(_BY_GROUP)
-    dout_decay = (dy.to(dt.dtype) * y_off.to(dt.dtype)).sum(-1)
-    dchunk_decay = (leaving * entering).unflatten(-1, heads).sum((2, 4))  # (T, G, J)
+    dout_decay = (dy.to(dt.dtype) * y_off.to(dt.dtype).unflatten(-1, heads).permute(_BY_GROUP)).sum(-1)
+    dchunk_decay = (leaving * entering.to(dt.dtype)).unflatten(-1, heads).sum((2, 4))  # (T, G, J)
 
     dx_in = (B @ leaving_mm).unflatten(-1, heads)
     dx, ddt, din_scale, dD = _input_grads(weights.mT @ dy_TGJQP, dx_in, x, dy, dt, in_scale, D)
     dB = dscores.mT @ C + x_in @ leaving_mm.mT
-    dC = dscores @ B + dy_out @ entering_mm.mT
+    dC = dscores @ B + dy_out @ entering.mT
     dcum = dcum.permute(0, 3, 1, 2)
     return dx, dB.transpose(1, 2), dC.transpose(1, 2), ddt, dcum, din_scale, dout_decay, dchunk_decay, dD
 
