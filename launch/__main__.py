@@ -34,7 +34,7 @@ def shadowed(root: Path = ROOT) -> str | None:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve() if spec and spec.origin else None
         if found != root / name / "__init__.py":
-            return f"'{name}' is {found or 'missing'}, not {root / name}: start from {root}, or uninstall the other '{name}'"
+            return f"'{name}' is {found or 'missing'}, not {root / name}: start from {root}, or uninstall the other"
     return None
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             raise RunError(
                 Problem(
                     field="verb", value=argv[0], rule=f"is none of {', '.join(VERBS)}", fix=f"did you mean {near[0]}?"
-                )  # fmt: skip
+                )
             )
         return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
     except RunError as error:

@@ -52,7 +52,8 @@ def show(findings: list[Finding]) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     for finding in findings:
-        console.print(Text(f"{finding.status:8}", COLOURS[finding.status]), f"{finding.subject:14} {finding.found}", markup=False)  # fmt: skip
+        status = Text(f"{finding.status:8}", COLOURS[finding.status])
+        console.print(status, f"{finding.subject:14} {finding.found}", markup=False)
         if finding.fix:
             console.print(f"{'':24}-> {finding.fix}", markup=False)
 
@@ -65,8 +66,9 @@ def check_versions() -> Iterator[Finding]:
         elif package in REQUIRED:
             yield Finding(status="problem", subject=package, found="not installed", fix=f"pip install {package}")
         else:
-            need = {"triton": "kernels for cards", "mpi4py": "starting under mpirun"}.get(package, "some features")
-            yield Finding(status="warning", subject=package, found="not installed", fix=f"pip install {package} for {need}")  # fmt: skip
+            use = {"triton": "kernels for cards", "mpi4py": "starting under mpirun"}.get(package, "some features")
+            fix = f"pip install {package} for {use}"
+            yield Finding(status="warning", subject=package, found="not installed", fix=fix)
 
 
 def check_devices() -> Iterator[Finding]:
@@ -86,13 +88,17 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(status="ok", subject="device", found=card)
     if local_device().type == "cpu":
         yield Finding(
-            status="problem", subject="device", found="torch sees no card", fix="install torch's CUDA build, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )  # fmt: skip
+            status="problem",
+            subject="device",
+            found="torch sees no card",
+            fix="install torch's CUDA build, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
 
 
 def check_node(process: Process, shm: Path = Path("/dev/shm"), here: Path = Path()) -> Iterator[Finding]:
     """Launcher, cores, memory, disk, shared memory."""
-    yield Finding(status="ok", subject="launcher", found=f"{process.launcher}, {process.world_size} processes, {process.local_world_size} on this node, rank 0 at {process.master_addr}:{process.master_port}")  # fmt: skip
+    place = f"{process.local_world_size} on this node, rank 0 at {process.master_addr}:{process.master_port}"
+    yield Finding(status="ok", subject="launcher", found=f"{process.launcher}, {process.world_size} processes, {place}")
     share = cores() / process.local_world_size
     few = "fewer processes a node, or more cores (srun --cpus-per-task, mpirun --bind-to none)" if share < 1 else ""
     yield Finding(
@@ -104,8 +110,11 @@ def check_node(process: Process, shm: Path = Path("/dev/shm"), here: Path = Path
         ("/dev/shm", shutil.disk_usage(shm).free if shm.exists() else 0, GIB, "docker run --shm-size=8g, or remount"),
     )
     for subject, free, enough, fix in space:
-        low = free < enough
-        yield Finding(status="warning" if low else "ok", subject=subject, found=f"{free / GIB:.1f} GiB free", fix=fix if low else "")  # fmt: skip
+        found = f"{free / GIB:.1f} GiB free"
+        if free < enough:
+            yield Finding(status="warning", subject=subject, found=found, fix=fix)
+        else:
+            yield Finding(status="ok", subject=subject, found=found)
 
 
 def check_communication(process: Process, timeout_s: int = TIMEOUT_S) -> Finding:
@@ -118,7 +127,8 @@ def check_communication(process: Process, timeout_s: int = TIMEOUT_S) -> Finding
             peers = 2
             _exchange_between_two(timeout_s)
     except Exception as error:
-        return Finding(status="problem", subject="gloo", found=f"rank {process.rank}: {error}".strip(), fix="check MASTER_ADDR, MASTER_PORT, firewalls and GLOO_SOCKET_IFNAME")  # fmt: skip
+        fix = "check MASTER_ADDR, MASTER_PORT, firewalls and GLOO_SOCKET_IFNAME"
+        return Finding(status="problem", subject="gloo", found=f"rank {process.rank}: {error}", fix=fix)
     return Finding(status="ok", subject="gloo", found=f"all-reduce and all-to-all between {peers} processes")
 
 

@@ -55,7 +55,7 @@ def from_environment(env: Mapping[str, str]) -> Process:
                 value=env[present],
                 rule=f"is set, but {absent} is not",
                 fix=f"unset {present}, or start with torchrun",
-            )  # fmt: skip
+            )
         )
     if "RANK" in env:
         process = _from_torchrun(env)
@@ -72,7 +72,7 @@ def from_environment(env: Mapping[str, str]) -> Process:
                 value=process.rank,
                 rule=f"is not below the {process.world_size} processes",
                 fix="unset the launcher's variables",
-            )  # fmt: skip
+            )
         )
     return replace(
         process,
@@ -209,7 +209,7 @@ def _agree_by_mpi(process: Process) -> Process:
                 value=error,
                 rule="cannot be imported under mpirun",
                 fix="pip install mpi4py, or set MASTER_ADDR and MASTER_PORT (mpirun -x)",
-            )  # fmt: skip
+            )
         ) from error
     single = process.local_world_size == process.world_size
     offer = (LOCALHOST if single else _own_address(), free_port()) if process.rank == 0 else None

@@ -148,7 +148,7 @@ def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list
                     value=" ".join(words[place + 1 : place + 2]),
                     rule="can only be none",
                     fix="set its fields: --model.engram.layers 1 3",
-                )  # fmt: skip
+                )
             )
         return replace(config, model=replace(config.model, engram=None)), words[:place] + words[place + 2 :]
     if config.model.engram is None and any(word.startswith("--model.engram.") for word in words):

@@ -260,11 +260,34 @@ class GradientScale:
                         parameter.grad.mul_(self.factor)
 
 
-def master_state(engine: Any) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
-    """This rank's flat fp32 master partitions and their optimizer state, by group: (name, master, state)."""
+def optimizer_groups_state(engine: Any) -> Iterator[tuple[list[PlacedParameter], dict[str, torch.Tensor]]]:
+    """Each optimizer group's parameters, and this rank's flat partition of it: live fp32, exp_avg, exp_avg_sq; step ().
+
+    AdamW's state is made here where the first step has not yet; AdamW then goes on from it as from its own.
+    """
     zero = engine.optimizer
-    for index, master in enumerate(zero.single_partition_of_fp32_groups):
-        yield f"group{index}", master, zero.optimizer.state.get(master, {})
+    for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        state = zero.optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), device=master.device)  # fused AdamW counts on the device
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        yield parameters, {"fp32": master.detach()} | {name: value.detach() for name, value in state.items()}
+
+
+def master_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, dict[str, torch.Tensor]]]:
+    """What this rank owns of each parameter: (parameter, start in the flat parameter, live values by name).
+
+    Names are those of ``optimizer_groups_state``, without step.
+    """
+    zero = engine.optimizer
+    states = [state for _, state in optimizer_groups_state(engine)]
+    for parameter, index, start, size in owned_fragments(engine):
+        flat = zero.bit16_groups_flat[index]
+        place = start + (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+        place %= states[index]["fp32"].numel()  # partitions are of one size
+        yield parameter, start, {
+            name: states[index][name][place : place + size] for name in ("fp32", "exp_avg", "exp_avg_sq")
+        }
 
 
 def refresh_parameters(engine: Any) -> None:

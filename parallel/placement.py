@@ -2,8 +2,8 @@
 
 Initialisation (the same values on every layout), gradient reduction, norms and checkpoints all read this declaration.
 
-A cut dim consists of packed ``Part``s (``in_proj`` = z, x, B, C, dt), each made of indivisible ``units`` (heads, groups,
-channels, experts). A part with fewer units than ranks is replicated: each unit is held by ``copies`` neighbouring ranks.
+A cut dim consists of packed ``Part``s (``in_proj`` = z, x, B, C, dt), each made of indivisible ``units`` (heads,
+groups, channels, experts). A part with fewer units than ranks is replicated: ``copies`` neighbouring ranks hold a unit.
 """
 
 import hashlib
@@ -124,6 +124,7 @@ class PlacedParameter(nn.Parameter):
     """A parameter that knows its ``placement``."""
 
     placement: Placement
+    tensor_model_parallel: bool  # read by DeepSpeed
 
     def __deepcopy__(self, memo):
         copy = declare_like(self)
@@ -154,7 +155,7 @@ def placed_parameters(model: nn.Module) -> Iterator[tuple[str, PlacedParameter]]
         TypeError: a parameter was made without a placement; it would be reduced and saved wrongly.
     """
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "placement"):
+        if not isinstance(parameter, PlacedParameter):
             raise TypeError(f"parameter {name} declares no placement; make it with parallel.placement.declare")
         yield name, parameter
 

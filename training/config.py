@@ -1,4 +1,4 @@
-"""One run, wholly described: RunConfig composes the dataclasses of their owners. No torch in here: the CLI imports it."""
+"""One run, wholly described: RunConfig composes its owners' dataclasses. No torch in here: the CLI imports it."""
 
 from dataclasses import dataclass, field
 from typing import Literal

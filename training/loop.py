@@ -22,8 +22,9 @@ from training.data.loader import StepLoader, fingerprint
 from training.evaluate import evaluate
 from training.flops import flops_per_token, peak_flops
 from training.metrics import Metrics, memory_gib
+from training.preemption import StopRequest
+from training.report import resume_command, show_end
 from training.run_file import save_run_json
-from training.sample import show_sample
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
 from training.trainer import Trainer, build_trainer, perplexity, run_token_map
@@ -34,9 +35,12 @@ RUNS = Path("runs")
 class ProcessLike(Protocol):
     """What the loop asks of launch.env.Process."""
 
-    rank: int
-    local_rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
 
 
 def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> None:
@@ -93,24 +97,28 @@ def run_steps(
     mesh, settings = trainer.mesh, config.train
     loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
     speed = Speedometer(config, mesh.size("world"), device, start)
-    with loader, Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start) as metrics:
+    metrics = Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start)
+    with loader, metrics, StopRequest(mesh, device) as stop:
         for step in range(start, settings.steps):
-            batches = next(loader)
             rate = learning_rate(config.optimizer, step, settings.steps)
-            result = train_step(trainer, batches, rate, step)
-            done = step + 1
-            record = speed.record(done, result, rate)
-            metrics.advance(done, result.loss)
-            metrics.write(record, echo=done % settings.log_every == 0 or done in (1, settings.steps))
-            if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
+            result = train_step(trainer, next(loader), rate, step)
+            done, last = step + 1, step + 1 == settings.steps
+            metrics.write(speed.record(done, result, rate), echo=done % settings.log_every == 0 or done == 1 or last)
+            stopping = stop.agreed()
+            if last or (settings.eval_every and done % settings.eval_every == 0):
                 loss = evaluate(trainer, validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
                 speed.pause()
-            if done == settings.steps or done % settings.save_every == 0:
+            if last or stopping or done % settings.save_every == 0:
                 save(directory / "checkpoints", trainer, done, {"data_fingerprint": data_print})
                 prune(directory / "checkpoints", settings.keep)
                 speed.pause()
-        show_sample(trainer, files, directory, metrics)
+            if stopping and not last:
+                metrics.say(
+                    f"asked to stop: saved after step {done}; to go on: {resume_command(trainer, settings.steps)}"
+                )
+                return
+        show_end(trainer, files, directory, metrics)
 
 
 def prepare_directory(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> Path:

@@ -96,13 +96,10 @@ class Metrics:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
+        if self._progress is not None and "loss" in record:
+            self._progress.update(self._task, completed=record["step"], description=f"loss {record['loss']:.3f}")
         if echo:
             self.say(log_line(record, self.num_steps))
-
-    def advance(self, step: int, loss: float) -> None:
-        """Move the progress bar, where there is a terminal."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=f"loss {loss:.3f}")
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""

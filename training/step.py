@@ -79,7 +79,7 @@ def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, ste
 
 
 def global_grad_norm(trainer: Trainer) -> float:
-    """Norm of the whole model's gradient, table rows included: each global element counts once. One scalar over world."""
+    """Norm of the whole model's gradient, table rows included, each global element once. One scalar over world."""
     squared = squared_grad_norm(trainer.engine, trainer.mesh)
     if trainer.memory is not None:
         squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)

@@ -85,7 +85,7 @@ def _powers(x: Tensor, count: int) -> Tensor:
 def s4d_step(
     state_BDN: Tensor, u_BD: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, C_DN: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and the state h = Ā h + B̄ u (B, D, N)."""
+    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and h = Ā h + B̄ u (B, D, N)."""
     state_BDN = Abar_DN * state_BDN + Bbar_DN * u_BD.unsqueeze(-1)
     y_BD = 2 * (C_DN * state_BDN).sum(-1).real
     y_BD = y_BD if D is None else y_BD + D * u_BD

@@ -123,7 +123,9 @@ def running_cluster() -> Iterator[Cluster]:
                 started.append(subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log))
             if name == "munge":
                 wait_for(munge["socket"].exists, "munged's socket", 10, cluster.logs)
-        wait_for(lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", 30, cluster.logs)
+        wait_for(
+            lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", 30, cluster.logs
+        )
         yield cluster
     finally:
         _end_jobs(cluster)

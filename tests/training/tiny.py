@@ -24,6 +24,9 @@ from training.trainer import Trainer, build_trainer
 VOCAB = 197
 LENGTH = 24
 GLOBAL_BATCH = 8
+# The first seeds from 0 on with which no step of the parity runs comes near a place where rounding is amplified:
+# ``tests.parity.assert_smooth`` says which and checks it.
+PLAIN_SEED, STREAMS_SEED = 15, 16
 
 
 def tiny_config(**model_fields) -> RunConfig:
@@ -43,8 +46,8 @@ def tiny_config(**model_fields) -> RunConfig:
     return RunConfig(
         model=replace(model, **model_fields),
         # Clipping is active in every step, and eps keeps Adam smooth where gradients are near zero.
-        optimizer=OptimizerConfig(learning_rate=1e-2, clip_norm=0.05, eps=1e-4, warmup_steps=1),
-        train=TrainConfig(global_batch=GLOBAL_BATCH, micro_batch=2, dtype="fp32"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, clip_norm=0.05, eps=1e-4, warmup_steps=1),
+        train=TrainConfig(global_batch=GLOBAL_BATCH, micro_batch=2, dtype="fp32", seed=PLAIN_SEED),
     )
 
 
@@ -59,7 +62,7 @@ def four_stream_config() -> RunConfig:
         moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=1e-2),
         engram=EngramConfig(layers=(2,), num_heads=2, head_dim=8, table_size=50, init_std=0.5),
     )
-    return replace(config, train=replace(config.train, seed=0))
+    return replace(config, train=replace(config.train, seed=STREAMS_SEED))
 
 
 def made_up_rows(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,7 +102,7 @@ def train_steps(config: RunConfig, num_steps: int) -> tuple[Trainer, list[tuple[
     trainer, figures = make_trainer(config), []
     for step in range(num_steps):
         batches = made_up_batches(step, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
-        result = train_step(trainer, batches, 1e-2, step)
+        result = train_step(trainer, batches, config.optimizer.learning_rate, step)
         figures.append((result.loss, result.grad_norm))
     return trainer, figures
 

@@ -1,4 +1,7 @@
-"""Grouped-query attention, tensor-parallel over heads, never across documents. B batch, L length, H heads, P head width."""
+"""Grouped-query attention, tensor-parallel over heads, never across documents.
+
+B batch, L length, D model width, H heads, P head width.
+"""
 
 import torch
 from torch import nn

@@ -162,8 +162,8 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
             problems.append(Problem(field=f"model.{field}", value=value, rule=rule, fix=fix))
 
     unknown = sorted(set(model.pattern) - set(MIXERS))
-    require(bool(model.pattern) and not unknown, "pattern", repr(model.pattern),
-            f"has letters {unknown} that name no layer" if unknown else "is empty", f"use {''.join(MIXERS)}")  # fmt: skip
+    fault = f"has letters {unknown} that name no layer" if unknown else "is empty"
+    require(bool(model.pattern) and not unknown, "pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
     require(model.num_streams >= 1, "num_streams", model.num_streams, "is below 1", "use 1 or 4")
     used = set(model.pattern)
     if "M" in used:

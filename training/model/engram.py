@@ -69,7 +69,7 @@ class Engram(nn.Module):
         return give_token_share(u_BLSD, self.mesh)
 
     def _conv(self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        """Depthwise causal convolution over whole rows: the shares of all tensor ranks are gathered, the own one kept."""
+        """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the own one kept."""
         group, dilation = self.mesh.group("tp"), max(self.config.orders)
         normed = rms_norm(u_BLSD, self.conv_norm, self.eps).flatten(-2)
         rows = gather_tokens(normed, group)

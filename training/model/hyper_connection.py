@@ -15,6 +15,9 @@ from parallel.placement import Placement, constant, declare
 from training.model.config import ModelConfig
 
 ALPHA = 0.01  # the paper's only published initial value (appendix A.1)
+POST_SPREAD = (
+    1.0  # equal streams would get equal gradients and stay equal for ever; the mean of H_post is 1 all the same
+)
 IDENTITY_LOGIT = 5.0  # diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns
 
 
@@ -22,7 +25,7 @@ class HyperConnection(nn.Module):
     """Coefficients of one layer: u = H_pre x, x' = H_res x + H_post^T F(u).
 
     H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn-Knopp; all from r^-1 x phi, fp32.
-    Initially H_pre = 1/S, H_post = 1: with equal streams the model is the plain residual network.
+    Initially H_pre = 1/S and H_post has mean 1, so the mean of the streams is the plain residual network's.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
@@ -40,7 +43,8 @@ class HyperConnection(nn.Module):
 
         def bias(_: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
             pre = torch.full((streams,), -math.log(streams - 1))
-            return torch.cat([pre, torch.zeros(streams), (IDENTITY_LOGIT * torch.eye(streams)).flatten()])
+            post = torch.linspace(-POST_SPREAD, POST_SPREAD, streams)
+            return torch.cat([pre, post, (IDENTITY_LOGIT * torch.eye(streams)).flatten()])
 
         size = streams * (streams + 2)
         self.phi = replica(size, streams * model.d_model, init=constant(0.0))

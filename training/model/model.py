@@ -112,8 +112,8 @@ class HybridModel(nn.Module):
         """The normed last hidden state in the compute dtype, and the auxiliary losses."""
         x_BLSD = self.embedding(ids_BL).float()[:, :, None].expand(-1, -1, self.config.num_streams, -1)
         auxiliary = x_BLSD.new_zeros(())
-        for layer in self.layers:
-            cache = None if caches is None else caches[layer.index]
+        for index, layer in enumerate(self.layers):
+            cache = None if caches is None else caches[index]
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x_BLSD, extra = checkpoint(layer, x_BLSD, memory, seq_idx_BL, use_reentrant=False)
             else:
@@ -139,7 +139,7 @@ def build_model(
     device: torch.device,
     checkpoint_activations: bool = False,
 ) -> HybridModel:
-    """An initialised model: matrices in ``dtype``, parameters declared fp32 in fp32. The same values on every layout."""
+    """An initialised model, the same on every layout: matrices in ``dtype``, what is declared fp32 in fp32."""
     with torch.device(device):
         built = HybridModel(model, mesh, checkpoint_activations=checkpoint_activations)
     initialize_parameters(built, mesh, seed)

@@ -32,6 +32,8 @@ class MoE(nn.Module):
     Under tensor parallelism each tensor rank routes its share of the tokens.
     """
 
+    bias: torch.Tensor
+
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.config, self.mesh = model.moe, mesh

@@ -1,0 +1,134 @@
+"""From what is typed to a checked request."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.env import Process
+from launch.train import Request, field_names, find_problems, main, parse
+from parallel.errors import RunError
+from training.config import RunConfig
+from training.presets import PRESETS
+from training.run_file import save_run_json
+
+
+def said(request, tmp_path, process=Process()):  # noqa: B008
+    return [str(problem) for problem in find_problems(request, process, tmp_path)]
+
+
+def test_a_preset_with_fields():
+    request = parse(
+        ["tiny", "--train.steps", "3", "--parallel.sequence_parallel", "True", "--model.engram.layers", "0", "2",
+         "--optimizer.learning-rate=1e-4", "--resume"]
+    )  # fmt: skip
+    assert request.resume
+    assert not request.overwrite
+    preset = PRESETS["tiny"]()
+    assert request.run == replace(
+        preset,
+        model=replace(preset.model, engram=replace(preset.model.engram, layers=(0, 2))),
+        train=replace(preset.train, steps=3),
+        parallel=replace(preset.parallel, sequence_parallel=True),
+        optimizer=replace(preset.optimizer, learning_rate=1e-4),
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_what_it_returns_and_runs_on_one_process_or_eight(name, tmp_path):
+    request = parse([name])
+    assert request.run == PRESETS[name]()
+    huge = Process(world_size=64, local_world_size=1)
+    assert said(request, tmp_path, huge) == []
+
+
+def test_engram_in_and_out():
+    assert parse(["tiny", "--model.engram", "none", "--train.steps", "3"]).run.model.engram is None
+    assert parse(["moe-3b", "--model.engram.layers", "3"]).run.model.engram.layers == (3,)
+    with pytest.raises(RunError, match="can only be none"):
+        parse(["tiny", "--model.engram", "yes"])
+
+
+def test_every_field_has_a_name_on_the_command_line():
+    names = field_names(RunConfig)
+    assert {"name", "model.mamba2.chunk_size", "model.engram.table_size", "parallel.tp", "table.eps"} <= set(names)
+    assert "model" not in names
+
+
+def test_nearest_names():
+    with pytest.raises(RunError, match=r"preset=tinny .* did you mean tiny\?"):
+        parse(["tinny"])
+    with pytest.raises(RunError) as error:
+        parse(["tiny", "--train.stepz", "3", "--model.patern=M"])
+    assert [problem.fix for problem in error.value.problems] == [
+        "did you mean --train.steps?",
+        "did you mean --model.pattern?",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_value_of_the_wrong_type_is_told_by_rank_0(rank, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["tiny", "--train.steps", "three"], rank)
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert ("--train.steps" in printed.err + printed.out) == (rank == 0)
+
+
+def test_a_saved_configuration_starts_a_run(tmp_path):
+    config = PRESETS["hybrid-27b"]()
+    save_run_json(tmp_path / "run.json", config, world_size=1)
+    again = parse(["--config", str(tmp_path / "run.json"), "--name", "again"]).run
+    assert again == replace(config, name="again")
+    assert parse([f"--config={tmp_path / 'run.json'}"]).run == config
+
+
+def test_layout_directory_and_memory_are_told_together(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/run.json").write_text("{}")
+    run = parse(["tiny", "--parallel.ep", "3", "--model.engram.table_size", "1000000000000"]).run
+    problems = said(Request(run=run), tmp_path)
+    assert len(problems) == 3
+    assert problems[0].startswith("parallel.ep=3 does not divide the 1 processes")
+    assert "add --resume to continue it, --overwrite to start anew" in problems[1]
+    assert "model.engram.table_size=1000000000000 needs" in problems[2]
+    assert "use at most" in problems[2]
+
+
+def test_tables_are_shared_by_nodes(tmp_path):
+    config = PRESETS["hybrid-27b"]()  # 65 GiB of rows and moments
+    run = replace(config, model=replace(config.model, engram=replace(config.model.engram, table_size=10**10)))
+    crowded, spread = Process(world_size=8, local_world_size=8), Process(world_size=2**20, local_world_size=1)
+    assert len(said(Request(run=run), tmp_path, crowded)) == 1
+    spread_run = replace(run, train=replace(run.train, global_batch=2**20))
+    assert said(Request(run=spread_run), tmp_path, spread) == []
+    on_device = replace(run, table=replace(run.table, placement="device"))
+    assert said(Request(run=on_device), tmp_path, crowded) == []
+
+
+def test_the_runs_directory(tmp_path):
+    run = PRESETS["tiny"]()
+    resume, overwrite = Request(run=run, resume=True), Request(run=run, overwrite=True)
+    assert said(Request(run=run), tmp_path) == []
+    assert said(overwrite, tmp_path) == []
+    (tmp_path / "tiny2").mkdir()
+    assert said(resume, tmp_path) == [f"name=tiny has no {tmp_path}/tiny to resume; did you mean --name tiny2?"]
+    (tmp_path / "tiny").mkdir()
+    assert said(Request(run=run), tmp_path) == []  # empty: nothing of another run
+    (tmp_path / "tiny/metrics.jsonl").write_text("")
+    assert said(resume, tmp_path) == []
+    assert said(overwrite, tmp_path) == []
+    assert "names the existing" in said(Request(run=run), tmp_path)[0]
+    assert "contradicts --overwrite" in said(Request(run=run, resume=True, overwrite=True), tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x"])
+def test_a_run_stays_in_its_directory(name, tmp_path):
+    run = replace(PRESETS["tiny"](), name=name)
+    assert "is not a plain directory name" in said(Request(run=run), tmp_path)[0]
+
+
+def test_usage_lists_presets(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in PRESETS)

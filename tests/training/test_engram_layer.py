@@ -1,0 +1,229 @@
+"""The Engram layer against the paper written out, and the way from tokens to its memory rows.
+
+B batch, L length, S streams, D model width, M memory width, O n-gram orders x heads.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.engram_hash import engram_hash
+from kernels.engram_hash.reference import engram_hash_reference
+from parallel.mesh import single_mesh
+from parallel.placement import initialize_parameters
+from tests.compare import assert_close
+from tests.training.tiny import VOCAB, made_up_rows, made_up_token_map, tiny_config
+from training.data.token_map import TokenMap
+from training.model.config import EngramConfig, ModelConfig
+from training.model.engram import Engram
+from training.trainer import EngramMemory, build_memory, memory_of
+
+WIDTH, LENGTHS = 10, [1, 3, 2, 14, 9]
+LENGTH = sum(LENGTHS)
+
+
+def engram_layer(streams: int, random: bool = True, **fields) -> Engram:
+    config = EngramConfig(**({"num_heads": 2, "head_dim": 3} | fields))
+    layer = Engram(ModelConfig(d_model=WIDTH, num_streams=streams, engram=config), single_mesh())
+    initialize_parameters(layer, single_mesh(), 0)
+    if random:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    return layer
+
+
+def inputs(layer: Engram, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    memory_width = len(layer.config.orders) * layer.config.num_heads * layer.config.head_dim
+    h_BLSD = torch.randn(batch, LENGTH, layer.streams, WIDTH, requires_grad=True)
+    return h_BLSD, torch.randn(batch, LENGTH, memory_width, requires_grad=True)
+
+
+def documents(batch: int = 2) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).int().repeat(batch, 1)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int]) -> torch.Tensor:
+    """arXiv 2601.07372, eq. 4 to 6, with the signed root of the official code; one position and stream at a time."""
+    config, rows = layer.config, []
+    for row_h, row_e in zip(h, e, strict=True):
+        gated, normed, places = [], [], []
+        for t in range(LENGTH):
+            v_D, streams = p["value"] @ row_e[t], []
+            for s in range(layer.streams):
+                gate = row_e.new_ones(())
+                if config.gate:
+                    key = p["key"].view(layer.streams, WIDTH, -1)[s] @ row_e[t]
+                    query = rms(row_h[t, s], p["query_norm"][s], layer.eps)
+                    score = rms(key, p["key_norm"][s], layer.eps) @ query / WIDTH**0.5
+                    gate = torch.sigmoid(score.sign() * score.abs().clamp_min(1e-6).sqrt())
+                streams.append(gate * v_D)
+            gated.append(torch.stack(streams))
+            if config.conv:
+                normed.append(rms(gated[-1], p["conv_norm"], layer.eps))
+        for t in range(LENGTH):
+            out_SD = gated[t]
+            if config.conv:
+                taps = p["conv_weight"].view(layer.streams, WIDTH, config.conv_width)
+                y_SD = torch.zeros_like(out_SD)
+                for back in range(config.conv_width):
+                    source = t - back * config.orders[-1]
+                    if source >= 0 and document_L[source] == document_L[t]:
+                        y_SD = y_SD + taps[..., -1 - back] * normed[source]
+                out_SD = out_SD + y_SD * torch.sigmoid(y_SD)
+            places.append(out_SD)
+        rows.append(torch.stack(places))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"orders": (2, 3, 4), "conv_width": 2}, {"gate": False}, {"conv": False}, {"gate": False, "conv": False}],
+    ids=str,
+)
+def test_equals_the_paper_written_out(streams, fields, poison):
+    """Forward and every gradient, packed, against fp64."""
+    layer = engram_layer(streams, **fields)
+    h_BLSD, e_BLM = inputs(layer)
+    twins = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    h_twin, e_twin = (x.detach().double().requires_grad_() for x in (h_BLSD, e_BLM))
+    got = layer(h_BLSD, e_BLM, documents())
+    expected = written_out(layer, twins, h_twin, e_twin, documents()[0].tolist())
+    assert_close("output", got, expected)
+    upstream = torch.randn(got.shape)
+    got.backward(upstream)
+    expected.backward(upstream.double())
+    assert_close("memory gradient", e_BLM.grad, e_twin.grad)
+    if layer.config.gate:
+        assert_close("streams gradient", h_BLSD.grad, h_twin.grad)
+    for name, parameter in layer.named_parameters():
+        assert_close(f"{name} gradient", parameter.grad, twins[name].grad)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_convolution_starts_as_nothing(streams):
+    with_conv = engram_layer(streams, random=False)
+    without = engram_layer(streams, random=False, conv=False)
+    h_BLSD, e_BLM = inputs(with_conv)
+    assert torch.equal(with_conv(h_BLSD, e_BLM, documents()), without(h_BLSD, e_BLM, documents()))
+    assert without(h_BLSD, e_BLM, documents()).abs().mean() > 1e-2
+    with_conv(h_BLSD, e_BLM, documents()).square().sum().backward()
+    assert with_conv.conv_weight.grad.abs().max() > 0
+
+
+def test_convolution_looks_back_by_the_largest_order():
+    layer = engram_layer(1)
+    h_BLSD, e_BLM = inputs(layer, 1)
+    layer(h_BLSD, e_BLM, None)[:, 20].sum().backward()
+    touched = e_BLM.grad[0].abs().amax(1).nonzero().flatten().tolist()
+    assert touched == [11, 14, 17, 20]
+
+
+def test_streams_gate_one_value_each_for_itself():
+    layer = engram_layer(4, conv=False)
+    h_BLSD, e_BLM = inputs(layer)
+    out_BLSD, v_BLD = layer(h_BLSD, e_BLM, None), e_BLM @ layer.value.T
+    gate_BLSD = out_BLSD / v_BLD[:, :, None]
+    assert_close("gate", gate_BLSD, gate_BLSD.mean(-1, keepdim=True).expand_as(gate_BLSD), 1e-4)
+    assert gate_BLSD.min() > 0
+    assert gate_BLSD.max() < 1
+    moved = h_BLSD.detach().clone()
+    moved[:, :, 2] += 1.0
+    changed = (layer(moved, e_BLM, None) - out_BLSD).abs().amax((0, 1, 3))
+    assert changed[2] > 1e-3
+    assert not changed[[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [2, 5, 1, 14, 7], [20, *[1] * 9]], ids=["steps", "pieces", "prefill"])
+def test_step_equals_scan(streams, pieces):
+    layer = engram_layer(streams)
+    h_BLSD, e_BLM = inputs(layer)
+    cache: dict = {}
+    got = [layer(h, e, None, cache) for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)]
+    assert_close("output", torch.cat(got, 1), layer(h_BLSD, e_BLM, None))
+
+
+def test_documents_do_not_meet():
+    """Outputs are those of the documents alone, and no gradient crosses."""
+    layer = engram_layer(4)
+    h_BLSD, e_BLM = inputs(layer)
+    packed = layer(h_BLSD, e_BLM, documents())
+    alone = [layer(h, e, None) for h, e in zip(h_BLSD.split(LENGTHS, 1), e_BLM.split(LENGTHS, 1), strict=True)]
+    assert_close("output", packed, torch.cat(alone, 1))
+    packed[:, 6:20].square().sum().backward()
+    for gradient in (h_BLSD.grad, e_BLM.grad):
+        assert not gradient[:, :6].any()
+        assert not gradient[:, 20:].any()
+        assert gradient[:, 6:20].any()
+
+
+def test_bf16_keeps_norms_in_fp32():
+    layer, twin = engram_layer(4), engram_layer(4)
+    twin.load_state_dict(layer.state_dict())
+    for parameter in layer.parameters():
+        if not parameter.placement.fp32:
+            parameter.data = parameter.data.bfloat16()
+    assert {name for name, p in layer.named_parameters() if p.dtype == torch.float32} == {"query_norm", "key_norm", "conv_norm"}
+    h_BLSD, e_BLM = inputs(layer)
+    got = layer(h_BLSD, e_BLM.bfloat16(), documents())
+    assert_close("output", got.float(), twin(h_BLSD, e_BLM, documents()), 2e-2)
+
+
+def real_memory(**fields) -> EngramMemory:
+    config = tiny_config()
+    config = replace(config, model=replace(config.model, engram=replace(config.model.engram, **fields)))
+    return build_memory(config, single_mesh(), made_up_token_map(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("orders", [(2, 3), (2, 3, 4)])
+def test_row_ids_are_the_hash_of_compressed_ids_within_documents(orders):
+    memory = real_memory(orders=orders)
+    ids_BL, _, seq_idx_BL = made_up_rows(0)
+    rows = memory.row_ids(ids_BL, seq_idx_BL)
+    assert set(rows) == {1, 3}
+    for layer, ids_BLO in rows.items():
+        expected = engram_hash_reference(ids_BL % 150, memory.hashes[layer], seq_idx_BL)
+        assert torch.equal(ids_BLO, expected)
+    assert not torch.equal(rows[1], rows[3])
+
+
+def test_row_ids_of_decoding_are_those_of_the_whole_text():
+    """A new token is hashed with the compressed ids before it, and with pads where the text is younger."""
+    memory = real_memory(orders=(2, 3, 4))
+    ids_BL = torch.randint(0, VOCAB, (2, 12))
+    whole = memory.row_ids(ids_BL, None)
+    compressed = memory.token_map.compress(ids_BL)
+    for layer, spec in memory.hashes.items():
+        padded = torch.cat([torch.full((2, 3), spec.pad_id), compressed], 1)
+        for t in range(12):
+            step = engram_hash(compressed[:, t : t + 1], spec, history_BK=padded[:, t : t + 3])
+            assert torch.equal(step[:, 0], whole[layer][:, t])
+
+
+def test_uncompressed_ids_hash_as_they_are():
+    config = tiny_config().model.engram
+    token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=5)
+    memory = EngramMemory(config, token_map, real_memory().tables, single_mesh())
+    ids_BL, _, seq_idx_BL = made_up_rows(1)
+    expected = engram_hash_reference(ids_BL, memory.hashes[3], seq_idx_BL)
+    assert torch.equal(memory.row_ids(ids_BL, seq_idx_BL)[3], expected)
+
+
+def test_memory_holds_the_rows_in_column_order():
+    memory = real_memory()
+    ids_BL, _, seq_idx_BL = made_up_rows(2)
+    rows, row_ids = memory.fetch(ids_BL, seq_idx_BL), memory.row_ids(ids_BL, seq_idx_BL)
+    for layer, embed in memory_of(rows).items():
+        e_BLM = embed()
+        assert e_BLM.shape == (*ids_BL.shape, row_ids[layer].shape[-1] * 8)
+        single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[layer].embed()
+        assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
+        assert torch.equal(embed(), e_BLM)
+    assert e_BLM.std() == pytest.approx(0.5, rel=0.1)

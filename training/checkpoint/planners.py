@@ -1,0 +1,188 @@
+"""Logical tensors to and from a directory, by torch.distributed.checkpoint (DCP) on its public planner interface.
+
+What is written is a plain DCP checkpoint: ``dcp.load`` and ``format_utils.dcp_to_torch_save`` read it without us.
+DCP leaves four holes that are closed here: it checks coverage neither when it loads nor when one rank saves, never
+misses a name that no rank has, and casts dtypes in silence.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from parallel.errors import RunError
+from training.checkpoint.boxes import Box, cover_problem
+from training.checkpoint.logical import Tensors
+
+# A saved chunk is read whole even where one row of it is needed.
+MAX_CHUNK_BYTES = 8 * 2**20
+
+
+def write_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
+    """Save what this rank ``writes`` of ``tensors`` into a fresh directory, synced to disk. Collective over ``group``.
+
+    Raises:
+        CheckpointException: on every rank; its failures are those of single ranks.
+    """
+    writer = dcp.FileSystemWriter(path, sync_files=True, overwrite=False)
+    with _alone(group):
+        dcp.save(
+            {}, storage_writer=writer, planner=ChunkSavePlanner(tensors), process_group=group, no_dist=group is None
+        )
+
+
+def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
+    """Fill what this rank holds of ``tensors``. Collective over ``group``.
+
+    Raises:
+        CheckpointException: on every rank; its failures are those of single ranks.
+    """
+    reader = dcp.FileSystemReader(path)
+    with _alone(group):
+        dcp.load(
+            {}, storage_reader=reader, planner=ChunkLoadPlanner(tensors), process_group=group, no_dist=group is None
+        )
+
+
+@contextmanager
+def _alone(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """DCP warns about a process without a process group; here that is a way to run."""
+    with warnings.catch_warnings():
+        if group is None:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Writes the chunks of logical tensors, none larger than MAX_CHUNK_BYTES."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors = tensors
+        self.values: dict[MetadataIndex, torch.Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """This rank's chunks."""
+        items = []
+        for name, tensor in self.tensors.items():
+            max_numel = MAX_CHUNK_BYTES // tensor.dtype.itemsize
+            for chunk in (chunk for chunk in tensor.chunks if chunk.writes):
+                for box in chunk.box.split(max_numel):
+                    starts = (a - b for a, b in zip(box.offset, chunk.box.offset, strict=True))
+                    values = chunk.values[tuple(slice(a, a + n) for a, n in zip(starts, box.sizes, strict=True))]
+                    items.append(_write_item(name, tensor.shape, box, values))
+                    self.values[items[-1].index] = values
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """On rank 0: every element of every tensor is written by exactly one rank, or nothing is written.
+
+        Raises:
+            RunError: a tensor with a gap or an overlap.
+        """
+        boxes: dict[str, list[Box]] = defaultdict(list)
+        for plan in all_plans:
+            for item in plan.items:
+                assert item.tensor_data is not None, "only tensors are written"
+                boxes[item.index.fqn].append(_box(item.tensor_data.chunk))
+        check_cover({name: tensor.shape for name, tensor in self.tensors.items()}, boxes)
+        return super().create_global_plan(all_plans)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The values of one chunk."""
+        # The index that comes back carries a hint; equality leaves that out.
+        return self.values[write_item.index].detach()
+
+
+class ChunkLoadPlanner(DefaultLoadPlanner):
+    """Reads what this rank holds of logical tensors, from chunks that may be cut otherwise."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors = tensors
+
+    def create_local_plan(self) -> LoadPlan:
+        """What to read.
+
+        Raises:
+            RunError: a tensor that is missing, of another shape or dtype, or with a gap or an overlap in the checkpoint.
+        """
+        assert self.metadata is not None, "DCP sets the planner up first"
+        plan = LoadPlan([])
+        for name, tensor in self.tensors.items():
+            saved = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise RunError(f"{name} is not in the checkpoint")
+            found = (tuple(saved.size), saved.properties.dtype)
+            if found != (tensor.shape, tensor.dtype):
+                raise RunError(f"{name} is {found} in the checkpoint, expected {(tensor.shape, tensor.dtype)}")
+            wanted = [ChunkStorageMetadata(torch.Size(c.box.offset), torch.Size(c.box.sizes)) for c in tensor.chunks]
+            items = create_read_items_for_chunk_list(name, saved, wanted)
+            read, asked = sum(item.lengths.numel() for item in items), sum(chunk.box.numel for chunk in tensor.chunks)
+            if read != asked:
+                raise RunError(f"{name}: the checkpoint holds {read} of the {asked} elements that are needed")
+            plan.items.extend(items)
+        return plan
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """On rank 0: what was saved covers each tensor exactly once."""
+        assert self.metadata is not None, "DCP sets the planner up first"
+        saved = self.metadata.state_dict_metadata
+        boxes = {name: [_box(chunk) for chunk in saved[name].chunks] for name in self.tensors}
+        check_cover({name: tensor.shape for name, tensor in self.tensors.items()}, boxes)
+        return global_plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The values that a read item fills; chunks of equal place (steps of several groups) differ by their number."""
+        assert index.index is not None, "read items are numbered"
+        return self.tensors[index.fqn].chunks[index.index].values
+
+
+def check_cover(shapes: dict[str, tuple[int, ...]], boxes: dict[str, list[Box]]) -> None:
+    """Raise unless the boxes of each tensor are each of its elements exactly once, and no other tensor has any.
+
+    Raises:
+        RunError: one line for each tensor of which that is not true.
+    """
+    problems = [f"{name}: not a tensor of this model" for name in boxes if name not in shapes]
+    for name, shape in shapes.items():
+        if (problem := cover_problem(shape, boxes.get(name, []))) is not None:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise RunError(*problems)
+
+
+def _write_item(name: str, shape: tuple[int, ...], box: Box, values: torch.Tensor) -> WriteItem:
+    offset = torch.Size(box.offset)
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(offset, torch.Size(box.sizes)),
+        properties=TensorProperties.create_from_tensor(values),
+        size=torch.Size(shape),
+    )
+    return WriteItem(index=MetadataIndex(name, offset), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _box(chunk: ChunkStorageMetadata) -> Box:
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))

@@ -1,0 +1,253 @@
+"""Save and restore a run. Every tensor is logical, so any layout reads what any other wrote.
+
+Training draws no random numbers after initialisation, so no generator's state is saved.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from parallel.deepspeed_bridge import refresh_parameters
+from parallel.errors import Problem, RunError
+from parallel.mesh import Mesh
+from training.checkpoint import storage
+from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
+from training.checkpoint.planners import read_tensors, write_tensors
+from training.checkpoint.storage import FORMAT, Manifest, checkpoint_problem, told_for
+from training.data.ranks import Comm, on_every_rank, on_rank_0
+from training.model.config import MIXERS, ModelConfig
+from training.model.model import HybridModel
+from training.trainer import EngramMemory, Trainer
+
+T = TypeVar("T")
+
+# Ranks wait for the slowest disk.
+TIMEOUT = timedelta(hours=1)
+# Fields that may change in a resumed run: the function that the parameters describe stays the same.
+FREE_FIELDS = {
+    "init_std",
+    "engram.init_std",
+    "mamba2.chunk_size",
+    "moe.bias_rate",
+    "moe.aux_loss",
+    "moe.z_loss",
+    "moe.capacity_factor",
+}
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class GroupComm:
+    """The communicator of ``training.data.ranks`` on a process group; None is one process."""
+
+    group: dist.ProcessGroup | None
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def allgather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank."""
+        values = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def bcast(self, value: T) -> T:
+        """Rank 0's value."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+
+def _comm() -> GroupComm:
+    return GroupComm(_group_beside(dist.group.WORLD) if dist.is_initialized() else None)
+
+
+@lru_cache(maxsize=1)
+def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group for checkpoints alone: a save may then run beside training's collectives. Collective at the first call."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) -> Path:
+    """Write ``directory/step-N``; each rank writes what it owns, nothing is gathered. Collective over world.
+
+    Only between steps: gradients that are being accumulated are not saved.
+
+    Args:
+        extra: anything that JSON can hold; ``load`` gives it back (the data's fingerprint, say). Rank 0's counts.
+
+    Returns:
+        The checkpoint's path; it is complete.
+
+    Raises:
+        RunError: on every rank: the disk refused, or a tensor would not be saved exactly once.
+        TypeError: ``extra`` is not JSON.
+    """
+    json.dumps(extra)
+    record = {"format": FORMAT, "step": step, "extra": extra, **_identity(trainer.config.model, trainer.memory)}
+    record["layout"] = {"world": trainer.mesh.size("world"), **asdict(trainer.config.parallel)}
+    return _write(Path(directory), trainer_tensors(trainer), record, _comm())
+
+
+def _write(directory: Path, tensors: Tensors, record: Manifest, comm: GroupComm) -> Path:
+    """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread beside training."""
+    path = on_rank_0(comm, lambda: storage.start_directory(directory, record["step"]))
+    with told_for(path, "written"):
+        write_tensors(path, tensors, comm.group)
+
+    def mine() -> Manifest:
+        own = [file.name for file in path.glob(f"__{comm.rank}_*.distcp")] + [".metadata"] * (comm.rank == 0)
+        with told_for(path, "written"):
+            return storage.file_records(path, own)
+
+    shares = comm.allgather(on_every_rank(comm, mine))
+    record = record | {
+        "files": {name: file for share in shares for name, file in sorted(share.items())},
+        "tensors": _census(tensors),
+    }
+    return on_rank_0(comm, lambda: storage.commit(path, json.loads(json.dumps(record))))
+
+
+def load(path: Path, trainer: Trainer) -> Manifest:
+    """Restore masters, moments, steps, tables and router biases, and the model's parameters. Collective over world.
+
+    Returns:
+        The manifest; ``step`` and ``extra`` are those of ``save``.
+
+    Raises:
+        RunError: on every rank: the checkpoint is incomplete, damaged (file and tensors are named), of a newer format,
+            or of another model or token map. All of these are found before anything is changed.
+    """
+    manifest = _restore(Path(path), trainer_tensors(trainer), trainer.config.model, trainer.memory, lambda name: True)
+    refresh_parameters(trainer.engine)
+    return manifest
+
+
+def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemory | None) -> Manifest:
+    """Read parameters, router biases and table rows into a model without an optimizer, on any layout.
+
+    Parameters are rounded to their own dtype. Collective over world where there are processes.
+
+    Raises:
+        RunError: as ``load``.
+    """
+    return _restore(Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight)
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint in ``directory``; None where there is none. Collective over world."""
+    return storage.latest(Path(directory), _comm())
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Keep the ``keep`` newest complete checkpoints; of others delete what their manifests name. Collective over world.
+
+    Raises:
+        RunError: ``keep`` is below 1, or the disk refuses.
+    """
+    storage.prune(Path(directory), keep, _comm())
+
+
+def _restore(
+    path: Path, tensors: Tensors, config: ModelConfig, memory: EngramMemory | None, wanted: Callable[[str], bool]
+) -> Manifest:
+    comm: Comm = _comm()
+    path = comm.bcast(path)
+    manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
+    on_every_rank(comm, lambda: _check_same_run(path, manifest, tensors, config, memory, wanted))
+    storage.verify(path, manifest, comm)
+    with told_for(path, "read"):
+        read_tensors(path, tensors, comm.group)
+    return manifest
+
+
+def _census(tensors: Tensors) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in tensors.items()
+    }
+
+
+def _identity(config: ModelConfig, memory: EngramMemory | None) -> dict[str, Any]:
+    """What parameters and rows mean: the model's configuration, the token map and the hashes."""
+    identity: dict[str, Any] = {"model": json.loads(json.dumps(asdict(config))), "token_map": None, "hashes": None}
+    if memory is not None:
+        hashes = json.dumps({layer: asdict(spec) for layer, spec in sorted(memory.hashes.items())}, default=int)
+        identity["token_map"] = memory.token_map.checksum
+        identity["hashes"] = hashlib.sha256(hashes.encode()).hexdigest()
+    return identity
+
+
+def _check_same_run(
+    path: Path,
+    manifest: Manifest,
+    tensors: Tensors,
+    config: ModelConfig,
+    memory: EngramMemory | None,
+    wanted: Callable[[str], bool],
+) -> None:
+    """Raise with everything that differs between the checkpoint and the model that asks for it."""
+    identity = _identity(config, memory)
+    problems = [
+        Problem(field=f"model.{name}", value=here, rule=f"is {there} in {path}", fix="use the checkpoint's value")
+        for name, here, there in _config_differences(identity["model"], manifest["model"])
+    ]
+    problems += _tensor_problems(path, _census(tensors), manifest["tensors"], wanted)
+    for key, name in (("token_map", "token map"), ("hashes", "Engram hashes")):
+        if not problems and identity[key] != manifest[key]:
+            rule = f"is not the one of {path} ({manifest[key]}): its rows would be noise"
+            fix = "use the token files and Engram settings that the run was trained with"
+            problems.append(Problem(field=name, value=identity[key], rule=rule, fix=fix))
+    if problems:
+        raise RunError(*problems)
+
+
+def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, value here, value there) for fields that both know and that change the model's function."""
+    used = here["pattern"] + there["pattern"]
+    unused = {{"-": "mlp_dim"}.get(letter, block) for letter, block in MIXERS.items() if letter not in used}
+    mine, other = _flat(here), _flat(there)
+    return [
+        (name, mine[name], other[name])
+        for name in mine
+        if name in other and mine[name] != other[name]
+        if name not in FREE_FIELDS and name.partition(".")[0] not in unused
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _tensor_problems(path: Path, here: Manifest, there: Manifest, wanted: Callable[[str], bool]) -> list[Problem]:
+    there = {name: record for name, record in there.items() if wanted(name)}
+    lines = [f"{name} is not in it" for name in here if name not in there]
+    lines += [f"{name} is in it and not in this model" for name in there if name not in here]
+    for name in here.keys() & there.keys():
+        if here[name] != there[name]:
+            there_is, here_is = (f"{record['dtype']} {record['shape']}" for record in (there[name], here[name]))
+            lines.append(f"{name} is {there_is} in it and {here_is} here")
+    if not lines:
+        return []
+    listed = "; ".join(sorted(lines)[:MAX_LISTED])
+    more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return list(checkpoint_problem(path, f"holds another model: {listed}{more}", "use its run.json").problems)  # type: ignore[arg-type]

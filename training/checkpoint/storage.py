@@ -1,0 +1,247 @@
+"""A checkpoint's directory: complete or absent, with a manifest that proves it.
+
+``step-00000100.tmp`` is written, synced and checksummed, then renamed to ``step-00000100`` at once. A kill at any moment
+leaves what was complete before. ``step-00000100.old`` is a checkpoint that is being replaced by one of the same step.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+
+from parallel.errors import Problem, RunError
+from training.data.ranks import Comm, on_every_rank, on_rank_0
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
+PARTIAL = re.compile(r"step-\d{8,}(\.old)?\.tmp")
+WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json")
+BLOCK_BYTES = 4 * 2**20
+
+Manifest = dict[str, Any]
+
+
+def checkpoint_problem(path: Path, rule: str, fix: str = "resume from an older checkpoint") -> RunError:
+    """An error about the checkpoint at ``path``."""
+    return RunError(Problem(field="checkpoint", value=path, rule=rule, fix=fix))
+
+
+@contextlib.contextmanager
+def told_for(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of the file system and of DCP, which raises no ``Exception``, into one for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise checkpoint_problem(path, f"cannot be {what}: {error}", "check the disk's space and permissions") from error
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, RunError):
+            raise RunError(*(f"{path}: {problem}" for problem in cause.problems)) from error
+        raise checkpoint_problem(path, f"cannot be {what}: rank {rank}: {type(cause).__name__}: {cause}") from error
+
+
+def start_directory(directory: Path, step: int) -> Path:
+    """A fresh ``step-N.tmp``; what killed saves left in ``directory`` is removed, files of others stay.
+
+    Raises:
+        RunError: it holds files that no save writes, or cannot be made.
+    """
+    path = directory / f"step-{step:08d}.tmp"
+    with told_for(path, "written"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in [left for left in directory.iterdir() if PARTIAL.fullmatch(left.name) and left.is_dir()]:
+            _remove(left, [file.name for file in left.iterdir() if WRITTEN.fullmatch(file.name)])
+        try:
+            path.mkdir()
+        except FileExistsError:
+            foreign = ", ".join(sorted(file.name for file in path.iterdir()))
+            raise checkpoint_problem(path, f"holds files that no save writes: {foreign}", "move them away") from None
+    return path
+
+
+def file_records(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of files."""
+    return {name: {"bytes": (path / name).stat().st_size, "crc32": _crc32(path / name)} for name in names}
+
+
+def commit(path: Path, manifest: Manifest) -> Path:
+    """Write the manifest, sync the directory and give it its final name; a checkpoint of that name is replaced.
+
+    Returns:
+        The final path.
+    """
+    final = path.with_suffix("")
+    old = final.with_name(final.name + ".old")
+    with told_for(final, "written"):
+        with open(path / MANIFEST, "w") as file:
+            json.dump(manifest | {"checksum": _manifest_checksum(manifest)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(path)
+        if final.exists():
+            _remove_checkpoint(old)
+            os.rename(final, old)
+        os.rename(path, final)
+        _sync_directory(path.parent)
+        _remove_checkpoint(old)
+    return final
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a complete checkpoint; sizes of its files are not looked at.
+
+    Raises:
+        RunError: no checkpoint, an incomplete or damaged one, or one of a newer format.
+    """
+    if not COMPLETE.fullmatch(path.name) or not path.is_dir():
+        raise checkpoint_problem(path, "is no complete checkpoint", "name a directory step-NNNNNNNN")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        checksum = manifest.pop("checksum")
+        newer = manifest["format"] > FORMAT
+    except FileNotFoundError:
+        raise checkpoint_problem(path, f"is incomplete: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoint_problem(path, f"is damaged: {MANIFEST} cannot be read ({error})") from error
+    if newer:
+        raise checkpoint_problem(
+            path, f"has format {manifest['format']}, newer than {FORMAT}", "use the version of this code that wrote it"
+        )
+    if checksum != _manifest_checksum(manifest):
+        raise checkpoint_problem(path, f"is damaged: {MANIFEST} differs from its checksum")
+    return manifest
+
+
+def latest(directory: Path, comm: Comm) -> Path | None:
+    """The newest complete checkpoint in ``directory``; None where there is none. Collective."""
+    return on_rank_0(comm, lambda: next(iter(_complete(directory)), None))
+
+
+def prune(directory: Path, keep: int, comm: Comm) -> None:
+    """Delete all but the ``keep`` newest complete checkpoints: files that their manifests name, no others. Collective."""
+    if keep < 1:
+        raise RunError(Problem(field="train.keep", value=keep, rule="is below 1", fix="keep at least one checkpoint"))
+
+    def remove() -> None:
+        for path in _complete(directory)[keep:]:
+            with told_for(path, "deleted"):
+                _remove_checkpoint(path)
+
+    on_rank_0(comm, remove)
+
+
+def verify(path: Path, manifest: Manifest, comm: Comm) -> None:
+    """Compare all files with the manifest, each rank a share. Collective.
+
+    Raises:
+        RunError: on every rank, each damaged file with the tensors that it damages.
+    """
+    names = sorted(manifest["files"])
+
+    def damages() -> dict[str, str]:
+        found = {name: _damage(path / name, manifest["files"][name]) for name in names[comm.rank :: comm.size]}
+        return {name: damage for name, damage in found.items() if damage is not None}
+
+    damaged = {name: damage for share in comm.allgather(on_every_rank(comm, damages)) for name, damage in share.items()}
+
+    def report() -> None:
+        rules = [f"is damaged: {name} {damaged[name]}{_holding(path, name, damaged)}" for name in sorted(damaged)]
+        raise RunError(*(checkpoint_problem(path, rule).problems[0] for rule in rules))
+
+    if damaged:
+        on_rank_0(comm, report)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """Complete checkpoints, newest first: their manifests are whole and all files have their sizes."""
+    found = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        with contextlib.suppress(RunError):
+            files = read_manifest(path)["files"]
+            if not any(_damage(path / name, record, content=False) for name, record in files.items()):
+                found.append(path)
+    return sorted(found, key=lambda path: (int(path.name[5:].removesuffix(".old")), path.suffix != ".old"), reverse=True)
+
+
+def _damage(path: Path, record: dict[str, Any], content: bool = True) -> str | None:
+    """What is wrong with a file, or None."""
+    try:
+        size = path.stat().st_size
+        if size != record["bytes"]:
+            return f"has {size} bytes, expected {record['bytes']}"
+        return "differs from its checksum" if content and _crc32(path) != record["crc32"] else None
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _holding(path: Path, name: str, damaged: dict[str, str]) -> str:
+    """The tensors that a damaged file damages, as the end of a sentence."""
+    if ".metadata" in damaged:
+        return ""
+    data = (path / name).read_bytes() if (path / name).exists() else b""
+    tensors = set()
+    for index, place in dcp.FileSystemReader(path).read_metadata().storage_data.items():
+        if place.relative_path == name and not _is_whole(data[place.offset : place.offset + place.length]):
+            tensors.add(index.fqn)
+    listed = ", ".join(sorted(tensors)[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
+    return f" (in {listed})" if tensors else ""
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a saved chunk, which is a zip archive, agrees with its own checksums."""
+    try:
+        return zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
+        return False
+
+
+def _crc32(path: Path) -> str:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
+
+
+def _manifest_checksum(manifest: Manifest) -> str:
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint: first its name, so that it is never incomplete under it, then the files of its manifest."""
+    try:
+        files = read_manifest(path)["files"]
+    except RunError:
+        return  # not ours to delete
+    gone = path.with_name(path.name + ".tmp")
+    os.rename(path, gone)
+    _remove(gone, [*files, MANIFEST])
+    if gone.exists():  # files of others: they stay where they were
+        os.rename(gone, path)
+
+
+def _remove(path: Path, names: list[str]) -> None:
+    for name in names:
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
