@@ -5,6 +5,10 @@ import importlib.util
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parallel.errors import RunError
 
 VERBS = {
     "train": "train a model from a preset, or from the run.json of another run",
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _report(error: Exception) -> int:
+def _report(error: "RunError") -> int:
     """Show an error once a node (nodes may differ in their files); once ranks work together, each one's is its own."""
     from launch.console import USER_ERROR, report
     from launch.env import Process, identify

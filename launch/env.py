@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -229,16 +229,13 @@ def _own_address() -> str:
 
 def _reachable(node: str) -> str:
     """The address of a Slurm node: its name where that resolves, else what the controller knows."""
-    attempts: tuple[Callable[[], str], ...] = (
-        lambda: node if socket.getaddrinfo(node, None) else "",
-        lambda: _ask_slurm(node),
-    )
-    for attempt in attempts:
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
         try:
-            if address := attempt():
-                return address
+            return _ask_slurm(node) or node
         except (OSError, subprocess.SubprocessError):
-            continue
+            return node
     return node
 
 

@@ -1,7 +1,9 @@
 """``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked configuration."""
 
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -40,7 +42,7 @@ class Request:
 
 
 def main(argv: list[str]) -> int:
-    """Check what was typed on every rank before any process group is made, then train. Exit code 2 when it cannot run."""
+    """Check what was typed, on every rank before any process group is made, then train. Exit code 2: it cannot run."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets="\n".join(f"  {name:<20}{_summary(name)}" for name in PRESETS)))
         return 0 if argv else USER_ERROR
@@ -73,14 +75,17 @@ def parse(argv: list[str], rank: int = 0) -> Request:
         config = _preset(source)
     config, words = _switch_engram(config, words)
     _check_names(words)
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[tyro.conf.FlagCreatePairsOff[Request]],
-        args=words,
-        default=Request(run=config),
-        prog=f"python -m launch train {source}",
-        use_underscores=True,
-        console_outputs=rank == 0,
-    )
+    with ExitStack() as silence:
+        if rank != 0:  # tyro's console_outputs=False would still print some errors
+            silence.enter_context(redirect_stdout(StringIO()))
+            silence.enter_context(redirect_stderr(StringIO()))
+        return tyro.cli(
+            tyro.conf.AvoidSubcommands[tyro.conf.FlagCreatePairsOff[Request]],
+            args=words,
+            default=Request(run=config),
+            prog=f"python -m launch train {source}",
+            use_underscores=True,
+        )
 
 
 def find_problems(request: Request, process: Process, runs: Path) -> list[Problem]:
@@ -101,7 +106,8 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
         return [Problem(field="--resume", value="True", rule="contradicts --overwrite", fix="leave one of them out")]
     exists = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if exists and not (request.resume or request.overwrite):
-        return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix="add --resume to continue it, --overwrite to start anew, or choose another --name")]  # fmt: skip
+        fix = "add --resume to continue it, --overwrite to start anew, or choose another --name"
+        return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix=fix)]
     if request.resume and not exists:
         others = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
         near = get_close_matches(name, others, n=1)
@@ -121,7 +127,9 @@ def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Pro
     if needed <= free:
         return []
     largest = int(free / (heads * row_bytes * node_share))
-    return [Problem(field="model.engram.table_size", value=engram.table_size, rule=f"needs {needed / 2**30:.1f} GiB a node for rows and their moments; {free / 2**30:.1f} GiB are free", fix=f"use at most {largest}, or more nodes")]  # fmt: skip
+    rule = f"needs {needed / 2**30:.1f} GiB a node for rows and their moments; {free / 2**30:.1f} GiB are free"
+    fix = f"use at most {largest}, or more nodes"
+    return [Problem(field="model.engram.table_size", value=engram.table_size, rule=rule, fix=fix)]
 
 
 def _preset(name: str) -> RunConfig:

@@ -21,8 +21,9 @@ from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, placed_parameters
 from tests.compare import relative_rmse
 from tests.ranks import run_ranks
-from tests.training.tiny import four_stream_config, layout, made_up_batches, make_trainer, tiny_config
+from tests.training.tiny import layout, made_up_batches, make_trainer, tiny_config
 from training.config import RunConfig
+from training.model.config import AttentionConfig, EngramConfig, Mamba2Config, MoEConfig
 from training.model import engram as engram_layer
 from training.model import moe as moe_layer
 from training.step import global_grad_norm, train_step
@@ -31,7 +32,41 @@ from training.trainer import Trainer
 STEPS = 5
 # Contract: 1e-5. An update is a small difference of parameters, each rounded to fp32: it only shows what is grossly wrong.
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "parameters": 1e-5, "rows": 1e-5, "updates": 1e-3}
-MODELS = {"plain": tiny_config, "streams": four_stream_config}
+
+
+def plain_run() -> RunConfig:
+    """The tiny model: every block, one group of B and C and one KV head on any number of tensor ranks, odd vocabulary."""
+    return parity_run(tiny_config(), seed=15)
+
+
+def streams_run() -> RunConfig:
+    """Four residual streams, two groups and KV heads, softmax scores, RoPE, an embedding that is also the head."""
+    config = tiny_config(
+        pattern="ME*E",
+        num_streams=4,
+        tie_embeddings=True,
+        mamba2=Mamba2Config(head_dim=8, state_dim=12, num_groups=2, chunk_size=8),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope"),
+        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=1e-2),
+        engram=EngramConfig(layers=(2,), num_heads=2, head_dim=8, table_size=50, init_std=0.5),
+    )
+    return parity_run(config, seed=16)
+
+
+def parity_run(config: RunConfig, seed: int) -> RunConfig:
+    """Four packed rows a step, and steps so short and epsilons so large that a trajectory does not amplify rounding.
+
+    ``seed`` is the first from 0 on for which ``assert_smooth`` holds.
+    """
+    return replace(
+        config,
+        optimizer=replace(config.optimizer, learning_rate=3e-3),
+        table=replace(config.table, eps=1e-4),
+        train=replace(config.train, global_batch=4, micro_batch=1, seed=seed),
+    )
+
+
+MODELS = {"plain": plain_run, "streams": streams_run}
 
 
 @dataclass(frozen=True)
@@ -42,7 +77,7 @@ class Case:
     world_size: int
     parallel: dict[str, Any]
     model: str = "plain"
-    micro_batch: int = 2
+    micro_batch: int = 1
     recompute: bool = False
 
     def config(self) -> RunConfig:
@@ -52,12 +87,12 @@ class Case:
         return replace(run, parallel=layout(**self.parallel), train=train)
 
 
-# dp = processes / tp; each data rank accumulates 8 / (micro_batch x dp) micro-batches. Engram rows are cut over all
+# dp = processes / tp; each data rank accumulates 4 / (micro_batch x dp) micro-batches. Engram rows are cut over all
 # processes. Without ep every process holds all experts.
 CASES = (
-    Case("accumulation 1", 1, {}, micro_batch=8),
+    Case("accumulation 1", 1, {}, micro_batch=4),
     Case("DP2, ZeRO 1, accumulation 2", 2, {}),
-    Case("EP2, ZeRO 2, accumulation 4", 2, {"ep": 2, "zero_stage": 2}, micro_batch=1),
+    Case("EP2, ZeRO 2, accumulation 1", 2, {"ep": 2, "zero_stage": 2}, micro_batch=2),
     Case("TP2", 2, {"tp": 2}),
     Case("TP2, sequence parallel, ZeRO 2", 2, {"tp": 2, "sequence_parallel": True, "zero_stage": 2}),
     Case("TP2 x EP2, recompute", 2, {"tp": 2, "ep": 2}, recompute=True),

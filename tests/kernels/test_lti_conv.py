@@ -204,6 +204,25 @@ def test_packed_equals_separate(lengths):
     assert_close("y", lti_conv(u, K, seq_idx=seq_idx), torch.cat(alone, dim=-1), 1e-11)
 
 
+def test_documents_do_not_share_rounding_errors():
+    """A huge value, or gradient, in one document changes no bit in another of the same bucket."""
+    lengths, K = [10, 9, 16], torch.randn(2, 35)
+    seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+
+    def run(document, scale):
+        u = torch.linspace(-1, 1, 70).view(1, 2, 35) * torch.where(seq_idx == document, scale, 1.0)[:, None]
+        y = lti_conv(u.requires_grad_(), K, seq_idx=seq_idx)
+        gradient = torch.autograd.grad(y, u, y.detach())[0]
+        return y.split(lengths, dim=-1), gradient.split(lengths, dim=-1)
+
+    plain = run(0, 1.0)
+    for changed in range(3):
+        scaled = run(changed, 1e8)
+        for kept in {0, 1, 2} - {changed}:
+            for ours, expected in zip(scaled, plain, strict=True):
+                torch.testing.assert_close(ours[kept], expected[kept], rtol=0, atol=0)
+
+
 def test_packed_convolution_equals_packed_recurrence():
     dt, A, C = make_ssm("legs")
     u, seq_idx = torch.randn(2, 3, 90, dtype=torch.float64), random_documents(2, 90, 0.05)

@@ -1,4 +1,4 @@
-"""Runs the command line as a user does: in a process of its own, without the variables of a launcher around the tests."""
+"""Runs the command line as a user does: in a process of its own, without a launcher's variables around the tests."""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ SRUN = {
     "SLURM_NTASKS": "5", "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_STEP_NODELIST": "gpu-[007-008,011]", "SLURM_JOB_NODELIST": "gpu-[003-011]",
 }  # fmt: skip
-# What salloc's shell, and a batch script, carry: the number of tasks that srun would start. A batch script has a PROCID.
+# What salloc's shell and a batch script carry: the tasks that srun would start. A batch script also has a PROCID.
 SALLOC = {"SLURM_JOB_ID": "70", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
 BATCH = SALLOC | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "2(x2)"}
 
@@ -52,7 +52,7 @@ def process(rank, local_rank, world_size, local_world_size, node_rank, launcher,
         (BATCH | {"SLURM_STEP_ID": "4294967290"}, Process()),
         (BATCH | {"SLURM_STEP_ID": "4294967291"}, Process()),
         # srun --pty bash: one task.
-        (BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n1"},
+        (BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},
          process(0, 0, 1, 1, 0, "srun", "127.0.0.1", 10_000 + 16 * 70)),
         # The innermost launcher counts.
         (SRUN | TORCHRUN, process(5, 1, 8, 4, 1, "torchrun", "n1", 29500)),

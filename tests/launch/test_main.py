@@ -1,4 +1,4 @@
-"""The command line as a whole: help without torch, verbs, shadowed packages, one box a run under torchrun and mpirun."""
+"""The command line as a whole: help without torch, verbs, shadowed packages, one box a run under every launcher."""
 
 import sys
 

@@ -34,11 +34,8 @@ def test_a_preset_with_fields():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_what_it_returns_and_runs_on_one_process_or_eight(name, tmp_path):
-    request = parse([name])
-    assert request.run == PRESETS[name]()
-    huge = Process(world_size=64, local_world_size=1)
-    assert said(request, tmp_path, huge) == []
+def test_a_preset_is_what_its_function_returns(name):
+    assert parse([name]).run == PRESETS[name]()
 
 
 def test_engram_in_and_out():

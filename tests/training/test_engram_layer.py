@@ -88,22 +88,22 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
     ids=str,
 )
 def test_equals_the_paper_written_out(streams, fields, poison):
-    """Forward and every gradient, packed, against fp64."""
-    layer = engram_layer(streams, **fields)
-    h_BLSD, e_BLM = inputs(layer)
-    twins = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
-    h_twin, e_twin = (x.detach().double().requires_grad_() for x in (h_BLSD, e_BLM))
+    """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients have 4 digits there."""
+    layer = engram_layer(streams, **fields).double()
+    h_BLSD, e_BLM = (x.detach().double().requires_grad_() for x in inputs(layer))
+    twins = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    h_twin, e_twin = (x.detach().clone().requires_grad_() for x in (h_BLSD, e_BLM))
     got = layer(h_BLSD, e_BLM, documents())
     expected = written_out(layer, twins, h_twin, e_twin, documents()[0].tolist())
     assert_close("output", got, expected)
-    upstream = torch.randn(got.shape)
+    upstream = torch.randn_like(got)
     got.backward(upstream)
-    expected.backward(upstream.double())
-    assert_close("memory gradient", e_BLM.grad, e_twin.grad)
+    expected.backward(upstream)
+    assert_close("memory gradient", e_BLM.grad, e_twin.grad, kind="gradient")
     if layer.config.gate:
-        assert_close("streams gradient", h_BLSD.grad, h_twin.grad)
+        assert_close("streams gradient", h_BLSD.grad, h_twin.grad, kind="gradient")
     for name, parameter in layer.named_parameters():
-        assert_close(f"{name} gradient", parameter.grad, twins[name].grad)
+        assert_close(f"{name} gradient", parameter.grad, twins[name].grad, kind="gradient")
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -226,4 +226,4 @@ def test_memory_holds_the_rows_in_column_order():
         single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[layer].embed()
         assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
         assert torch.equal(embed(), e_BLM)
-    assert e_BLM.std() == pytest.approx(0.5, rel=0.1)
+    assert float(e_BLM.detach().std()) == pytest.approx(0.5, rel=0.1)

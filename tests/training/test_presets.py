@@ -55,7 +55,7 @@ def test_one_or_two_processes(name):
 
 
 def test_nemotrons_regularities():
-    """First layer Mamba, last no attention, attention before experts: 11 % of the layers (blocks of Nemotron 3 Nano)."""
+    """First layer Mamba, last no attention, attention before experts: 11 % of the layers (as in Nemotron 3 Nano)."""
     pattern = PRESETS["hybrid-27b"]().model.pattern
     assert (pattern.count("M"), pattern.count("E"), pattern.count("*")) == (24, 24, 6)
     assert pattern[0] == "M"

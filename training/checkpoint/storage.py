@@ -42,7 +42,9 @@ def told_for(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise checkpoint_problem(path, f"cannot be {what}: {error}", "check the disk's space and permissions") from error
+        raise checkpoint_problem(
+            path, f"cannot be {what}: {error}", "check the disk's space and permissions"
+        ) from error
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, RunError):
@@ -170,7 +172,9 @@ def _complete(directory: Path) -> list[Path]:
             files = read_manifest(path)["files"]
             if not any(_damage(path / name, record, content=False) for name, record in files.items()):
                 found.append(path)
-    return sorted(found, key=lambda path: (int(path.name[5:].removesuffix(".old")), path.suffix != ".old"), reverse=True)
+    return sorted(
+        found, key=lambda path: (int(path.name[5:].removesuffix(".old")), path.suffix != ".old"), reverse=True
+    )
 
 
 def _damage(path: Path, record: dict[str, Any], content: bool = True) -> str | None:

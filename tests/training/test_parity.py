@@ -1,0 +1,48 @@
+"""N ranks equal one rank (fp32, clipping active in every step): figures, gradients, parameters and table rows."""
+
+import pytest
+
+from tests.parity import CASES, MODELS, TOLERANCE, assert_smooth, differences, reference_run, run_case
+
+# What the contract names; a rename must not drop one from the comparison.
+NAMED = (
+    "experts.gate_up", "experts.down", "router", "A_log", "dt_bias", ".norm", "norm_weight", "query_norm", "key_norm",
+    "conv_norm", "embedding.weight", "engram.3.weight",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def references():
+    """The single process, once a model."""
+    return {model: reference_run(model) for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_reference_clips_in_every_step_and_is_smooth(references, model):
+    run, clip = references[model], MODELS[model]().optimizer.clip_norm
+    assert all(clip / norm < 0.1 for _, norm in run["figures"])
+    assert_smooth(run)
+    untouched = [name for name, update in run["updates"].items() if not update.any()]
+    assert not untouched, f"these never move, so comparing them proves nothing: {untouched}"
+    changed = [name for name, rows in run["rows"].items() if (rows != run["initial rows"][name]).any()]
+    assert changed == sorted(run["rows"])
+
+
+def test_every_named_gradient_is_compared_and_not_zero(references):
+    found = references["plain"]["gradients"]
+    for name in NAMED:
+        matching = [values for key, values in found.items() if key.endswith(name)]
+        assert matching, name
+        assert all(values.any() for values in matching), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.world_size} ranks: {case.name}")
+def test_layout_equals_one_rank(references, case):
+    found = differences(run_case(case.config(), case.world_size), references[case.model])
+    wrong = [
+        f"{kind} {name}: {value:.1e}"
+        for kind, by_name in found.items()
+        for name, value in by_name.items()
+        if not value <= TOLERANCE[kind]
+    ]
+    assert not wrong, "relative differences: " + ", ".join(wrong)
