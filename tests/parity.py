@@ -31,12 +31,12 @@ from training.trainer import Trainer
 
 STEPS = 5
 # Contract: 1e-5. An update is a small difference of parameters, each rounded to fp32: it only shows what is grossly wrong.
-TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "parameters": 1e-5, "rows": 1e-5, "updates": 1e-3}
+TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "parameters": 1e-5, "rows": 1e-5, "updates": 1e-4}
 
 
 def plain_run() -> RunConfig:
     """The tiny model: every block, one group of B and C and one KV head on any number of tensor ranks, odd vocabulary."""
-    return parity_run(tiny_config(), seed=15)
+    return parity_run(tiny_config(), seed=8)
 
 
 def streams_run() -> RunConfig:
@@ -50,7 +50,7 @@ def streams_run() -> RunConfig:
         moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=1e-2),
         engram=EngramConfig(layers=(2,), num_heads=2, head_dim=8, table_size=50, init_std=0.5),
     )
-    return parity_run(config, seed=16)
+    return parity_run(config, seed=100)
 
 
 def parity_run(config: RunConfig, seed: int) -> RunConfig:
@@ -131,7 +131,7 @@ def parameter_piece(parameter: PlacedParameter, values: torch.Tensor, mesh: Mesh
 
 def assemble(pieces: list[Piece]) -> torch.Tensor:
     """The global tensor. Fails where no rank holds an element, or replicas of one differ at all."""
-    whole = np.full(pieces[0].shape, np.nan, dtype=np.float32)
+    whole = np.full(pieces[0].shape, np.nan, dtype=pieces[0].blocks[0][1].dtype)
     for piece in pieces:
         for place, values in piece.blocks:
             known = whole[place]
@@ -242,7 +242,7 @@ def assert_smooth(reference: dict[str, Any]) -> None:
     The gate is the signed square root of a score, whose slope ends at 500 where the score is 0; near a tie of two
     experts rounding decides. The seed in ``tiny.py`` was chosen as the first for which this holds.
     """
-    assert reference["kinks"]["gate score"] > 1e-3, reference["kinks"]
+    assert reference["kinks"]["gate score"] > 3e-3, reference["kinks"]
     assert reference["kinks"]["expert choice"] > 1e-5, reference["kinks"]
 
 

@@ -10,26 +10,15 @@ experts by a bias, and respects document boundaries in convolution, scan and att
 weights, and no boundaries anywhere. The peer's experts run by its default, grouped products.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Iterator
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from kernels.timing import machine_lines
-from parallel.device import backend, local_device
-from parallel.mesh import Mesh, build_mesh
+from parallel.device import local_device
+from parallel.mesh import Mesh
 from training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from training.data.dataset import Batch, PackedRows, Row, Rows
-from training.data.files import TokenFiles
-from training.data.loader import load_step
+from training.data.dataset import Batch
 from training.data.token_map import TokenMap
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig, MoEConfig
 from training.step import train_step

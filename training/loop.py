@@ -55,7 +55,7 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     device = local_device(process.local_rank)
     dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
     try:
-        run_steps(config, files, device, process, resume=resume, overwrite=overwrite)
+        finished = run_steps(config, files, device, process, resume=resume, overwrite=overwrite)
     except RunError:
         raise
     except Exception as error:
@@ -63,6 +63,8 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
         os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
     dist.barrier()
     dist.destroy_process_group()
+    if finished and process.rank == 0:
+        show_end(config, files, RUNS / config.name, process.world_size)
 
 
 def open_data(config: RunConfig) -> TokenFiles:
@@ -86,8 +88,8 @@ def open_data(config: RunConfig) -> TokenFiles:
 
 def run_steps(
     config: RunConfig, files: TokenFiles, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
-) -> None:
-    """Build everything, then: load, step, log, evaluate, save, until the last step."""
+) -> bool:
+    """Build everything, then: load, step, log, evaluate, save, until the last step; False where a signal ended it."""
     directory = prepare_directory(config, process, resume=resume, overwrite=overwrite)
     rows = PackedRows(files, "train", config.data.seq_length, config.data.seed)
     validation = ValidationRows(files, config.data.seq_length)
@@ -114,11 +116,10 @@ def run_steps(
                 prune(directory / "checkpoints", settings.keep)
                 speed.pause()
             if stopping and not last:
-                metrics.say(
-                    f"asked to stop: saved after step {done}; to go on: {resume_command(trainer, settings.steps)}"
-                )
-                return
-        show_end(trainer, files, directory, metrics)
+                command = resume_command(config, process.world_size, settings.steps)
+                metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
+                return False
+    return True
 
 
 def prepare_directory(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> Path:

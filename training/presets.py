@@ -27,7 +27,7 @@ def tiny() -> RunConfig:
             vocab_size=8192,
             mamba2=Mamba2Config(state_dim=64, chunk_size=64),
             attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64),
-            moe=MoEConfig(num_experts=8, top_k=2, expert_dim=256, shared_dim=256),
+            moe=MoEConfig(num_experts=8, top_k=2, expert_dim=256, shared_dim=256, bias_rate=1e-2),
             engram=EngramConfig(layers=(1, 3), num_heads=4, head_dim=32, table_size=19_200),
         ),
         data=DataConfig(path="data/stdlib", seq_length=256),

@@ -1,40 +1,40 @@
-"""What a run shows at its end: losses beside n-gram entropies, a sample, the plot, and how to go on."""
+"""What a run shows at its end: losses beside n-gram entropies, the plot, a sample, and how to go on."""
 
+import os
+import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
+from training.config import RunConfig
 from training.data.entropy import validation_entropies
 from training.data.files import TokenFiles
-from training.metrics import Metrics, read_metrics
+from training.metrics import read_metrics
 from training.plot import plot_loss
-from training.trainer import Trainer
 
 PROMPT = "def __init__(self"
 SAMPLE_TOKENS = 120
 
 
-def show_end(trainer: Trainer, files: TokenFiles, directory: Path, metrics: Metrics) -> None:
-    """On rank 0, from what the run has written; the other ranks wait."""
-    if trainer.mesh.global_rank == 0:
-        from training.generate import generate
+def show_end(config: RunConfig, files: TokenFiles, directory: Path, world_size: int) -> None:
+    """Print the end of a run from what it has written. On one process, after the others have left."""
+    from training.generate import generate
 
-        config = trainer.config
-        entropies = validation_entropies(files, config.data.seq_length, config.train.eval_rows)
-        losses = [record["val_loss"] for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
-        metrics.say(
-            f"validation loss {losses[-1]:.4f} nats a token; of the same text, unigram entropy "
-            f"{entropies.unigram:.4f}, bigram entropy {entropies.bigram:.4f}"
-        )
-        metrics.say(f"loss curve: {plot_loss(directory, entropies)}")
-        metrics.say(f"sample:\n{generate(directory, PROMPT, SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)}")
-        metrics.say(f"to train further: {resume_command(trainer, 2 * config.train.steps)}")
-    dist.barrier()
+    entropies = validation_entropies(files, config.data.seq_length, config.train.eval_rows)
+    losses = [record["val_loss"] for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
+    print(
+        f"validation loss {losses[-1]:.4f} nats a token; of the same text, unigram entropy {entropies.unigram:.4f}, "
+        f"bigram entropy {entropies.bigram:.4f}"
+    )
+    print(f"loss curve: {plot_loss(directory, entropies)}")
+    print(f"sample:\n{generate(directory, PROMPT, SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)}")
+    print(f"to train further: {resume_command(config, world_size, 2 * config.train.steps)}", flush=True)
 
 
-def resume_command(trainer: Trainer, num_steps: int) -> str:
-    """The exact command that continues this run up to ``num_steps``."""
-    config, world = trainer.config, trainer.mesh.size("world")
-    start = "python" if world == 1 else f"torchrun --standalone --nproc-per-node {world}"
+def resume_command(config: RunConfig, world_size: int, num_steps: int) -> str:
+    """The exact command that continues a run up to ``num_steps`` from where it was started."""
+    python = sys.executable
+    inside = os.path.relpath(python)
+    start = python if inside.startswith("..") else inside
+    if world_size > 1:
+        start += f" -m torch.distributed.run --standalone --nproc-per-node {world_size}"
     steps = f" --train.steps {num_steps}" if num_steps != config.train.steps else ""
     return f"{start} -m launch train --config runs/{config.name}/run.json --resume{steps}"

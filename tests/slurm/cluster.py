@@ -128,14 +128,21 @@ def running_cluster() -> Iterator[Cluster]:
         )
         yield cluster
     finally:
-        _end_jobs(cluster)
-        for daemon in reversed(started):
-            daemon.terminate()
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            _end_jobs(cluster)
+        finally:
+            for daemon in reversed(started):
+                _stop(daemon)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _stop(daemon: subprocess.Popen) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def _ask(cluster: Cluster, *command: str) -> str:

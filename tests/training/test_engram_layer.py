@@ -170,7 +170,11 @@ def test_bf16_keeps_norms_in_fp32():
     for parameter in layer.parameters():
         if not parameter.placement.fp32:
             parameter.data = parameter.data.bfloat16()
-    assert {name for name, p in layer.named_parameters() if p.dtype == torch.float32} == {"query_norm", "key_norm", "conv_norm"}
+    assert {name for name, p in layer.named_parameters() if p.dtype == torch.float32} == {
+        "query_norm",
+        "key_norm",
+        "conv_norm",
+    }
     h_BLSD, e_BLM = inputs(layer)
     got = layer(h_BLSD, e_BLM.bfloat16(), documents())
     assert_close("output", got.float(), twin(h_BLSD, e_BLM, documents()), 2e-2)

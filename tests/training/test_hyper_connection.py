@@ -75,9 +75,9 @@ def test_equals_the_paper_written_out(streams):
     upstream = [torch.randn(tensor.shape) for tensor in got]
     gradients = torch.autograd.grad(got, inputs, upstream)
     oracle = torch.autograd.grad(expected, twins, [tensor.double() for tensor in upstream])
-    for name, mine, theirs in zip("u x'".split(), got, expected, strict=True):
+    for name, mine, theirs in zip(["u", "x'"], got, expected, strict=True):
         assert_close(name, mine, theirs)
-    for name, mine, theirs in zip("phi alpha bias x".split(), gradients, oracle, strict=True):
+    for name, mine, theirs in zip(["phi", "alpha", "bias", "x"], gradients, oracle, strict=True):
         assert (mine != 0).all(), f"{name}: the gradient does not reach all of it"
         assert_close(f"{name} gradient", mine, theirs)
 
@@ -136,7 +136,10 @@ def test_starts_as_the_plain_residual_network(streams, engram):
     memory_fields = {"engram": replace(tiny_config().model.engram, gate=False, conv=False) if engram else None}
     plain, hyper = build(1, **memory_fields), build(streams, **memory_fields)
     ids_BL, rows = torch.randint(0, VOCAB, (2, 24)), torch.randn(2, 24, 32)
-    seq_idx_BL, memory = torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1), {1: lambda: rows, 3: lambda: -rows}
+    seq_idx_BL, memory = (
+        torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1),
+        {1: lambda: rows, 3: lambda: -rows},
+    )
     expected = plain.logits(ids_BL, seq_idx_BL, memory)
     assert_close("logits", hyper.logits(ids_BL, seq_idx_BL, memory), expected)
 

@@ -12,14 +12,22 @@ from transformers import GraniteMoeHybridConfig, LlamaConfig, MambaConfig
 from transformers import Mamba2Config as PeerMamba2Config
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from parallel.mesh import single_mesh
 from parallel.placement import initialize_parameters
 from tests.compare import assert_close
 from training.model.attention import Attention, document_mask, document_positions
-from training.model.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig, MoEConfig, S4DConfig
+from training.model.config import (
+    AttentionConfig,
+    Mamba1Config,
+    Mamba2Config,
+    ModelConfig,
+    MoEConfig,
+    S4DConfig,
+    model_problems,
+)
 from training.model.mamba1 import Mamba1
 from training.model.mamba2 import Mamba2
 from training.model.mlp import SwiGLU
@@ -190,7 +198,9 @@ def test_swiglu_equals_llama(inner):
     ours = built(SwiGLU, ModelConfig(pattern="-", d_model=32), inner)
     theirs = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=inner, hidden_act="silu"))
     gate, up = ours.gate_up.weight.split(inner)
-    copy_weights([(theirs.gate_proj.weight, gate), (theirs.up_proj.weight, up), (theirs.down_proj.weight, ours.down.weight)])
+    copy_weights(
+        [(theirs.gate_proj.weight, gate), (theirs.up_proj.weight, up), (theirs.down_proj.weight, ours.down.weight)]
+    )
     assert_same_function(ours, theirs, torch.randn(2, 9, 32), [("down", ours.down.weight, theirs.down_proj.weight)])
 
 
@@ -252,7 +262,7 @@ def test_pieces_of_any_length_equal_the_whole(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_packed_equals_separate(name):
-    """Outputs and every gradient of documents of 1, 2, 3 and more tokens; the first id is not 0, and some are missing."""
+    """Outputs and every gradient, documents of 1, 2, 3 and more tokens; the first id is not 0, and some are missing."""
     mixer, lengths, ids = MIXERS[name](), [3, 1, 2, 1, 9, 8, 2], [2, 3, 4, 7, 8, 11, 12]
     x_BLD = torch.randn(2, sum(lengths), 32)
     seq_idx_BL = torch.repeat_interleave(torch.tensor(ids), torch.tensor(lengths)).int().repeat(2, 1)
@@ -388,3 +398,25 @@ def test_balance_evens_a_skewed_router():
         figures.append(float(update_balance(layer, expert_loads(layer), single_mesh())))
     assert figures[0] > 1.5
     assert max(figures[-5:]) < 1.25
+
+
+@pytest.mark.parametrize(
+    ("field", "model", "tp"),
+    [
+        ("model.s4d.state_dim", ModelConfig(pattern="L", s4d=S4DConfig(state_dim=7)), 1),
+        (
+            "model.attention.head_dim",
+            ModelConfig(pattern="*", attention=AttentionConfig(head_dim=7, positions="rope")),
+            1,
+        ),
+        ("model.d_model", ModelConfig(pattern="L", d_model=6, s4d=S4DConfig(expand=1)), 4),
+        ("model.d_model", ModelConfig(pattern="S", d_model=6, mamba1=Mamba1Config(expand=1)), 4),
+    ],
+)
+def test_widths_that_a_mixer_cannot_have_are_problems(field, model, tp):
+    assert [problem.field for problem in model_problems(model, tp, 1)] == [field]
+
+
+def test_odd_widths_that_a_mixer_can_have_are_none():
+    mixers = {"s4d": S4DConfig(state_dim=7, init="real"), "attention": AttentionConfig(head_dim=7)}
+    assert model_problems(ModelConfig(pattern="L*", **mixers), 1, 1) == []

@@ -42,7 +42,9 @@ def run_config(**fields) -> RunConfig:
     return tiny_config(**({"num_streams": 4, "attention": attention} | fields))
 
 
-def build(config: RunConfig, seed: int = 0, dtype: torch.dtype = torch.float32, random: bool = True, **kwargs) -> HybridModel:
+def build(
+    config: RunConfig, seed: int = 0, dtype: torch.dtype = torch.float32, random: bool = True, **kwargs
+) -> HybridModel:
     """With ``random``, no parameter keeps a constant that would hide a term."""
     model = build_model(config.model, single_mesh(), seed=seed, dtype=dtype, device=CPU, **kwargs)
     if random:
@@ -78,9 +80,6 @@ def decode(model: HybridModel, tables: EngramMemory | None, ids_BL: torch.Tensor
     return torch.cat(logits, 1)
 
 
-# Decoding.
-
-
 @pytest.mark.parametrize("pieces", [[1] * 13, [6, *[1] * 7], [1, 5, 2, 5]], ids=["steps", "prefill", "pieces"])
 @pytest.mark.parametrize("pattern", [*LETTERS, "MES*-LE"])
 def test_step_equals_scan(pattern, pieces):
@@ -102,8 +101,6 @@ def test_greedy_generation_takes_what_the_whole_forward_predicts(positions):
         tokens = [*tokens, int(model.logits(ids_BL, None, fetch(tables, ids_BL, None))[0, -1].argmax())]
     assert got == tokens[4:]
 
-
-# Documents.
 
 LENGTHS = [1, 7, 2, 3, 1, 10]
 
@@ -138,8 +135,10 @@ def test_a_document_does_not_see_the_others(pattern):
     memory = torch.randn(1, ids_BL.shape[1], 32, requires_grad=True)
     targets_BL = torch.where(others, -100, ids_BL)
     model(ids_BL, targets_BL, seq_idx_BL, {0: lambda: memory})[0].backward()
+    # The scan of Mamba-2 differentiates differences of a sum along a chunk, which cancel to rounding.
+    limit = 1e-9 if "M" in pattern else 0.0
     for gradient in (embedded[0].grad[0], memory.grad[0]):
-        assert not gradient[others].any()
+        assert gradient[others].abs().max() <= limit * gradient.abs().max()
         assert gradient[same].any(1).all()
 
 
@@ -157,9 +156,6 @@ def test_no_boundaries_is_one_document():
     zeros = torch.zeros(2, 19, dtype=torch.int32)
     expected = model.logits(ids_BL, zeros, fetch(tables, ids_BL, zeros))
     assert_close("logits", model.logits(ids_BL, None, fetch(tables, ids_BL, None)), expected)
-
-
-# Loss and vocabulary.
 
 
 def loss_of(model: HybridModel, tables: EngramMemory | None, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +202,8 @@ def test_padded_vocabulary_is_never_predicted():
 def test_tied_embeddings_add_both_gradients():
     tied, untied = build(run_config(tie_embeddings=True)), build(run_config())
     tables = build_tables(run_config())
-    assert tied.head.weight is tied.embedding.weight
+    for model in (tied, build(run_config(tie_embeddings=True), dtype=torch.bfloat16)):
+        assert model.head.weight is model.embedding.weight
     assert "head.weight" not in dict(placed_parameters(tied))
     values = {**untied.state_dict(), **tied.state_dict()}
     untied.load_state_dict({**values, "head.weight": values["embedding.weight"]})
@@ -215,12 +212,6 @@ def test_tied_embeddings_add_both_gradients():
     for loss in losses:
         loss.backward()
     assert_close("gradient", tied.embedding.weight.grad, untied.embedding.weight.grad + untied.head.weight.grad, 1e-6)
-
-
-def test_bf16_tied_embeddings_stay_tied():
-    model = build(run_config(tie_embeddings=True), dtype=torch.bfloat16)
-    assert model.head.weight is model.embedding.weight
-    assert model.head.weight.dtype == torch.bfloat16
 
 
 def test_auxiliary_loss_sums_the_layers_and_leaves_the_cross_entropy():
@@ -241,18 +232,6 @@ def test_auxiliary_loss_sums_the_layers_and_leaves_the_cross_entropy():
     after = [p for name, p in model.named_parameters() if name.startswith(("layers.6.mixer.experts", "norm", "head"))]
     assert all(p.grad is None or not p.grad.any() for p in after)
     assert model.layers[6].mixer.router.grad.any()
-
-
-def test_loads_count_every_choice():
-    config = run_config()
-    model, tables = build(config), build_tables(config)
-    for _ in range(2):
-        loss_of(model, tables)
-    assert expert_loads(model).shape == (2, 4)
-    assert expert_loads(model).sum(1).tolist() == [4 * 24 * 2] * 2
-
-
-# Initial values.
 
 
 def initial(seed: int = 0, random: bool = False, **fields) -> dict[str, torch.Tensor]:
@@ -320,8 +299,8 @@ def test_initial_decays_and_steps():
         assert 0.9 * bound < float(values[name].abs().max()) <= bound
 
 
-FP32 = ("A_log", "dt_bias", "norm", "norm_weight", "router", ".D", "log_dt", "A_real_log", "A_imag", ".C", "phi", "alpha",
-        "hyper.bias")  # fmt: skip
+FP32 = ("A_log", "dt_bias", "norm", "norm_weight", "router", ".D", "log_dt", "A_real_log", "A_imag", ".C", "phi",
+        "alpha", "hyper.bias")  # fmt: skip
 
 
 def test_bf16_keeps_small_parameters_in_fp32():
@@ -355,27 +334,24 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_fp32_gradients_equal_finite_differences():
-    """The whole model along one random direction of all parameters at once."""
-    config = run_config()
+def test_gradients_equal_finite_differences():
+    """Along one random direction of all parameters at once; without experts and gates, which jump or bend."""
+    config = run_config(pattern="M-S*-L-", engram=replace(run_config().model.engram, gate=False))
     model, tables = build(config), build_tables(config)
     loss_of(model, tables)[0].backward()
-    direction = [torch.randn_like(p) * p.abs().mean() for p in model.parameters()]
+    direction = [torch.randn(p.shape) * p.detach().abs().mean() for p in model.parameters()]
     slope = sum(float((p.grad.double() * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
 
     def loss_at(offset: float) -> float:
         with torch.no_grad():
             for p, d in zip(model.parameters(), direction, strict=True):
                 p.add_(d, alpha=offset)
-            loss = float(loss_of(model, tables)[0])
+            loss = float(loss_of(model, tables)[0].detach())
             for p, d in zip(model.parameters(), direction, strict=True):
                 p.sub_(d, alpha=offset)
         return loss
 
-    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=1e-2)
-
-
-# Recomputation.
+    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=2e-3)
 
 
 def test_activation_checkpointing_changes_no_bit():
@@ -389,7 +365,15 @@ def test_activation_checkpointing_changes_no_bit():
         cross_entropy, auxiliary = model(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
         (cross_entropy + auxiliary).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        results.append((cross_entropy, auxiliary, gradients, [rows[layer].take_gradient() for layer in (1, 3)], expert_loads(model)))
+        results.append(
+            (
+                cross_entropy,
+                auxiliary,
+                gradients,
+                [rows[layer].take_gradient() for layer in (1, 3)],
+                expert_loads(model),
+            )
+        )
     plain, recomputed = results
     assert torch.equal(plain[0], recomputed[0])
     assert torch.equal(plain[1], recomputed[1])
@@ -406,9 +390,6 @@ def test_checkpointing_recomputes():
         layer.mixer.register_forward_pre_hook(lambda module, inputs: calls.append(module))
     loss_of(model, build_tables(run_config()))[0].backward()
     assert len(calls) == 2 * len(model.layers)
-
-
-# Streams.
 
 
 def test_one_token_and_one_row():
@@ -434,9 +415,6 @@ def test_memory_is_read():
         assert relative_rmse(after[:, 9], before[:, 9]) > 1e-3
 
 
-# Parameter arithmetic.
-
-
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_count_equals_the_built_model(data):
@@ -448,8 +426,8 @@ def test_count_equals_the_built_model(data):
         table_size=pick(7, 100), gate=pick(True, False), conv=pick(True, False), conv_width=pick(2, 4),
     )  # fmt: skip
     model = ModelConfig(
-        pattern=data.draw(st.text("MSL*-E", min_size=2, max_size=4)), d_model=pick(16, 40), vocab_size=pick(1, 129, 256),
-        mlp_dim=pick(3, 24), num_streams=pick(1, 2, 4), tie_embeddings=pick(True, False),
+        pattern=data.draw(st.text("MSL*-E", min_size=2, max_size=4)), d_model=pick(16, 40),
+        vocab_size=pick(1, 129, 256), mlp_dim=pick(3, 24), num_streams=pick(1, 2, 4), tie_embeddings=pick(True, False),
         mamba2=Mamba2Config(expand=pick(1, 3), head_dim=8, state_dim=pick(3, 8), num_groups=1, conv_width=pick(2, 4)),
         mamba1=Mamba1Config(expand=pick(1, 2), state_dim=pick(1, 5), conv_width=pick(2, 3), dt_rank=pick(0, 3)),
         s4d=S4DConfig(expand=pick(1, 2), state_dim=pick(2, 8), init=pick("legs", "lin", "inv", "real")),

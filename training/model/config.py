@@ -198,13 +198,22 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
             f"and parallel.tp={tp} do not divide each other",
             "let one divide the other",
         )
-    if "S" in used or "L" in used:
+    expands = {"S": model.mamba1.expand, "L": model.s4d.expand}
+    for letter in sorted(used & set(expands)):
         require(
-            model.mamba1.expand * model.d_model % tp == 0,
+            expands[letter] * model.d_model % tp == 0,
             "d_model",
             model.d_model,
-            f"times expand is not divisible by parallel.tp={tp}",
+            f"times {MIXERS[letter]}.expand={expands[letter]} is not divisible by parallel.tp={tp}",
             "use a multiple",
+        )
+    if "L" in used:
+        require(
+            model.s4d.init == "real" or model.s4d.state_dim % 2 == 0,
+            "s4d.state_dim",
+            model.s4d.state_dim,
+            f"is odd, but the states of init {model.s4d.init} come in conjugate pairs",
+            "use an even number",
         )
     if "*" in used:
         attention = model.attention
@@ -223,6 +232,13 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
             kv,
             f"and parallel.tp={tp} do not divide each other",
             "let one divide the other",
+        )
+        require(
+            attention.positions == "none" or attention.head_dim % 2 == 0,
+            "attention.head_dim",
+            attention.head_dim,
+            "is odd, but rotary positions turn pairs of channels",
+            "use an even number",
         )
     if "-" in used:
         require(

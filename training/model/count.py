@@ -90,9 +90,10 @@ def _mamba1(model: ModelConfig) -> int:
 
 
 def _s4d(model: ModelConfig) -> int:
-    """A (real and imaginary part) and C (a pair) are stored for half the states; log_dt and D once a channel."""
+    """A (real and imaginary part) and C (a pair) for each stored state; log_dt and D once a channel."""
     inner = model.s4d.expand * model.d_model
-    return 3 * model.d_model * inner + inner * (4 * (model.s4d.state_dim // 2) + 2)
+    states = model.s4d.state_dim if model.s4d.init == "real" else model.s4d.state_dim // 2
+    return 3 * model.d_model * inner + inner * (4 * states + 2)
 
 
 def _attention(model: ModelConfig) -> int:

@@ -33,7 +33,8 @@ class S4D(nn.Module):
         inner = config.expand * model.d_model
         u, z = (Part(name=name, size=inner, units=inner) for name in "uz")
         self.in_proj = ColumnParallelLinear(model.d_model, (u, z), mesh, weight_init(model))
-        log_decay, frequency = encode_diagonal(s4d_init(config.init, config.state_dim).cpu())
+        with torch.device("cpu"):  # initial values exist even where the model is built on the meta device
+            log_decay, frequency = encode_diagonal(s4d_init(config.init, config.state_dim))
         states = log_decay.numel()
 
         def channels(*shape: int, init, whole: bool = False) -> nn.Parameter:

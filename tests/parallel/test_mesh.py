@@ -1,0 +1,111 @@
+"""The planned groups are megatron-core's; a layout that does not divide is a problem before any process group is made."""
+
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.mesh import Mesh, build_mesh, single_mesh
+from parallel.mesh_plan import AXES, ParallelConfig, layout_problems, plan_mesh
+from tests.ranks import run_ranks
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4)]  # (tp, ep)
+
+
+def real_groups(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
+    """The ranks of each group of this process, found by talking in it and not by asking for its list."""
+    mesh = build_mesh(parallel)
+    found = {}
+    for axis in AXES:
+        group, mine = mesh.group(axis), torch.tensor([dist.get_rank()])
+        heard = [torch.empty_like(mine) for _ in range(mesh.size(axis))]
+        dist.all_gather(heard, mine, group=group)
+        found[axis] = tuple(int(rank) for rank in heard)
+        assert mesh.rank(axis) == dist.get_rank(group)
+        assert mesh.ranks(axis) == found[axis]
+    assert mesh.sequence_parallel == parallel.sequence_parallel
+    return found
+
+
+def rebuilt_groups(layouts: list[tuple[int, int]]) -> list[dict[str, tuple[int, ...]]]:
+    """One process after the other layout: megatron-core keeps its groups in globals, which must be replaced."""
+    return [real_groups(ParallelConfig(tp=tp, ep=ep, sequence_parallel=tp > 1)) for tp, ep in layouts]
+
+
+def test_plan_is_what_megatron_makes():
+    ranks = run_ranks(rebuilt_groups, 4, LAYOUTS)
+    for index, (tp, ep) in enumerate(LAYOUTS):
+        plan = plan_mesh(ParallelConfig(tp=tp, ep=ep), 4)
+        for rank, found in enumerate(ranks):
+            for axis in AXES:
+                assert found[index][axis] in plan.groups[axis], (tp, ep, axis)
+                assert rank in found[index][axis]
+
+
+def build_other_plan(parallel: ParallelConfig) -> str:
+    from unittest import mock
+
+    wrong = plan_mesh(ParallelConfig(), 2)
+    with mock.patch("parallel.mesh.plan_mesh", return_value=wrong), pytest.raises(RuntimeError) as error:
+        build_mesh(parallel)
+    return str(error.value)
+
+
+def test_other_groups_than_planned_are_refused():
+    assert run_ranks(build_other_plan, 2, ParallelConfig(tp=2)) == [
+        "megatron-core's tp group is [0, 1], planned (0,)",
+        "megatron-core's tp group is [0, 1], planned (1,)",
+    ]
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
+def test_each_axis_partitions_the_ranks(world_size, tp, ep):
+    parallel = ParallelConfig(tp=tp, ep=ep)
+    if layout_problems(parallel, world_size):
+        assert world_size % tp or world_size % ep
+        return
+    plan = plan_mesh(parallel, world_size)
+    assert plan.sizes["tp"] * plan.sizes["dp"] == world_size == plan.sizes["ep"] * plan.sizes["expt_dp"]
+    for axis in AXES:
+        assert sorted(np.concatenate(plan.groups[axis])) == list(range(world_size))
+        assert {len(group) for group in plan.groups[axis]} == {plan.sizes[axis]}
+    for one, other in (("tp", "dp"), ("ep", "expt_dp")):
+        crossings = {(a, b) for a in plan.groups[one] for b in plan.groups[other] if len(set(a) & set(b)) != 1}
+        assert not crossings, f"a {one} and a {other} group must meet in one rank"
+
+
+def test_layouts_that_do_not_divide():
+    (tp,) = layout_problems(ParallelConfig(tp=3), 4)
+    assert str(tp) == "parallel.tp=3 does not divide the 4 processes of this run; use one of 1, 2, 4"
+    (ep,) = layout_problems(ParallelConfig(ep=4), 6)
+    assert str(ep) == "parallel.ep=4 does not divide the 6 processes of this run; use one of 1, 2, 3, 6"
+    assert [problem.field for problem in layout_problems(ParallelConfig(tp=0, ep=8, zero_stage=3), 4)] == [
+        "parallel.tp", "parallel.ep", "parallel.zero_stage",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"parallel.tp=3 .*; parallel.ep=5"):
+        plan_mesh(ParallelConfig(tp=3, ep=5), 4)
+
+
+@pytest.mark.parametrize("stage", [-1, 0, 3])
+def test_zero_stages_that_train_something_else_are_refused(stage):
+    (problem,) = layout_problems(ParallelConfig(zero_stage=stage), 4)
+    assert (problem.field, problem.value, problem.fix) == ("parallel.zero_stage", stage, "use 1 or 2")
+
+
+def test_single_mesh_has_every_axis_and_no_group():
+    mesh = single_mesh()
+    assert {axis: (mesh.size(axis), mesh.rank(axis), mesh.group(axis)) for axis in AXES} == dict.fromkeys(
+        AXES, (1, 0, None)
+    )
+
+
+def test_mesh_is_frozen():
+    mesh = Mesh(plan_mesh(ParallelConfig(), 1), 0, MappingProxyType({}))
+    with pytest.raises(AttributeError):
+        mesh.global_rank = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        mesh.plan.sizes["tp"] = 2  # type: ignore[index]
