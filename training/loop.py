@@ -137,21 +137,16 @@ def prepare_directory(config: RunConfig, process: ProcessLike, *, resume: bool, 
 
 
 def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
-    """Load the newest complete checkpoint; the number of steps it has behind it.
+    """Load the newest complete checkpoint; the number of steps it has behind it, 0 where a run ended before its first.
 
     Raises:
-        RunError: there is none, it does not fit, or the data are no longer the same.
+        RunError: it does not fit, or the data are no longer the same.
     """
     path = latest(directory / "checkpoints")
     if path is None:
-        raise RunError(
-            Problem(
-                field="--resume",
-                value=directory,
-                rule="has no complete checkpoint",
-                fix="use --overwrite to start anew",
-            )
-        )
+        if trainer.mesh.global_rank == 0:
+            print(f"{directory} has no complete checkpoint yet: starting from step 0", flush=True)
+        return 0
     manifest: dict[str, Any] = load(path, trainer)
     if manifest["extra"]["data_fingerprint"] != data_print:
         raise RunError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from training.data.entropy import Entropies
 from training.metrics import read_metrics
 
-SMOOTHING = 0.9  # of the drawn training loss
+WINDOW = 1 / 40  # of the run: what the drawn training loss is averaged over
 
 
 def plot_loss(directory: Path, entropies: Entropies) -> Path:
@@ -39,9 +39,10 @@ def plot_loss(directory: Path, entropies: Entropies) -> Path:
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
     """Exponential moving average, corrected for its start."""
+    share = 1 / max(1.0, WINDOW * len(values))
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        average += share * (value - average)
+        weight += share * (1 - weight)
         smoothed.append(average / weight)
     return smoothed

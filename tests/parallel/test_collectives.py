@@ -49,15 +49,17 @@ def pair(name: str):
 def forward_of(name: str, xs: list[np.ndarray]) -> list[np.ndarray]:
     """The definition, on the list of all ranks' inputs."""
     size = len(xs)
-    total, whole = sum(xs), np.concatenate(xs, 1)
-    return {
-        "gather_tokens": [whole] * size,
-        "scatter_tokens": np.split(total, size, 1),
-        "split_tokens": np.split(xs[0], size, 1),
-        "join_tokens": [whole] * size,
-        "copy_to": xs,
-        "sum_over": [total] * size,
-    }[name]
+    match name:
+        case "gather_tokens" | "join_tokens":
+            return [np.concatenate(xs, 1)] * size
+        case "scatter_tokens":
+            return np.split(sum(xs), size, 1)
+        case "split_tokens":
+            return np.split(xs[0], size, 1)
+        case "copy_to":
+            return xs
+        case _:
+            return [sum(xs)] * size
 
 
 def inner(ranks, left: int, right: int, replica: bool) -> float:

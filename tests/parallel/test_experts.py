@@ -49,10 +49,10 @@ def token_cut(rank: int, size: int) -> slice:
 
 def routed(ep: int, routing: str):
     """y, dx, dweights of this rank's tokens, its counts, and its part of the experts' gradients summed over replicas."""
-    torch.set_default_dtype(torch.float64)
     mesh = build_mesh(ParallelConfig(ep=ep))
     experts = ExpertParallelMLP(D, INNER, EXPERTS, mesh, normal(0.5), normal(0.5))
     initialize_parameters(experts, mesh, seed=0)
+    experts.double()
     x_TD, ids_TK, weights_TK, dy_TD = (part[token_cut(mesh.rank("world"), mesh.size("world"))] for part in inputs(routing))
     x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     y_TD, counts_E = experts(x_TD, ids_TK, weights_TK)

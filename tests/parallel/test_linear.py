@@ -44,11 +44,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def local_pair(sequence_parallel: bool, scatter: bool):
     """This rank's y, dx and weight gradients."""
-    torch.set_default_dtype(torch.float64)
     size = dist.get_world_size()
     mesh = build_mesh(ParallelConfig(tp=size, sequence_parallel=sequence_parallel))
     model = Pair(mesh, scatter)
     initialize_parameters(model, mesh, seed=0)
+    model.double()
     register_gradient_reduction(model, mesh)
     mine = slice(None)
     if sequence_parallel:
