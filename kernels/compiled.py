@@ -23,10 +23,13 @@ def compile_pieces(enabled: bool) -> None:
 
 def piece(fn: Callable[P, R]) -> Callable[P, R]:
     """Mark a pure function of tensors as fusible."""
-    compiled = torch.compile(fn, dynamic=False)
+
+    @functools.cache
+    def compiled() -> Callable[P, R]:
+        return torch.compile(fn, dynamic=False)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return compiled(*args, **kwargs) if _enabled else fn(*args, **kwargs)
+        return compiled()(*args, **kwargs) if _enabled else fn(*args, **kwargs)
 
     return call
