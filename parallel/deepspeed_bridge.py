@@ -285,9 +285,8 @@ def master_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, dict[s
         flat = zero.bit16_groups_flat[index]
         place = start + (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         place %= states[index]["fp32"].numel()  # partitions are of one size
-        yield parameter, start, {
-            name: states[index][name][place : place + size] for name in ("fp32", "exp_avg", "exp_avg_sq")
-        }
+        names = ("fp32", "exp_avg", "exp_avg_sq")
+        yield parameter, start, {name: states[index][name][place : place + size] for name in names}
 
 
 def refresh_parameters(engine: Any) -> None:

@@ -4,6 +4,7 @@ import errno
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 from pathlib import Path
 from types import MappingProxyType
@@ -162,10 +163,10 @@ def test_a_tensor_that_no_rank_holds_is_missed(tmp_path):
 
 def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, monkeypatch):
     path = write(tmp_path, 1, 1.0)
-    whole = dcp.FileSystemReader(path).read_metadata()
+    stored = pickle.dumps(dcp.FileSystemReader(path).read_metadata())
 
     def read(change, tensors: Tensors) -> str:
-        changed = dcp.FileSystemReader(path).read_metadata()
+        changed = pickle.loads(stored)
         change(changed.state_dict_metadata)
         monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", lambda self, *args, **kwargs: changed)
         with pytest.raises(RunError) as error, storage.told_for(path, "read"):
@@ -180,7 +181,6 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
     assert "x is not in the checkpoint" in read(lambda saved: saved.pop("x"), tensors)
     other_dtype = {"x": LogicalTensor((4, 3), torch.float64, tensors["x"].chunks)}
     assert "expected ((4, 3), torch.float64)" in read(lambda saved: None, other_dtype)
-    assert len(whole.state_dict_metadata["x"].chunks) == 2
 
 
 def test_chunks_are_small_and_read_by_other_cuts(tmp_path, monkeypatch):
@@ -210,6 +210,7 @@ def killed(directory: Path, step: int, where: str) -> None:
         if where == "writing":
             planners.ChunkSavePlanner.resolve_data = die
         else:
+            # The renames of a save: DCP's metadata, a checkpoint of the same step aside, the new one, the old one away.
             real, renames = os.rename, int(where)
             calls = iter(range(renames))
             os.rename = lambda old, new: real(old, new) if next(calls, None) is not None else die()
@@ -221,7 +222,7 @@ def killed(directory: Path, step: int, where: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("where", ["writing", "0"])
+@pytest.mark.parametrize("where", ["writing", "0", "1"])
 def test_a_kill_leaves_the_previous_checkpoint_and_the_next_save_cleans_up(where, tmp_path):
     write(tmp_path, 1, 1.0)
     killed(tmp_path, 2, where)
@@ -232,7 +233,7 @@ def test_a_kill_leaves_the_previous_checkpoint_and_the_next_save_cleans_up(where
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-@pytest.mark.parametrize(("renames", "value"), [("0", 1.0), ("1", 1.0), ("2", 2.0)])
+@pytest.mark.parametrize(("renames", "value"), [("0", 1.0), ("1", 1.0), ("2", 1.0), ("3", 2.0)])
 def test_a_kill_while_a_step_is_saved_again_leaves_one_of_both(renames, value, tmp_path):
     write(tmp_path, 2, 1.0)
     killed(tmp_path, 2, renames)
@@ -256,7 +257,7 @@ def test_prune_keeps_the_newest_and_what_others_wrote(tmp_path):
     assert [path.name for path in (tmp_path / "step-00000001").iterdir()] == ["notes.txt"]
     assert len(list((tmp_path / "step-00000002").iterdir())) == 2
     assert value_of(latest(tmp_path)) == 20.0
-    with pytest.raises(RunError, match="train.keep=0 is below 1"):
+    with pytest.raises(RunError, match=r"train\.keep=0 is below 1"):
         prune(tmp_path, 0)
 
 

@@ -127,7 +127,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         """What to read.
 
         Raises:
-            RunError: a tensor that is missing, of another shape or dtype, or with a gap or an overlap in the checkpoint.
+            RunError: a tensor that the checkpoint lacks, has in another shape or dtype, or not all of.
         """
         assert self.metadata is not None, "DCP sets the planner up first"
         plan = LoadPlan([])
@@ -150,7 +150,11 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         """On rank 0: what was saved covers each tensor exactly once."""
         assert self.metadata is not None, "DCP sets the planner up first"
         saved = self.metadata.state_dict_metadata
-        boxes = {name: [_box(chunk) for chunk in saved[name].chunks] for name in self.tensors}
+        boxes = {
+            name: [_box(chunk) for chunk in tensor.chunks]
+            for name, tensor in saved.items()
+            if name in self.tensors and isinstance(tensor, TensorStorageMetadata)
+        }
         check_cover({name: tensor.shape for name, tensor in self.tensors.items()}, boxes)
         return global_plan
 

@@ -21,7 +21,7 @@ from training.checkpoint import storage
 from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.planners import read_tensors, write_tensors
 from training.checkpoint.storage import FORMAT, Manifest, checkpoint_problem, told_for
-from training.data.ranks import Comm, on_every_rank, on_rank_0
+from training.data.ranks import on_every_rank, on_rank_0
 from training.model.config import MIXERS, ModelConfig
 from training.model.model import HybridModel
 from training.trainer import EngramMemory, Trainer
@@ -80,7 +80,7 @@ def _comm() -> GroupComm:
 
 @lru_cache(maxsize=1)
 def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group for checkpoints alone: a save may then run beside training's collectives. Collective at the first call."""
+    """A group for checkpoints alone, so that a save may run beside training's collectives. Collective at first."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
@@ -167,7 +167,7 @@ def prune(directory: Path, keep: int) -> None:
 def _restore(
     path: Path, tensors: Tensors, config: ModelConfig, memory: EngramMemory | None, wanted: Callable[[str], bool]
 ) -> Manifest:
-    comm: Comm = _comm()
+    comm = _comm()
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
     on_every_rank(comm, lambda: _check_same_run(path, manifest, tensors, config, memory, wanted))
@@ -232,7 +232,7 @@ def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tup
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

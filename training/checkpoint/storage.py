@@ -1,7 +1,7 @@
 """A checkpoint's directory: complete or absent, with a manifest that proves it.
 
-``step-00000100.tmp`` is written, synced and checksummed, then renamed to ``step-00000100`` at once. A kill at any moment
-leaves what was complete before. ``step-00000100.old`` is a checkpoint that is being replaced by one of the same step.
+``step-00000100.tmp`` is written, synced and checksummed, then renamed to ``step-00000100`` at once. A kill at any
+moment leaves what was complete before. ``step-00000100.old`` is a checkpoint that one of the same step is replacing.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ def latest(directory: Path, comm: Comm) -> Path | None:
 
 
 def prune(directory: Path, keep: int, comm: Comm) -> None:
-    """Delete all but the ``keep`` newest complete checkpoints: files that their manifests name, no others. Collective."""
+    """Delete all but the ``keep`` newest complete checkpoints, and only files that their manifests name. Collective."""
     if keep < 1:
         raise RunError(Problem(field="train.keep", value=keep, rule="is below 1", fix="keep at least one checkpoint"))
 
