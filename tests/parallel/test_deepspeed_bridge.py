@@ -20,7 +20,7 @@ from parallel.deepspeed_bridge import (
     check_mpu,
     check_placements,
     gradient_fragments,
-    master_state,
+    master_fragments,
     optimizer_groups,
     owned_fragments,
     refresh_parameters,
@@ -72,7 +72,7 @@ def mesh_of(tp: int = 1, sequence_parallel: bool = False) -> Mesh:
     return Mesh(plan_mesh(ParallelConfig(tp=tp), tp), 0, MappingProxyType({}), sequence_parallel)
 
 
-def engine_of(model: nn.Module, mesh: Mesh, zero_stage: int = 1, optimizer=torch.optim.SGD) -> Any:
+def engine_of(model: nn.Module, mesh: Mesh, zero_stage: int = 1, optimizer=torch.optim.AdamW) -> Any:
     """The engine as the trainer starts it."""
     quiet_libraries()
     return start_engine(
@@ -128,8 +128,7 @@ def test_a_replica_under_sequence_parallelism_must_be_partial():
 def test_a_table_that_is_a_parameter_is_refused(trainable):
     model = Small(single_mesh())
     model.table = nn.Parameter(torch.zeros(10, 4), requires_grad=trainable)
-    tag = pytest.raises(TypeError, match="parameter table declares no placement")
-    with tag:
+    with pytest.raises(TypeError, match="parameter table declares no placement"):
         check_placements(model, single_mesh())
 
 
@@ -225,7 +224,7 @@ def refusal(fault: str) -> str:
         mock.patch.object(deepspeed_bridge, "optimizer_groups", faulty_groups),
     ):
         try:
-            engine_of(model, mesh, optimizer=torch.optim.AdamW)
+            engine_of(model, mesh)
         except RuntimeError as error:
             return str(error)
     return ""
@@ -328,7 +327,9 @@ def test_a_parameter_that_left_its_flat_buffer_is_noticed():
 
 def scaled_step(factor: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Parameters before and after a step of plain SGD at rate 1 without decay."""
-    model, engine = started(ParallelConfig())
+    config = deepspeed_bridge.deepspeed_config(1, 1, 1) | {"zero_allow_untested_optimizer": True}
+    with mock.patch.object(deepspeed_bridge, "deepspeed_config", return_value=config):
+        model, engine = started(ParallelConfig(), optimizer=torch.optim.SGD)
     for group in engine.optimizer.param_groups:
         group["weight_decay"] = 0.0
     scale = GradientScale(engine)
@@ -347,20 +348,25 @@ def test_the_factor_scales_every_gradient(factor):
             np.testing.assert_allclose(after, before * (1 - 1.5 * factor), rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-def doubled() -> list[tuple[np.ndarray, np.ndarray]]:
-    model, engine = started(ParallelConfig(), optimizer=torch.optim.AdamW)
+def doubled_masters(ep: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(Twice the parameters, the parameters after the masters were doubled in place)."""
+    model, engine = started(ParallelConfig(ep=ep, zero_stage=2))
     engine.backward(engine())
     engine.step()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for _, master, state in master_state(engine):
-        assert state["exp_avg"].shape == master.shape
-        master.data.mul_(2)
+    for parameter, start, live in master_fragments(engine):
+        size = live["fp32"].numel()
+        assert torch.equal(live["fp32"], parameter.detach().flatten()[start : start + size])
+        assert live["exp_avg"].numel() == live["exp_avg_sq"].numel() == size
+        assert (live["exp_avg"] != 0).all()
+        live["fp32"].mul_(2)
     refresh_parameters(engine)
     return [(2 * old.numpy(), new.detach().numpy()) for old, new in zip(before, model.parameters(), strict=True)]
 
 
-def test_parameters_follow_the_masters():
-    for rank in run_ranks(doubled, 2):
+@pytest.mark.parametrize(("size", "ep"), [(2, 2), (4, 2)])
+def test_master_fragments_are_live_and_parameters_follow_them(size, ep):
+    for rank in run_ranks(doubled_masters, size, ep):
         for expected, got in rank:
             assert np.array_equal(got, expected)
 

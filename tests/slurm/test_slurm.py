@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, running_cluster, wait_for
+from tests.slurm.cluster import ROOT, Cluster, missing, running_cluster, wait_for
+from training.data.config import PrepareConfig
+from training.data.prepare import prepare
+from training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -25,11 +28,11 @@ def job_directory(tmp_path):
     return tmp_path
 
 
-def wait_for_state(cluster: Cluster, job: str, state: str, directory: Path) -> None:
+def wait_for_state(cluster: Cluster, job: str, state: str, directory: Path, timeout_s: float = 60) -> None:
     def explain() -> str:
         return f"{cluster.job(job)}\n{(directory / f'slurm-{job}.out').read_text()}\n{cluster.logs()}"
 
-    wait_for(lambda: cluster.job(job)["JobState"] == state, f"job {job} {state}", 60, explain)
+    wait_for(lambda: cluster.job(job)["JobState"] == state, f"job {job} {state}", timeout_s, explain)
 
 
 def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
@@ -49,6 +52,37 @@ def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
         assert (runs / f"saved-{rank}").read_text() == "USR1"
         assert (runs / f"resumed-{rank}").read_text() == f"sum 3 node {rank} port {port}"
     assert f"requeue: job {job}, start 1 of run first" in output.read_text()
+
+
+SMALL_MODEL = """
+--model.pattern ME*E --model.d_model 32 --model.vocab_size 384 --model.mamba2.head_dim 16 --model.mamba2.state_dim 16
+--model.mamba2.chunk_size 16 --model.attention.num_heads 2 --model.attention.num_kv_heads 1 --model.attention.head_dim 16
+--model.moe.num_experts 4 --model.moe.expert_dim 16 --model.moe.shared_dim 16 --model.engram.num_heads 2
+--model.engram.head_dim 8 --model.engram.table_size 50 --data.seq_length 32 --train.global_batch 4 --train.micro_batch 2
+--train.eval_every 0 --train.eval_rows 4 --train.save_every 1000 --parallel.ep 2
+""".split()
+
+
+def test_training_goes_on_after_a_preemption(cluster, tmp_path):
+    """The real program on two nodes: USR1 saves between two steps, the requeued job resumes there and finishes."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(30):
+        (corpus / f"{number}.txt").write_text(f"document {number}: " + "the quick brown fox and the lazy dog. " * 20)
+    prepare(PrepareConfig(source=str(corpus), out=str(tmp_path / "data"), vocab_size=300, val_fraction=0.2))
+
+    steps = "400"
+    words = ["tiny", "--name", "third", "--data.path", str(tmp_path / "data"), "--train.steps", steps, *SMALL_MODEL]
+    job = cluster.submit(tmp_path, *words, NPROC="1", PYTHON=sys.executable, PYTHONPATH=str(ROOT))
+    output, metrics = tmp_path / f"slurm-{job}.out", tmp_path / "runs/third/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, "three steps", 120, output.read_text)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_state(cluster, job, "COMPLETED", tmp_path, timeout_s=180)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "asked to stop: saved after step" in output.read_text()
+    assert "resumed from runs/third/checkpoints" in output.read_text()
+    trained = [record["step"] for record in read_metrics(metrics) if "loss" in record]
+    assert trained == list(range(1, int(steps) + 1))
 
 
 def test_a_rank_that_dies_ends_the_job_on_all_nodes(cluster, job_directory):
