@@ -1,51 +1,126 @@
 """When a rank of a run dies: its name and cause, on every rank, instead of a wait without end."""
 
+import os
 import sys
+import threading
 import time
 import traceback
+from datetime import timedelta
+from types import TracebackType
 
 import torch.distributed as dist
 
-GRACE_S = 8.0
+POLL_S = 1.0
+# A rank that has not answered by then will not.
+GRACE_S = 6.0
 KEY = "engramba/failed"
+
+
+class FailureWatch:
+    """While entered, a thread ends this process when another rank fails, wherever this one waits for it."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size, self._left = rank, world_size, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
+
+    def __enter__(self) -> "FailureWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._left.wait(POLL_S):
+            try:
+                failed = _store().check([f"{KEY}/any"])
+            except Exception:  # no store, no run: the failure tells which
+                failed = True
+            if failed and not self._left.is_set():
+                _tell("another rank called", self._rank, self._world_size)
+                os._exit(1)
 
 
 def explain_failure(error: BaseException, rank: int, world_size: int) -> None:
     """Tell the other ranks why this one stops; print on stderr which rank stopped first, and why.
 
-    A rank whose own code failed prints its traceback and leaves its cause in the store. A rank that only lost its peers
-    waits a moment for such a cause; where none comes, the ranks that have not reported at all are the dead ones. Never
-    raises and never waits longer than GRACE_S.
+    A rank whose own code failed prints its traceback and leaves its cause in the store. Where no rank has such a cause,
+    the ranks that do not answer are the dead ones. Never raises and never waits longer than 2 x GRACE_S.
     """
     cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     lost = _lost_peers(error)
     if not lost:
         traceback.print_exception(error)
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{KEY}/{'lost' if lost else 'cause'}/{rank}", cause)
-        first = _find_first(store, world_size) if lost else f"its own error, {cause}"
+        if not lost:
+            _store().set(f"{KEY}/cause/{rank}", cause)
+        _store().set(f"{KEY}/any", "")
     except Exception:  # the store died with its host
-        first = f"the rank that hosts the rendezvous is gone, usually rank 0 ({cause})"
-    print(f"rank {rank} of {world_size} stops: {first}", file=sys.stderr, flush=True)
+        pass
+    _tell(cause, rank, world_size)
+
+
+def rank_0_tells(error: BaseException, rank: int, world_size: int) -> bool:
+    """Whether rank 0 stops for the very same reason, so that this rank need not repeat it.
+
+    Leaves the reason in the store for ranks that will miss this one. Never raises; waits GRACE_S at most.
+    """
+    try:
+        _store().set(f"{KEY}/cause/{rank}", str(error))
+        if rank == 0:
+            _wait_for("read", range(1, world_size))
+            return False
+        _wait_for("cause", [0])
+        same = _store().get(f"{KEY}/cause/0").decode() == str(error)
+        _store().set(f"{KEY}/read/{rank}", "")
+        return same
+    except Exception:  # rank 0 goes on, or is gone
+        return False
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait_for(what: str, ranks: "range | list[int]") -> None:
+    """Raises where one of the keys is not there within GRACE_S."""
+    _store().wait([f"{KEY}/{what}/{rank}" for rank in ranks], timedelta(seconds=GRACE_S))
 
 
 def _lost_peers(error: BaseException) -> bool:
     """Whether an error comes out of a collective: the peer's death, not this rank's fault."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any("distributed_c10d" in frame.filename for frame in frames) or isinstance(error, dist.DistError)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
-def _find_first(store: dist.Store, world_size: int) -> str:
-    deadline, silent = time.monotonic() + GRACE_S, list(range(world_size))
-    while time.monotonic() < deadline:
+def _tell(cause: str, rank: int, world_size: int) -> None:
+    """Answer the roll call, and print its result."""
+    silent: list[int] = []
+    try:
+        _store().set(f"{KEY}/alive/{rank}", "")
+        first, silent = _find_first(cause, world_size)
+    except Exception:  # the store died with its host
+        first = f"the process that hosts the rendezvous is gone: rank 0, or torchrun ({cause})"
+    print(f"rank {rank} of {world_size} stops: {first}", file=sys.stderr, flush=True)
+    try:
+        _store().set(f"{KEY}/read/{rank}", "")
+        if rank == 0:  # the store may live in this process: let the others read
+            _wait_for("read", [other for other in range(world_size) if other not in silent])
+    except Exception:  # they have gone
+        pass
+
+
+def _find_first(cause: str, world_size: int) -> tuple[str, list[int]]:
+    """Which rank stopped first and why, and the ranks that do not answer."""
+    store, deadline, silent = _store(), time.monotonic() + GRACE_S, list(range(world_size))
+    while silent and time.monotonic() < deadline:
         for rank in range(world_size):
             if store.check([f"{KEY}/cause/{rank}"]):
-                return f"rank {rank} failed: {store.get(f'{KEY}/cause/{rank}').decode()}"
-        silent = [rank for rank in range(world_size) if not store.check([f"{KEY}/lost/{rank}"])]
-        if not silent:
-            break
-        time.sleep(0.2)
+                return f"rank {rank} failed: {store.get(f'{KEY}/cause/{rank}').decode()}", []
+        silent = [rank for rank in silent if not store.check([f"{KEY}/alive/{rank}"])]
+        time.sleep(0.1)
     if silent:
-        return f"rank {', '.join(map(str, silent))} died without a word (killed, or out of memory)"
-    return "a collective failed on every rank; is parallel.timeout_s too short?"
+        return f"rank {', '.join(map(str, silent))} does not answer: killed, out of memory, or hanging", silent
+    return f"a collective failed on every rank; is parallel.timeout_s too short? ({cause})", []

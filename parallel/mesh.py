@@ -55,7 +55,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         tensor_model_parallel_size=parallel.tp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
+        distributed_timeout_minutes=parallel.timeout_s / 60,
     )
     groups = {
         "world": dist.group.WORLD,

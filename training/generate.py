@@ -42,7 +42,7 @@ def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p:
     tokenizer = files.tokenizer()
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [files.eod_id]
     sampler = torch.Generator().manual_seed(seed)
-    added = continue_tokens(model, memory, ids, max_tokens, temperature, top_p, sampler, files.eod_id)
+    added = continue_tokens(model, memory, ids, max_tokens, temperature, top_p, sampler, files.eod_id, files.vocab_size)
     return tokenizer.decode(ids + added)
 
 
@@ -56,8 +56,13 @@ def continue_tokens(
     top_p: float,
     sampler: torch.Generator,
     eod_id: int,
+    vocab_size: int | None = None,
 ) -> list[int]:
-    """Sample up to ``max_tokens`` tokens after ``ids``, stopping at the end of the document. One process."""
+    """Sample up to ``max_tokens`` tokens after ``ids``, stopping at the end of the document. One process.
+
+    Args:
+        vocab_size: tokens that the tokenizer knows, where the model's vocabulary is larger.
+    """
     caches: list[Cache] = [{} for _ in model.layers]
     device = model.norm.device
     tokens, fed = list(ids), 0
@@ -66,7 +71,7 @@ def continue_tokens(
         rows = {} if memory is None else memory.tables.fetch(_row_ids(memory, tokens, fed))
         logits_BLV = model.logits(new_BL.to(device), None, memory_of(rows), caches)
         fed = len(tokens)
-        token = sample(logits_BLV[0, -1].cpu(), temperature, top_p, sampler)
+        token = sample(logits_BLV[0, -1, :vocab_size].cpu(), temperature, top_p, sampler)
         if token == eod_id:
             break
         tokens.append(token)

@@ -1,8 +1,10 @@
 """The training loop of one rank."""
 
+import itertools
 import os
 import time
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +14,14 @@ import torch.distributed as dist
 
 from parallel.device import backend, device_name, local_device
 from parallel.errors import Problem, RunError
-from parallel.failure import explain_failure
+from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
 from training.checkpoint import latest, load, prune, save
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
 from training.data.loader import StepLoader, fingerprint
+from training.data.token_map import TokenMap
 from training.evaluate import evaluate
 from training.flops import flops_per_token, peak_flops
 from training.metrics import Metrics, memory_gib
@@ -43,20 +46,34 @@ class ProcessLike(Protocol):
     def world_size(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, opened and checked."""
+
+    files: TokenFiles
+    train: PackedRows
+    validation: ValidationRows
+    token_map: TokenMap
+
+
 def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> None:
     """Train a run from its configuration, from scratch or from its newest checkpoint.
 
     Raises:
-        RunError: what the user must change, on every rank.
-        SystemExit: a rank died; its name and cause are printed on every rank (code 1).
+        RunError: what the user must change: on every rank, or on rank 0 where all would say the same.
+        SystemExit: with code 2, on the ranks whose error rank 0 tells. Where a rank died its name and cause are
+            printed on every rank and the process ends with code 1.
     """
-    files = open_data(config)
+    data = open_data(config)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.c10d_logger")  # about optional packages
     device = local_device(process.local_rank)
     dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
     try:
-        finished = run_steps(config, files, device, process, resume=resume, overwrite=overwrite)
-    except RunError:
+        with FailureWatch(process.rank, process.world_size):
+            finished = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
+    except RunError as error:
+        if rank_0_tells(error, process.rank, process.world_size):
+            raise SystemExit(2) from error
         raise
     except Exception as error:
         explain_failure(error, process.rank, process.world_size)
@@ -64,14 +81,14 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     dist.barrier()
     dist.destroy_process_group()
     if finished and process.rank == 0:
-        show_end(config, files, RUNS / config.name, process.world_size)
+        show_end(config, data.files, RUNS / config.name, process.world_size)
 
 
-def open_data(config: RunConfig) -> TokenFiles:
-    """The prepared token files.
+def open_data(config: RunConfig) -> RunData:
+    """The prepared token files, as rows.
 
     Raises:
-        RunError: they are missing, damaged, or need a larger vocabulary than the model's.
+        RunError: they are missing, damaged or shorter than a row, or need a larger vocabulary than the model's.
     """
     files = TokenFiles.open(config.data.path)
     if files.vocab_size > config.model.vocab_size:
@@ -83,19 +100,19 @@ def open_data(config: RunConfig) -> TokenFiles:
                 fix=f"use {files.vocab_size} or more",
             )
         )
-    return files
+    length = config.data.seq_length
+    rows = PackedRows(files, "train", length, config.data.seed)
+    return RunData(files, rows, ValidationRows(files, length), run_token_map(config, files))
 
 
 def run_steps(
-    config: RunConfig, files: TokenFiles, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
+    config: RunConfig, data: RunData, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
 ) -> bool:
     """Build everything, then: load, step, log, evaluate, save, until the last step; False where a signal ended it."""
-    directory = prepare_directory(config, process, resume=resume, overwrite=overwrite)
-    rows = PackedRows(files, "train", config.data.seq_length, config.data.seed)
-    validation = ValidationRows(files, config.data.seq_length)
-    trainer = build_trainer(config, build_mesh(config.parallel), device, run_token_map(config, files))
-    data_print = fingerprint(rows)
+    trainer = build_trainer(config, build_mesh(config.parallel), device, data.token_map)
+    directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
     start = restore(trainer, directory, data_print) if resume else 0
+    prepare_directory(directory, config, process, overwrite=overwrite)
     mesh, settings = trainer.mesh, config.train
     loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
     speed = Speedometer(config, mesh.size("world"), device, start)
@@ -108,7 +125,7 @@ def run_steps(
             metrics.write(speed.record(done, result, rate), echo=done % settings.log_every == 0 or done == 1 or last)
             stopping = stop.agreed()
             if last or (settings.eval_every and done % settings.eval_every == 0):
-                loss = evaluate(trainer, validation, settings.eval_rows)
+                loss = evaluate(trainer, data.validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
                 speed.pause()
             if last or stopping or done % settings.save_every == 0:
@@ -122,18 +139,20 @@ def run_steps(
     return True
 
 
-def prepare_directory(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> Path:
-    """runs/<name> with its run.json. An overwritten run is moved aside, never deleted. Collective."""
-    directory = RUNS / config.name
+def prepare_directory(directory: Path, config: RunConfig, process: ProcessLike, *, overwrite: bool) -> None:
+    """runs/<name> with its run.json. An overwritten run is moved aside, never deleted. Collective.
+
+    Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
+    """
     if process.rank == 0:
         if overwrite and directory.exists():
-            aside = next(path for n in range(1, 10**6) if not (path := RUNS / f"{config.name}.{n}").exists())
+            numbers = itertools.count(1)
+            aside = next(path for n in numbers if not (path := directory.with_name(f"{config.name}.{n}")).exists())
             directory.rename(aside)
             print(f"the earlier run is now {aside}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         save_run_json(directory / "run.json", config, process.world_size)
     dist.barrier()
-    return directory
 
 
 def restore(trainer: Trainer, directory: Path, data_print: str) -> int:

@@ -37,5 +37,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            return  # a launcher terminates the peers of a dead rank: they live on to say which one it was
         for number, former in self._former.items():
             signal.signal(number, former)

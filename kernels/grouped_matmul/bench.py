@@ -5,9 +5,8 @@ Fixed routing would hide what new shapes cost. ``python -m kernels.grouped_matmu
 Legend: T tokens, K chosen experts, D model width, E experts, F inner width.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from kernels.grouped_matmul.op import grouped_mlp
 from kernels.grouped_matmul.reference import reference_grouped_mlp
 from kernels.moe_permute import permute, unpermute
+from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
 T, K, D, E, INNER = 2048, 2, 256, 8, 256
-ROUNDS, WARMUP = 30, 10
+ROUNDS, WARMUP = 15, 8  # new shapes build primitives: the first rounds meet most of them
 Experts = Callable[..., torch.Tensor]
 
 
@@ -58,53 +58,52 @@ def routing(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     return ids_TK, weights_TK
 
 
-def measure(dtype: torch.dtype) -> dict[str, list[float]]:
-    """Milliseconds a call, candidates taking turns; raises where a candidate disagrees with fp64."""
+def measure() -> list[Row]:
+    """bf16 and fp32, every candidate with the same routing in a round and a new one in the next."""
+    return [row for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)) for row in _rows(dtype, limit)]
+
+
+def _rows(dtype: torch.dtype, limit: float) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(T, D, generator=generator).to(dtype).requires_grad_()
     gate_up = (torch.randn(E, D, 2 * INNER, generator=generator) / D**0.5).to(dtype).requires_grad_()
     down = (torch.randn(E, INNER, D, generator=generator) / INNER**0.5).to(dtype).requires_grad_()
-    candidates: dict[str, Experts] = {"ours": ours, "loop over experts": sorted_loop}
+    peers: dict[str, Experts] = {"loop over experts": sorted_loop}
     for implementation in ("eager", "grouped_mm"):
-        candidates[f"GraniteMoeExperts {implementation}"] = granite(dtype, implementation, gate_up, down)
-    check(candidates, dtype, routing(generator), (x_TD, gate_up, down))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(ROUNDS):
-        ids_TK, weights_TK = routing(generator)
-        weights_TK.requires_grad_()
-        for name, fn in candidates.items():
-            start = time.perf_counter()
-            fn(x_TD, ids_TK, weights_TK, gate_up, down).sum().backward()
-            times[name].append(1e3 * (time.perf_counter() - start))
-            x_TD.grad = None
-    return {name: taken[WARMUP:] for name, taken in times.items()}
+        peers[f"GraniteMoeExperts {implementation}"] = granite(dtype, implementation, gate_up, down)
+    error = largest_error([ours, *peers.values()], routing(generator), (x_TD, gate_up, down))
+
+    def step(fn: Experts, routed: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        ids_TK, weights_TK = next(routed)
+        fn(x_TD, ids_TK, weights_TK.requires_grad_(), gate_up, down).sum().backward()
+
+    sets = [routing(generator) for _ in range(ROUNDS + WARMUP)]
+    steps = [partial(step, fn, iter(sets)) for fn in (ours, *peers.values())]
+    own, *others = times_in_turn(steps, ROUNDS, WARMUP)
+    case = f"{T} tokens top-{K} of {E}, D {D}, {str(dtype)[6:]}"
+    return [
+        Row(op="experts", case=case, peer=name, error=error, limit=limit, ours_ms=own, peer_ms=taken)
+        for name, taken in zip(peers, others, strict=True)
+    ]
 
 
-def check(candidates: dict[str, Experts], dtype: torch.dtype, routed: tuple, inputs: tuple) -> None:
-    """Every candidate's output and gradient of x within 2 % (bf16) or 1e-5 (fp32) of fp64, by relative RMSE."""
+def largest_error(candidates: list[Experts], routed: tuple, inputs: tuple) -> float:
+    """Of all candidates' outputs and gradients of x, against the loop in fp64."""
     ids_TK, weights_TK = routed
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = sorted_loop(wide[0], ids_TK, weights_TK.double(), *wide[1:])
-    expected_and_grad = (expected.detach(), torch.autograd.grad(expected.square().sum(), wide[0])[0])
-    for name, fn in candidates.items():
-        got = fn(inputs[0], ids_TK, weights_TK, *inputs[1:])
-        got_and_grad = (got.detach(), torch.autograd.grad(got.square().sum(), inputs[0])[0])
-        for a, b in zip(got_and_grad, expected_and_grad, strict=True):
-            error = float((a.double() - b).norm() / b.norm())
-            if not error < (2e-2 if dtype == torch.bfloat16 else 1e-5):
-                raise RuntimeError(f"{name} in {dtype} is {error:.1e} off the reference")
+    y = sorted_loop(wide[0], ids_TK, weights_TK.double(), *wide[1:])
+    expected = y.detach(), torch.autograd.grad(y.square().sum(), wide[0])[0]
+    errors = []
+    for fn in candidates:
+        y = fn(inputs[0], ids_TK, weights_TK, *inputs[1:])
+        errors.append(relative_error((y.detach(), torch.autograd.grad(y.square().sum(), inputs[0])[0]), expected))
+    return max(errors)
 
 
 def main() -> None:
-    """Print the table; ratios are medians of paired rounds."""
-    print(f"{T} tokens x top-{K}, E {E}, D {D}, F {INNER}; forward + backward, new routing every call; "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float32):
-        times = measure(dtype)
-        for name, taken in times.items():
-            ratio = statistics.median(theirs / own for theirs, own in zip(taken, times["ours"], strict=True))
-            print(f"{dtype!s:15} {name:30} median {statistics.median(taken):7.1f} ms  min {min(taken):7.1f} ms  "
-                  f"{ratio:5.2f}x ours")  # fmt: skip
+    """Print the table."""
+    print(machine())
+    print_rows(measure())
 
 
 if __name__ == "__main__":

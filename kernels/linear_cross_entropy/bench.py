@@ -1,17 +1,18 @@
-"""linear_cross_entropy forward and backward against F.cross_entropy(F.linear) in bf16: time, after a check."""
+"""linear_cross_entropy beside F.cross_entropy(F.linear): ``python -m kernels.linear_cross_entropy.bench``."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d.bench import forward_backward, median_ms, relative_error
 from kernels.linear_cross_entropy.op import linear_cross_entropy
+from kernels.timing import Row, compare, machine, print_rows
+
+T, V, D = 2048, 8192, 256
 
 
-def main() -> None:
-    """Print the times, or the difference when the two disagree."""
-    T, V, D = 2048, 8192, 256
-    inputs = [torch.randn(T, D).bfloat16().requires_grad_(), (0.05 * torch.randn(V, D)).bfloat16().requires_grad_()]
+def measure() -> list[Row]:
+    """bf16 and fp32, at the size of the benchmark model's head."""
+    rows = []
     targets_T, dloss = torch.randint(V, (T,)), torch.tensor(1 / T)
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -20,13 +21,19 @@ def main() -> None:
     def peer(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets_T, reduction="sum")
 
-    print(f"linear_cross_entropy forward + backward, {T} x {V}, D {D}, bf16, {torch.get_num_threads()} threads")
-    error = relative_error(forward_backward(ours, inputs, dloss), forward_backward(peer, inputs, dloss))
-    if not error < 2e-2:
-        print(f"differs from the peer by {error:.1e}, limit 2e-2; no speed")
-        return
-    own, other = median_ms([ours, peer], inputs, dloss)
-    print(f"{own:.1f} ms, cross_entropy(linear) {other:.1f} ms: {other / own:.1f}x")
+    for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+        inputs = [x.to(dtype).requires_grad_() for x in (torch.randn(T, D), 0.05 * torch.randn(V, D))]
+        case = f"{T} x {V}, D {D}, {str(dtype)[6:]}"
+        rows += compare(
+            "linear_cross_entropy", case, ours, {"cross_entropy(linear)": peer}, inputs, limit=limit, dy=dloss, rounds=7
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    print(machine())
+    print_rows(measure())
 
 
 if __name__ == "__main__":

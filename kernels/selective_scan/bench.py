@@ -3,9 +3,7 @@
 All candidates take the same channels-last inputs, with D, softplus and gate; each round runs all, one after another.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from kernels.selective_scan.op import selective_scan
 from kernels.selective_scan.reference import selective_scan_reference
+from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
 BATCH, LENGTH, CHANNELS, STATES = 2, 1024, 512, 16
 ROUNDS = 5
@@ -68,13 +67,8 @@ def make_inputs(batch: int, length: int) -> list[Tensor]:
     return [x.requires_grad_() for x in inputs]
 
 
-def _gradients(scan: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    y = scan(*inputs)
-    return (y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y)))
-
-
-def _check(candidates: dict[str, Callable[..., Tensor]]) -> None:
-    """Every candidate's output and gradients against the fp64 reference on a short sequence."""
+def _error() -> float:
+    """Output and gradients of ours against the fp64 reference on a short sequence."""
     inputs = make_inputs(1, 48)
     channels_first = (0, 1, 3, 4, 6)
 
@@ -84,38 +78,25 @@ def _check(candidates: dict[str, Callable[..., Tensor]]) -> None:
         assert isinstance(y, Tensor)
         return y.transpose(1, 2)
 
-    expected = _gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
-    for name, scan in candidates.items():
-        for got, oracle in zip(_gradients(scan, inputs), expected, strict=True):
-            error = float((got - oracle).norm() / oracle.norm())
-            if not error < 1e-5:
-                raise SystemExit(f"{name} is wrong by {error:.1e}: no speed is shown")
+    expected = gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
+    return relative_error(gradients(scan_ours, inputs), expected)
 
 
-def main() -> None:
-    """Print the table: median and least milliseconds, and the median over rounds of peer / ours."""
-    candidates: dict[str, Callable[..., Tensor]] = {
-        "ours": scan_ours,
+def measure() -> list[Row]:
+    """fp32, at length 1,024."""
+    peers = {
         "mambapy pscan": _with_scan(_pscan),
         "unbind loop": _with_scan(_unbind_loop),
         "slicing loop": scan_slicing_loop,
     }
-    _check(candidates)
-    inputs = make_inputs(BATCH, LENGTH)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_ in range(ROUNDS + 1):
-        for name, scan in candidates.items():
-            start = time.perf_counter()
-            _gradients(scan, inputs)
-            if round_ > 0:  # the first warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    print(
-        f"selective scan, forward + backward, B{BATCH} L{LENGTH} D{CHANNELS} N{STATES}, fp32, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    for name, ms in times.items():
-        ratio = statistics.median(peer / ours for peer, ours in zip(ms, times["ours"], strict=True))
-        print(f"  {name:14} {statistics.median(ms):7.0f} ms  (least {min(ms):.0f})  {ratio:5.1f}x ours")
+    case, inputs = f"B{BATCH} L{LENGTH} D{CHANNELS} N{STATES}, float32", make_inputs(BATCH, LENGTH)
+    return compare("selective_scan", case, scan_ours, peers, inputs, limit=1e-5, error=_error(), rounds=ROUNDS)
+
+
+def main() -> None:
+    """Print the table."""
+    print(machine())
+    print_rows(measure())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""One Mamba-2 decoding step beside transformers' torch path: python -m kernels.state_update.bench."""
+"""One Mamba-2 decoding step, forward only, beside transformers' torch path.
 
-import statistics
-import time
-from collections.abc import Callable
+``python -m kernels.state_update.bench``.
+"""
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.state_update.op import state_update
+from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
 BATCH, HEADS, WIDTH, STATE, GROUPS = 8, 64, 64, 128, 1
-ROUNDS = 31
+ROUNDS, LIMIT = 31, 1e-5
 
 
 def make_inputs() -> dict[str, Tensor]:
@@ -31,36 +33,36 @@ def make_inputs() -> dict[str, Tensor]:
     }
 
 
-def peer_step(state: Tensor, x: Tensor, **rest: Tensor | bool) -> Tensor:
-    """The step of transformers' Mamba2Mixer as it runs without mamba_ssm."""
+def measure() -> list[Row]:
+    """Steps from the same state, each candidate advancing its own."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
-    return mamba2_selective_state_update(state, x, **rest)
+    inputs = make_inputs()
+    x, state = inputs.pop("x"), torch.randn(BATCH, HEADS, WIDTH, STATE, generator=torch.Generator().manual_seed(1))
+    steps = [
+        partial(fn, state.clone(), x, **inputs, dt_softplus=True)
+        for fn in (state_update, mamba2_selective_state_update)
+    ]
+    ours, peer = (step() for step in steps)
+    ours_ms, peer_ms = times_in_turn(steps, ROUNDS)
+    return [
+        Row(
+            op="state_update",
+            case=f"one step, B{BATCH} H{HEADS} P{WIDTH} N{STATE}, float32",
+            peer="transformers",
+            error=relative_error([ours], [peer]),
+            limit=LIMIT,
+            ours_ms=ours_ms,
+            peer_ms=peer_ms,
+        )
+    ]
 
 
 def main() -> None:
-    """Check a step, then print milliseconds of both and the paired ratio; no speed where the results differ."""
-    inputs = make_inputs()
-    states = {
-        fn: torch.randn(BATCH, HEADS, WIDTH, STATE, generator=torch.Generator().manual_seed(1)) for fn in _CANDIDATES
-    }
-    ours, peer = (fn(states[fn], **inputs, dt_softplus=True) for fn in _CANDIDATES)
-    if (error := float((ours - peer).norm() / peer.norm())) > 1e-5:
-        print(f"relative error {error:.1e} > 1e-05: no timing")
-        return
-    times: list[list[float]] = [[], []]
-    for _ in range(ROUNDS):
-        for fn, taken in zip(_CANDIDATES, times, strict=True):
-            start = time.perf_counter()
-            fn(states[fn], **inputs, dt_softplus=True)
-            taken.append(1e3 * (time.perf_counter() - start))
-    ratio = statistics.median(p / o for o, p in zip(*times, strict=True))
-    print(f"state_update B{BATCH} H{HEADS} P{WIDTH} N{STATE} fp32, {torch.get_num_threads()} threads,", end=" ")
-    print(f"torch {torch.__version__}, median of {ROUNDS}, ms")
-    print(f"ours {statistics.median(times[0]):.2f}  transformers {statistics.median(times[1]):.2f}  ratio {ratio:.2f}")
+    """Print the table."""
+    print(machine())
+    print_rows(measure())
 
-
-_CANDIDATES: tuple[Callable[..., Tensor], Callable[..., Tensor]] = (state_update, peer_step)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The planned groups are megatron-core's; a layout that does not divide is a problem before any process group is made."""
+"""The planned groups are megatron-core's; a layout that does not divide is a problem before any group is made."""
 
 from types import MappingProxyType
 

@@ -1,4 +1,4 @@
-"""One declaration: every element is held as often as declared, starts at the same value, and counts once in the norm."""
+"""One declaration: every element is held as often as it says, starts at the same value, counts once in the norm."""
 
 import copy
 from dataclasses import replace
@@ -129,7 +129,7 @@ def test_squared_norm_counts_each_element_once(world_size, tp, ep, cuts):
     """Over all ranks, with every local gradient cut over the ranks that hold the same shard, as ZeRO cuts it."""
     generator = torch.Generator().manual_seed(1)
     whole = {name: torch.randn(p.shape, generator=generator) for name, p in PLACEMENTS.items()}
-    total = {name: 0.0 for name in PLACEMENTS}
+    total = dict.fromkeys(PLACEMENTS, 0.0)
     for rank in range(world_size):
         mesh = mesh_of(world_size, tp, ep, rank)
         for name, parameter in declared(mesh).items():

@@ -29,7 +29,7 @@ def test_reference_clips_in_every_step_and_is_smooth(references, model):
 
 
 def test_every_named_gradient_is_compared_and_not_zero(references):
-    found = references["plain"]["gradients"]
+    found = references["plain"]["last gradients"]  # in the first step the convolution is zero, and conv_norm's too
     for name in NAMED:
         matching = [values for key, values in found.items() if key.endswith(name)]
         assert matching, name

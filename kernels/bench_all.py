@@ -1,0 +1,38 @@
+"""Every op beside its peer, in one table: ``python -m kernels.bench_all``. Each row is checked before it is timed."""
+
+from kernels.causal_conv1d import bench as causal_conv1d
+from kernels.compiled import compile_pieces
+from kernels.engram_gate import bench as engram_gate
+from kernels.engram_hash import bench as engram_hash
+from kernels.grouped_matmul import bench as grouped_matmul
+from kernels.linear_cross_entropy import bench as linear_cross_entropy
+from kernels.lti_conv import bench as lti_conv
+from kernels.rms_norm import bench as rms_norm
+from kernels.selective_scan import bench as selective_scan
+from kernels.ssd import bench as ssd
+from kernels.state_update import bench as state_update
+from kernels.timing import machine, print_rows
+
+OPS = (
+    ssd,
+    selective_scan,
+    causal_conv1d,
+    grouped_matmul,
+    linear_cross_entropy,
+    rms_norm,
+    lti_conv,
+    state_update,
+    engram_hash,
+    engram_gate,
+)
+
+
+def main() -> None:
+    """Measure, then print."""
+    print(f"Forward and backward of each op unless said otherwise. {machine()}", flush=True)
+    compile_pieces(False)
+    print_rows(row for op in OPS for row in op.measure())
+
+
+if __name__ == "__main__":
+    main()
