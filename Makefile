@@ -35,7 +35,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed data/stdlib/dataset.json
 	$(BIN)/python -m training.bench
 	$(BIN)/python -m kernels.bench_all
 

@@ -77,7 +77,7 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Parameter groups: by weight decay, by dtype (a flat ZeRO buffer has one), experts apart."""
     by_kind: dict[tuple[bool, bool], list[PlacedParameter]] = {}
     for _, parameter in placed_parameters(model):
-        decay = parameter.placement.decay and parameter.placement.axis != "none"
+        decay = parameter.placement.decay
         by_kind.setdefault((parameter.dtype == torch.float32, decay), []).append(parameter)
     param_groups = [
         {"name": f"{'fp32' if fp32 else 'model'}-{'decay' if decay else 'plain'}", "params": parameters,

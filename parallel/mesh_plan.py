@@ -56,7 +56,7 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
             Problem(
                 field="parallel.zero_stage",
                 value=parallel.zero_stage,
-                rule="is not supported: stage 0 clips bf16 gradients wrongly, stage 3 merges experts of different ranks",
+                rule="is not supported: stage 0 clips bf16 gradients wrongly, stage 3 merges the experts of all ranks",
                 fix="use 1 or 2",
             )
         )

@@ -107,8 +107,8 @@ class Placement:
     def slices(self, mesh: Mesh) -> tuple[Slice, ...]:
         """This rank's slices; a replica over tp is one slice with ``tp`` copies."""
         if self.axis is None:
-            (whole,) = self.cut(1, 0) if not self.parts else (self.cut(1, 0)[0],)
-            return (Slice(part=whole.part, start=0, stop=whole.part.size, offset=0, copies=mesh.size("tp")),)
+            size = self.shape[self.dim] if self.shape else 1
+            return (Slice(part=Part(size=size, units=size), start=0, stop=size, offset=0, copies=mesh.size("tp")),)
         return self.cut(mesh.size(self.axis), mesh.rank(self.axis))
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:

@@ -56,11 +56,12 @@ def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
 
 SMALL_MODEL = """
 --model.pattern ME*E --model.d_model 32 --model.vocab_size 384 --model.mamba2.head_dim 16 --model.mamba2.state_dim 16
---model.mamba2.chunk_size 16 --model.attention.num_heads 2 --model.attention.num_kv_heads 1 --model.attention.head_dim 16
+--model.mamba2.chunk_size 16 --model.attention.num_heads 2 --model.attention.num_kv_heads 1
+--model.attention.head_dim 16
 --model.moe.num_experts 4 --model.moe.expert_dim 16 --model.moe.shared_dim 16 --model.engram.num_heads 2
 --model.engram.head_dim 8 --model.engram.table_size 50 --data.seq_length 32 --train.global_batch 4 --train.micro_batch 2
 --train.eval_every 0 --train.eval_rows 4 --train.save_every 1000 --parallel.ep 2
-""".split()
+""".split()  # noqa: SIM905
 
 
 def test_training_goes_on_after_a_preemption(cluster, tmp_path):
