@@ -1,5 +1,6 @@
 """Every op beside its peer, in one table: ``python -m kernels.bench_all``. Each row is checked before it is timed."""
 
+from kernels.causal_attention import bench as causal_attention
 from kernels.causal_conv1d import bench as causal_conv1d
 from kernels.compiled import compile_pieces
 from kernels.engram_gate import bench as engram_gate
@@ -16,6 +17,7 @@ from kernels.timing import machine, print_rows
 OPS = (
     ssd,
     selective_scan,
+    causal_attention,
     causal_conv1d,
     grouped_matmul,
     linear_cross_entropy,

@@ -104,7 +104,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.active:
             print(text, flush=True)
 

@@ -30,8 +30,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype(weight_VD)) if need_weight else None
         loss = torch.zeros((), dtype=sum_dtype(hidden_TD), device=hidden_TD.device)
+        memory: dict[int, Tensor] = {}  # logits by number of rows: fresh pages would cost as much as the product
         for start, hidden_QD, targets_Q in chunks(hidden_TD, targets_T, ignore_index, chunk_size):
-            logits_QV = hidden_QD @ token_rows.t()
+            if len(hidden_QD) not in memory:
+                memory[len(hidden_QD)] = hidden_QD.new_empty(len(hidden_QD), len(token_rows))
+            logits_QV = torch.mm(hidden_QD, token_rows.t(), out=memory[len(hidden_QD)])
             loss += logits_to_gradient_(logits_QV, targets_Q, ignore_index)
             if dhidden_TD is not None:
                 stop = min(start + chunk_size, len(hidden_TD))

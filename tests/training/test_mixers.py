@@ -18,7 +18,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from parallel.mesh import single_mesh
 from parallel.placement import initialize_parameters
 from tests.compare import assert_close
-from training.model.attention import Attention, document_mask, document_positions
+from training.model.attention import Attention, document_positions
 from training.model.config import (
     AttentionConfig,
     Mamba1Config,
@@ -183,14 +183,9 @@ def test_attention_without_positions_equals_granite(heads, kv_heads, head_dim):
     )  # fmt: skip
 
 
-def test_document_mask_and_positions():
+def test_document_positions():
     seq_idx_BL = torch.tensor([[0, 0, 0, 1, 2, 2], [3, 3, 1, 1, 1, 1]])
     assert document_positions(seq_idx_BL).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
-    mask = document_mask(seq_idx_BL)
-    for b in range(2):
-        for t in range(6):
-            for s in range(6):
-                assert mask[b, 0, t, s] == (s <= t and seq_idx_BL[b, s] == seq_idx_BL[b, t])
 
 
 @pytest.mark.parametrize("inner", [1, 48, 100])

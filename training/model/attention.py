@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.causal_attention import causal_attention
 from kernels.rotary import apply_rotary
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
@@ -14,12 +15,6 @@ from parallel.placement import Part
 from training.model.config import ModelConfig
 from training.model.init import output_init, weight_init
 from training.model.mamba2 import Cache
-
-
-def document_mask(seq_idx_BL: torch.Tensor) -> torch.Tensor:
-    """(B, 1, L, L) bool: which earlier tokens of the same document a token sees."""
-    same = seq_idx_BL[:, None, :, None] == seq_idx_BL[:, None, None, :]
-    return same.tril()
 
 
 def document_positions(seq_idx_BL: torch.Tensor) -> torch.Tensor:
@@ -57,13 +52,16 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat([cache["k"], k], 1), torch.cat([cache["v"], v], 1)
             cache["k"], cache["v"] = k, v
-        if seq_idx_BL is not None:
-            mask = document_mask(seq_idx_BL)
-        else:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(past)
+        y_BLHP = causal_attention(q, k, v, seq_idx_BL) if past == 0 else self._decode(q, k, v, past)
+        return self.out_proj(y_BLHP.flatten(-2))
+
+    @staticmethod
+    def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
+        """Queries that continue a sequence of ``past`` tokens: they see all of those."""
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(past)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         y_BHLP = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-        return self.out_proj(y_BHLP.transpose(1, 2).flatten(-2))
+        return y_BHLP.transpose(1, 2)
 
     @staticmethod
     def _positions(q: torch.Tensor, seq_idx_BL: torch.Tensor | None, past: int) -> torch.Tensor:
