@@ -15,7 +15,65 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.compiled import piece
+
 BLOCK_VALUES = 1 << 17
+
+
+@piece
+def normalise(
+    x_TSD: Tensor, z_TSD: Tensor | None, weight: Tensor | None, eps: float, before_gate: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y (T, S, D) and 1 / rms (T, S, 1) of a block."""
+    dtype = torch.promote_types(x_TSD.dtype, torch.float32)
+    u_TSD = x_TSD.to(dtype)
+    gate_TSD = None if z_TSD is None else F.silu(z_TSD.to(dtype))
+    if gate_TSD is not None and not before_gate:
+        u_TSD = u_TSD * gate_TSD
+    rstd_TS1 = u_TSD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y_TSD = u_TSD * rstd_TS1
+    if weight is not None:
+        y_TSD.mul_(weight)
+    if gate_TSD is not None and before_gate:
+        y_TSD.mul_(gate_TSD)
+    return y_TSD.to(out_dtype), rstd_TS1
+
+
+@piece
+def plain_gradients(x_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight (S, D), which may broadcast."""
+    dtype = rstd_TS1.dtype
+    dx_TSD, dw_SD = norm_backward(x_TSD.to(dtype) * rstd_TS1, dy_TSD.to(dtype), rstd_TS1, weight)
+    return dx_TSD.to(x_TSD.dtype), dw_SD
+
+
+@piece
+def gated_gradients(
+    x_TSD: Tensor, z_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None, before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the weight (S, D), and of the gate's z."""
+    x, z, dy = (part.to(rstd_TS1.dtype) for part in (x_TSD, z_TSD, dy_TSD))
+    gate = F.silu(z)
+    if before_gate:
+        xhat = x * rstd_TS1
+        dgate = dy * xhat if weight is None else dy * xhat * weight
+        dx, dw_SD = norm_backward(xhat, dy * gate, rstd_TS1, weight)
+    else:
+        du, dw_SD = norm_backward((x * gate).mul_(rstd_TS1), dy, rstd_TS1, weight)
+        dgate = du * x
+        dx = du.mul_(gate)
+    return dx.to(x_TSD.dtype), dw_SD, torch.ops.aten.silu_backward(dgate, z).to(z_TSD.dtype)
+
+
+def norm_backward(xhat_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of what was normalised, rstd (w dy - xhat mean(w dy xhat)), and sum(dy xhat) for the weight."""
+    product_TSD = dy_TSD * xhat_TSD
+    dw_SD = product_TSD.sum(0)
+    if weight is not None:
+        product_TSD.mul_(weight)
+        dy_TSD = dy_TSD * weight
+    mean_TS1 = product_TSD.mean(-1, keepdim=True)
+    return torch.addcmul(dy_TSD, xhat_TSD, mean_TS1, value=-1).mul_(rstd_TS1), dw_SD
 
 
 class RMSNorm(torch.autograd.Function):
@@ -28,17 +86,8 @@ class RMSNorm(torch.autograd.Function):
         y_MSD = torch.empty(x_MSD.shape, dtype=out_dtype, device=x_MSD.device)
         rstd_MS1 = torch.empty((*x_MSD.shape[:-1], 1), dtype=dtype, device=x_MSD.device)
         for block in blocks(x_MSD):
-            u_TSD = x_MSD[block].to(dtype)
-            gate_TSD = None if z_MSD is None else F.silu(z_MSD[block].to(dtype))
-            if gate_TSD is not None and not norm_before_gate:
-                u_TSD = u_TSD * gate_TSD
-            rstd_TS1 = u_TSD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            y_TSD = u_TSD * rstd_TS1
-            if weight is not None:
-                y_TSD.mul_(weight)
-            if gate_TSD is not None and norm_before_gate:
-                y_TSD.mul_(gate_TSD)
-            y_MSD[block], rstd_MS1[block] = y_TSD, rstd_TS1
+            z_TSD = None if z_MSD is None else z_MSD[block]
+            y_MSD[block], rstd_MS1[block] = normalise(x_MSD[block], z_TSD, weight, eps, norm_before_gate, out_dtype)
         ctx.save_for_backward(x_MSD, z_MSD, weight_SD, rstd_MS1)
         ctx.norm_before_gate = norm_before_gate
         return y_MSD
@@ -53,34 +102,16 @@ class RMSNorm(torch.autograd.Function):
         dz_MSD = None if z_MSD is None else torch.empty(z_MSD.shape, dtype=z_MSD.dtype, device=z_MSD.device)
         dw_SD = torch.zeros(x_MSD.shape[1:], dtype=dtype, device=x_MSD.device)
         for block in blocks(x_MSD):
-            x_TSD, dy_TSD, rstd_TS1 = x_MSD[block].to(dtype), dy_MSD[block].to(dtype), rstd_MS1[block]
+            x_TSD, dy_TSD, rstd_TS1 = x_MSD[block], dy_MSD[block], rstd_MS1[block]
             if z_MSD is None or dz_MSD is None:
-                dx_MSD[block] = norm_backward(x_TSD * rstd_TS1, dy_TSD, rstd_TS1, weight, dw_SD)
-                continue
-            z_TSD = z_MSD[block].to(dtype)
-            gate_TSD = F.silu(z_TSD)
-            if ctx.norm_before_gate:
-                xhat_TSD = x_TSD * rstd_TS1
-                dgate_TSD = dy_TSD * xhat_TSD if weight is None else dy_TSD * xhat_TSD * weight
-                dx_MSD[block] = norm_backward(xhat_TSD, dy_TSD * gate_TSD, rstd_TS1, weight, dw_SD)
+                dx_MSD[block], part_SD = plain_gradients(x_TSD, dy_TSD, rstd_TS1, weight)
             else:
-                du_TSD = norm_backward((x_TSD * gate_TSD).mul_(rstd_TS1), dy_TSD, rstd_TS1, weight, dw_SD)
-                dgate_TSD = du_TSD * x_TSD
-                dx_MSD[block] = du_TSD.mul_(gate_TSD)
-            dz_MSD[block] = torch.ops.aten.silu_backward(dgate_TSD, z_TSD)
+                dx_MSD[block], part_SD, dz_MSD[block] = gated_gradients(
+                    x_TSD, z_MSD[block], dy_TSD, rstd_TS1, weight, ctx.norm_before_gate
+                )
+            dw_SD += part_SD
         dweight = None if weight_SD is None else dw_SD.sum_to_size(weight_SD.shape).to(weight_SD.dtype)
         return dx_MSD, dz_MSD, dweight, None, None, None
-
-
-def norm_backward(xhat_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None, dw_SD: Tensor) -> Tensor:
-    """Gradient of what was normalised: rstd (w dy - xhat mean(w dy xhat)); adds sum(dy xhat) to ``dw_SD``."""
-    product_TSD = dy_TSD * xhat_TSD
-    dw_SD += product_TSD.sum(0)
-    if weight is not None:
-        product_TSD.mul_(weight)
-        dy_TSD = dy_TSD * weight
-    mean_TS1 = product_TSD.mean(-1, keepdim=True)
-    return torch.addcmul(dy_TSD, xhat_TSD, mean_TS1, value=-1).mul_(rstd_TS1)
 
 
 def blocks(x_MSD: Tensor) -> list[slice]:

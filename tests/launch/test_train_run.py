@@ -1,0 +1,160 @@
+"""Training as users start it: under every launcher the same run, and what cannot run is told before it begins."""
+
+import json
+import re
+import shutil
+import struct
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.launch.commands import BIN
+from tests.runs import MPIRUN, TORCHRUN, corpus, forked, records, started, words  # noqa: F401
+from training.config import RunConfig
+from training.data.entropy import validation_entropies
+from training.data.files import TokenFiles
+from training.run_file import load_run_json
+
+STEPS = 8
+EP2 = ("--parallel.ep", "2")
+LAUNCHERS = {
+    "python": ((sys.executable, "-m"), ()),
+    "torchrun": ((*TORCHRUN, "2", "-m"), EP2),
+    "mpirun": ((*MPIRUN, "2", sys.executable, "-m"), EP2),
+    # --num_gpus counts processes here: with DS_ACCELERATOR=cpu in the environment, no card is looked for.
+    "deepspeed": ((str(BIN / "deepspeed"), "--num_gpus", "2", "--module"), EP2),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):  # noqa: F811
+    """The directory in which every launcher has trained, and what each printed."""
+    cwd = tmp_path_factory.mktemp("launchers")
+    with ExitStack() as stack:
+        commands = {
+            name: stack.enter_context(started([*start, "launch", *words(corpus, name, *more)], cwd, name))
+            for name, (start, more) in LAUNCHERS.items()
+        }
+        for name, command in commands.items():
+            assert command.wait() == 0, f"{name}:\n{command.text()}"
+        return cwd, {name: command.text() for name, command in commands.items()}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_step_is_logged_and_equal_under_every_launcher(runs, name):
+    cwd, _ = runs
+    got, expected = records(cwd / "runs" / name), records(cwd / "runs" / "python")
+    assert [record["step"] for record in got] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert got[1]["loss"] != got[0]["loss"]
+    for mine, other in zip(got, expected, strict=True):
+        assert mine.keys() == other.keys()
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_run_leaves_its_description_and_a_plot(runs, corpus, name):  # noqa: F811
+    directory = runs[0] / "runs" / name
+    config = load_run_json(directory / "run.json")
+    assert (config.name, config.train.steps, config.data.path) == (name, STEPS, str(corpus))
+    assert config.parallel.ep == (1 if name == "python" else 2)
+    assert replace(config, name="x", parallel=RunConfig().parallel) == replace(
+        load_run_json(runs[0] / "runs" / "python" / "run.json"), name="x"
+    )
+    told = json.loads((directory / "run.json").read_text())
+    assert told["hardware"]["processes"] == (1 if name == "python" else 2)
+    image = (directory / "loss.png").read_bytes()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", image[16:24]) == (910, 546)
+    assert any((directory / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_run_ends_with_losses_plot_sample_and_command(runs, corpus, name):  # noqa: F811
+    cwd, printed = runs
+    text = printed[name][printed[name].index("step 8/8 validation loss") :]
+    files = TokenFiles.open(corpus)
+    entropies = validation_entropies(files, 32, 6)
+    loss = records(cwd / "runs" / name)[-1]["val_loss"]
+    found = [
+        text.index(part)
+        for part in (
+            f"validation loss {loss:.4f} nats a token; of the same text, unigram entropy {entropies.unigram:.4f}, "
+            f"bigram entropy {entropies.bigram:.4f}",
+            f"loss curve: runs/{name}/loss.png",
+            "sample:",
+            "def __init__(self",
+            "to train further: ",
+        )
+    ]
+    assert found == sorted(found)
+    command = re.search(r"^to train further: (.+?)\s*$", text, re.MULTILINE)
+    assert command is not None
+    assert command[1].endswith(f"-m launch train --config runs/{name}/run.json --resume --train.steps {2 * STEPS}")
+    assert ("torch.distributed.run --standalone --nproc-per-node 2" in command[1]) == (name != "python")
+
+
+def _other_tokenizer(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|ped|>"))
+
+
+def _damaged(directory: Path) -> None:
+    with (directory / "val.bin").open("ab") as stream:
+        stream.write(b"\0")
+
+
+# name -> (processes, words, what the box says)
+BAD = {
+    "layout": (2, ["--parallel.ep", "3"], "parallel.ep=3 does not divide the 2 processes"),
+    "experts": (2, ["--parallel.ep", "2", "--model.moe.num_experts", "5"], "does not divide model.moe.num_experts=5"),
+    "field": (1, ["--model.d_modle", "64"], "--model.d_modle is no field of a run; did you mean --model.d_model?"),
+    "missing": (1, ["--data.path", "nowhere"], "data.path=nowhere does not exist; run: python -m launch prepare"),
+    "tokenizer": (1, ["--data.path", "other_tokenizer"], "a tokenizer.json that the tokens were not made with"),
+    "damaged": (1, ["--data.path", "damaged"], "prepare it again: python -m launch prepare --out damaged --overwrite"),
+    "vocabulary": (2, ["--model.vocab_size", "256"], "model.vocab_size=256 is below the 320 tokens of"),
+    "length": (2, ["--data.seq_length", "100000"], "data.seq_length=100000 is longer than the"),
+    "batch": (2, ["--train.global_batch", "6"], "train.global_batch=6 is not a multiple of train.micro_batch=2 x 2"),
+    "preset": (1, [], "preset=tinny is none of tiny, small, moe-3b, moe-3b-engram-1.6b, hybrid-27b; did you mean tiny"),
+    "memory": (1, ["--model.engram.table_size", str(10**12)], "model.engram.table_size=1000000000000 needs"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refused(corpus, tmp_path_factory):  # noqa: F811
+    """The directory, and the exit codes and outputs of all ranks of every command that cannot run."""
+    cwd = tmp_path_factory.mktemp("refused")
+    for name, spoil in (("other_tokenizer", _other_tokenizer), ("damaged", _damaged)):
+        shutil.copytree(corpus, cwd / name)
+        spoil(cwd / name)
+    lines = {name: words(corpus, name, *more) for name, (_, more, _) in BAD.items()}
+    lines["preset"][1] = "tinny"
+    results = {}
+    with ExitStack() as stack:
+        single = {
+            name: stack.enter_context(started([sys.executable, "-m", "launch", *line], cwd, name))
+            for name, line in lines.items()
+            if BAD[name][0] == 1
+        }
+        for name in BAD.keys() - single.keys():
+            ranks = stack.enter_context(forked(cwd, lines[name], 2))
+            results[name] = ranks.codes(), [ranks.text(0), ranks.text(1)]
+        for name, command in single.items():
+            results[name] = [command.wait()], [command.text()]
+    return cwd, results
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_run_is_told_in_one_box(refused, name):
+    codes, texts = refused[1][name]
+    assert codes == [2] * BAD[name][0], texts
+    assert BAD[name][2] in " ".join(texts[0].replace("│", " ").split())
+    assert texts[0].count("cannot run ─") == 1
+    assert "Traceback" not in texts[0]
+    assert "cannot run" not in "".join(texts[1:])
+
+
+def test_refused_runs_write_nothing(refused):
+    assert not (refused[0] / "runs").exists()

@@ -1,0 +1,168 @@
+"""A rank that dies, fails or hangs ends the run on every rank, with its name and cause."""
+
+import io
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel import failure
+from parallel.failure import FailureWatch, explain_failure, rank_0_tells
+from tests.ranks import run_ranks
+from tests.runs import ENDLESS, MPIRUN, TORCHRUN, corpus, forked, started, wait_for_step, wait_until, words  # noqa: F401
+from training.data import loader
+
+EP2 = ("--parallel.ep", "2")
+GONE_S = 60.0
+# name -> (what starts the run, rank that is killed)
+KILLED = {
+    "torchrun 2": ((*TORCHRUN, "2", "-m"), 0),
+    "torchrun 4": ((*TORCHRUN, "4", "-m"), 3),
+    "mpirun 2": ((*MPIRUN, "2", sys.executable, "-m"), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(corpus, tmp_path_factory):  # noqa: F811
+    """Exit code, seconds until all processes were gone, and output of runs of which one rank was killed."""
+    cwd, results = tmp_path_factory.mktemp("killed"), {}
+    with ExitStack() as stack:
+        running = {}
+        for name, (start, _) in KILLED.items():
+            run = name.replace(" ", "")
+            line = words(corpus, run, *EP2, *ENDLESS, "--train.global_batch", "8")
+            running[name] = stack.enter_context(started([*start, "launch", *line], cwd, run))
+        for name, command in running.items():
+            wait_for_step(cwd / "runs" / name.replace(" ", ""), 2)
+            ranks = command.ranks()
+            assert sorted(ranks) == list(range(int(name.split()[1])))
+            begin = time.monotonic()
+            os.kill(ranks[KILLED[name][1]], signal.SIGKILL)
+            code = command.wait(GONE_S)
+            wait_until(lambda command=command: not command.ranks(), "the end of all ranks")
+            results[name] = code, time.monotonic() - begin, command.text()
+    return results
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_rank_ends_the_run_and_is_named(killed, name):
+    (_, rank), (code, seconds, text) = KILLED[name], killed[name]
+    assert code not in (0, 124)
+    assert seconds < GONE_S
+    if name.startswith("torchrun"):
+        others = {other for other in range(int(name[-1])) if other != rank}
+        said = re.findall(rf"rank (\d) of {name[-1]} stops: rank {rank} does not answer: killed, out of memory", text)
+        assert {int(other) for other in said} == others
+        assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9", text)
+    else:  # mpirun ends the others before they have asked one another
+        assert f"process rank {rank}" in text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_of_one_rank_is_told_by_all(corpus, tmp_path, rank):  # noqa: F811
+    """Also of rank 0, which hosts the rendezvous of the others."""
+    with forked(tmp_path, words(corpus, "broken", *EP2, *ENDLESS), 2, patch=_break_rows(rank)) as ranks:
+        assert ranks.codes() == [1, 1]
+        for other in (0, 1):
+            assert f"rank {other} of 2 stops: rank {rank} failed: OSError: disk on fire" in ranks.text(other)
+        assert "Traceback" in ranks.text(rank)
+        assert "Traceback" not in ranks.text(1 - rank)
+
+
+def _break_rows(broken: int):
+    """The rows of step 3 cannot be read on one rank."""
+
+    def patch(rank: int) -> None:
+        load_step = loader.load_step
+
+        def burn(rows, step, *args):
+            if rank == broken and step == 3:
+                raise OSError("disk on fire")
+            return load_step(rows, step, *args)
+
+        loader.load_step = burn
+
+    return patch
+
+
+def test_a_stopped_rank_ends_the_run_in_time(corpus, tmp_path):  # noqa: F811
+    """SIGSTOP: its connections stay open, so only parallel.timeout_s ends the wait.
+
+    torchrun then needs its 30 s more to kill what does not answer SIGTERM; here the ranks are on their own.
+    """
+    line = words(corpus, "stopped", *EP2, *ENDLESS, "--parallel.timeout_s", "5")
+    with forked(tmp_path, line, 2) as ranks:
+        wait_for_step(tmp_path / "runs" / "stopped", 3)
+        begin = time.monotonic()
+        ranks.kill(1, signal.SIGSTOP)
+        assert ranks.wait(0) == 1
+        assert 4 < time.monotonic() - begin < 45
+        assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
+
+
+def explain(causes: dict[int, Exception]) -> str:
+    """What a rank says: those in ``causes`` explain it, the watch of the others ends their wait."""
+    said, ended, rank = io.StringIO(), threading.Event(), dist.get_rank()
+
+    def leave(code: int) -> None:
+        ended.set()
+        sys.exit(code)  # ends the watch's thread
+
+    failure.os, failure.GRACE_S, sys.stderr = SimpleNamespace(_exit=leave), 5.0, said
+    with FailureWatch(rank, 3):
+        if rank not in causes:
+            assert ended.wait(30)
+    if rank in causes:
+        explain_failure(causes[rank], rank, 3)
+    return said.getvalue()
+
+
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+CASES = {
+    "its own": ({1: ValueError("first line\nsecond")}, "rank 1 failed: ValueError: first line"),
+    "its own before lost": ({0: LOST, 2: KeyError("x")}, "rank 2 failed: KeyError: 'x'"),
+    "lost by all": ({0: LOST, 1: LOST, 2: LOST}, "a collective failed on every rank; is parallel.timeout_s too short?"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_tells_the_same(name):
+    causes, expected = CASES[name]
+    for rank, said in enumerate(run_ranks(explain, 3, causes)):
+        assert f"rank {rank} of 3 stops: {expected}" in said
+        own = rank in causes and causes[rank] is not LOST
+        assert (f"\n{type(causes[rank]).__name__}" in f"\n{said}") if own else said.count("\n") == 1
+
+
+def finish_quietly() -> bool:
+    with FailureWatch(dist.get_rank(), 2):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        time.sleep(2.5)  # two polls
+    dist.barrier()
+    return float(total) == 2.0
+
+
+def test_a_run_without_failure_is_not_disturbed():
+    assert run_ranks(finish_quietly, 2) == [True, True]
+
+
+def same_or_not(errors: list[str]) -> bool:
+    failure.GRACE_S = 1.0
+    return rank_0_tells(RuntimeError(errors[dist.get_rank()]), dist.get_rank(), len(errors))
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [(["a", "a", "a"], [False, True, True]), (["a", "b", "a"], [False, False, True]), (["a"], [False])],
+)
+def test_rank_0_speaks_for_those_that_say_the_same(errors, told):
+    assert run_ranks(same_or_not, len(errors), errors) == told
