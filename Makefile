@@ -36,7 +36,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed data/stdlib/dataset.json
-	$(BIN)/python -m training.bench
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.bench $(ARGS)
 	$(BIN)/python -m kernels.bench_all
 
 parity: $(VENV)/installed

@@ -1,4 +1,6 @@
-"""Training speed beside transformers' GraniteMoeHybridForCausalLM of the same shape: ``python -m training.bench``.
+"""Training speed beside transformers' GraniteMoeHybridForCausalLM of the same shape: ``make bench``.
+
+Or ``torchrun --standalone --nproc-per-node 1 -m training.bench``, with OMP_NUM_THREADS set to the cores.
 
 Shape: hidden 256; three Mamba-2 layers (8 heads x 64, state 64, one group) and one of attention (4 heads x 64, 2 of
 keys), each followed by 8 experts top-2 (256) beside a shared MLP (256); vocabulary 8,192; batch 4 x 512; AdamW at 1e-3.
@@ -13,7 +15,6 @@ boundaries.
 
 import argparse
 import statistics
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -174,9 +175,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the kernels' elementwise pieces")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
-        records = measure(build_mesh(ParallelConfig()), arguments.rounds, arguments.steps, arguments.compile)
+    dist.init_process_group("gloo")
+    records = measure(build_mesh(ParallelConfig()), arguments.rounds, arguments.steps, arguments.compile)
     print(f"{machine()}{', compiled pieces' if arguments.compile else ''}")
     show(records)
 
