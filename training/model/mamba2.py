@@ -73,10 +73,9 @@ class Mamba2(nn.Module):
     def forward(self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None) -> torch.Tensor:
         """(B, L, D) -> (B, L, D). ``cache`` holds the conv and SSM states of a decoded sequence and is advanced."""
         zxbcdt = self.in_proj(x_BLD)
-        z, x, b, c, dt = self.in_proj.split(zxbcdt)
-        inner, bc = z.shape[-1], b.shape[-1]
-        xbc = self._conv(zxbcdt[..., inner : 2 * inner + 2 * bc], seq_idx_BL, cache)
-        x, b, c = xbc.split([inner, bc, bc], dim=-1)
+        inner, _, bc, _, heads = self.in_proj.local_sizes
+        z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, heads], dim=-1)
+        x, b, c = self._conv(xbc, seq_idx_BL, cache).split([inner, bc, bc], dim=-1)
         y_BLHP, state = ssd(
             x.unflatten(-1, (-1, self.head_dim)),
             dt,
