@@ -14,6 +14,9 @@ VERBS = {
     "train": "train a model from a preset, or from the run.json of another run",
     "prepare": "turn text into a tokenizer, token files and a token map",
     "generate": "continue a prompt with a trained model",
+    "checkpoint": "inspect, verify, diff, average, export or import checkpoints",
+    "analyze": "measure what a trained model's Engram memory does",
+    "plan": "what a run's Engram tables need of machines, by arithmetic",
     "doctor": "check this machine: versions, devices, memory, disk, communication",
 }
 HELP = f"""usage: python -m launch <verb> ...
@@ -22,7 +25,7 @@ Trains hybrid Mamba, mixture-of-experts and Engram language models. Starts under
 and deepspeed.
 
 verbs:
-{chr(10).join(f"  {verb:<10}{text}" for verb, text in VERBS.items())}
+{chr(10).join(f"  {verb:<12}{text}" for verb, text in VERBS.items())}
 
 python -m launch <verb> --help says more."""
 OURS = ("kernels", "parallel", "training")

@@ -13,6 +13,7 @@ from launch.console import USER_ERROR, report
 from launch.env import Process, discover, identify
 from launch.machine import free_memory
 from parallel.errors import Problem, RunError
+from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
 from training.presets import PRESETS
@@ -26,8 +27,6 @@ presets:
 {presets}
 
 python -m launch train <preset> --help lists every field with the preset's value."""
-# Weight and the two moments of Adam, fp32.
-TABLE_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +119,14 @@ def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Pro
     engram = config.model.engram
     if engram is None or config.table.placement != "host":
         return []
-    row_bytes = TABLE_BYTES * engram.head_dim
+    size = row_bytes(config.table.rows, engram.head_dim) + state_bytes(config.table.optimizer, engram.head_dim)
     heads = len(engram.layers) * len(engram.orders) * engram.num_heads
     node_share = process.local_world_size / process.world_size
-    needed = heads * engram.table_size * row_bytes * node_share
+    needed = heads * engram.table_size * size * node_share
     if needed <= free:
         return []
-    largest = int(free / (heads * row_bytes * node_share))
-    rule = f"needs {needed / 2**30:.1f} GiB a node for rows and their moments; {free / 2**30:.1f} GiB are free"
+    largest = int(free / (heads * size * node_share))
+    rule = f"needs {needed / 2**30:.1f} GiB a node for rows and optimizer state; {free / 2**30:.1f} GiB are free"
     fix = f"use at most {largest}, or more nodes"
     return [Problem(field="model.engram.table_size", value=engram.table_size, rule=rule, fix=fix)]
 

@@ -3,18 +3,75 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from parallel.errors import Problem
+
+RowFormat = Literal["fp32", "bf16", "fp8"]
+RowOptimizer = Literal["adam", "rowwise_adam", "momentum_sinkhorn"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Where Engram rows live and how they learn."""
+    """Where Engram rows live, in which format, and how they learn."""
 
+    placement: Literal["host", "file", "device"] = "host"
+    """Rows and their optimizer state in host memory, in a memory-mapped file (tables larger than RAM), or on the
+    device."""
+    directory: str = ""
+    """Where the files of placement "file" are made, on a local disk. They have no name there and vanish with the
+    process: checkpoints are what stays."""
+    rows: RowFormat = "fp32"
+    """Format of the rows; bf16 and fp8 (e4m3, a scale for 32 values) are rounded stochastically."""
+    optimizer: RowOptimizer = "adam"
+    """Adam on touched rows; the same with one second moment a row; DeepSeek-V4.1's momentum + Sinkhorn."""
     learning_rate_multiple: float = 5.0
     """Rows learn at this multiple of the learning rate (the paper's 5)."""
     weight_decay: float = 0.0
-    """Decay of touched rows (the paper's 0)."""
+    """Decay of touched rows (the paper's 0); not with momentum_sinkhorn."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates for rows."""
     eps: float = 1e-8
     """Adam's epsilon for rows."""
-    placement: Literal["host", "device"] = "host"
-    """Rows and their optimizer state in host memory, or on the device."""
+    momentum: float = 0.95
+    """Decay rate of momentum_sinkhorn."""
+    sinkhorn_scale: float = 0.18
+    """RMS of a row's step over the learning rate, with momentum_sinkhorn."""
+    sinkhorn_threshold: float = 1e-3
+    """Rows whose momentum is below this multiple of the mean row's do not move."""
+    sinkhorn_iterations: int = 11
+    """Alternating row and column normalisations; odd, so that rows come last."""
+    prefetch: int = 1
+    """Micro-batches whose rows move while an earlier one computes; 0 fetches when they are needed. The same bits."""
+
+
+def table_problems(config: TableConfig, width: int) -> list[Problem]:
+    """What is wrong with a table's configuration for rows of ``width`` values."""
+    problems = []
+
+    def refuse(name: str, value: object, rule: str, fix: str) -> None:
+        problems.append(Problem(field=f"table.{name}", value=value, rule=rule, fix=fix))
+
+    if config.rows == "fp8" and width % 32:
+        refuse("rows", config.rows, f"needs rows of a multiple of 32 values, got {width}", "use bf16, or head_dim 32")
+    if config.placement == "file" and not config.directory:
+        refuse("directory", config.directory, 'is empty, and table.placement is "file"', "name a directory on a disk")
+    if config.prefetch < 0:
+        refuse("prefetch", config.prefetch, "is negative", "use 0 to fetch when rows are needed")
+    if config.sinkhorn_iterations < 1 or config.sinkhorn_iterations % 2 == 0:
+        refuse("sinkhorn_iterations", config.sinkhorn_iterations, "must be odd: rows come last", "use 11")
+    for name in ("momentum", "betas"):
+        value = getattr(config, name)
+        if not all(0 <= rate < 1 for rate in (value if isinstance(value, tuple) else (value,))):
+            refuse(name, value, "must lie in 0 <= rate < 1", "use the default")
+    if config.optimizer == "momentum_sinkhorn" and config.weight_decay:
+        refuse("weight_decay", config.weight_decay, "is not part of momentum_sinkhorn", "use 0, or adam")
+    return problems
+
+
+def row_bytes(form: RowFormat, width: int) -> int:
+    """Bytes of a row of ``width`` values."""
+    return {"fp32": 4 * width, "bf16": 2 * width, "fp8": width + width // 32}[form]
+
+
+def state_bytes(optimizer: RowOptimizer, width: int) -> int:
+    """Bytes of optimizer state a row: fp32 moments, and 4 B for its count of steps."""
+    return {"adam": 8 * width + 4, "rowwise_adam": 4 * width + 8, "momentum_sinkhorn": 4 * width + 8}[optimizer]

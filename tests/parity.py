@@ -177,11 +177,10 @@ def gradients(trainer: Trainer) -> dict[str, Piece]:
         pieces[name] = parameter_piece(parameter, flat.view(parameter.shape), mesh)
     if trainer.memory is not None:
         tables = trainer.memory.tables
-        rows_U, grad_UW = tables._merged()
-        dense_RW = torch.zeros_like(tables._weight).index_copy_(0, rows_U, grad_UW)
-        for layer, shape in tables.shapes.items():
-            mine = dense_RW[tables.layout.local(layer, mesh.rank("engram"))]
-            pieces[f"engram.{layer}.weight"] = row_piece(mine, tables.owned(layer).start, shape.num_rows)
+        for layer, (rows_U, grad_UW) in tables.gradients().items():
+            owned, num_rows = tables.owned(layer), tables.shapes[layer].num_rows
+            mine = torch.zeros(len(owned), tables.width).index_copy_(0, rows_U - owned.start, grad_UW)
+            pieces[f"engram.{layer}.weight"] = row_piece(mine, owned.start, num_rows)
     return pieces
 
 
@@ -235,11 +234,11 @@ def kinks() -> Iterator[dict[str, float]]:
     """Record how near this rank comes to the places where rounding is amplified: see ``assert_smooth``."""
     distances = {"gate score": np.inf, "expert choice": np.inf}
 
-    def gate(h, k, v, query_norm, key_norm, eps):
+    def gate(h, k, v, query_norm, key_norm, eps, **options):
         _, gate_BLS = engram_gate_reference(*(x.detach() for x in (h, k, v, query_norm, key_norm)), eps)
         score = torch.logit(gate_BLS.double()).square().min()
         distances["gate score"] = min(distances["gate score"], float(score))
-        return engram_gate(h, k, v, query_norm, key_norm, eps)
+        return engram_gate(h, k, v, query_norm, key_norm, eps, **options)
 
     def routed(logits, top_k, scores, bias, scale):
         result = route(logits, top_k, scores, bias, scale)

@@ -61,7 +61,12 @@ LIFE_S = 300
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A prepared dataset of four dozen documents, to be read only."""
-    directory, chosen = tmp_path_factory.mktemp("corpus"), random.Random(3)
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(directory: Path) -> Path:
+    """Four dozen documents of a few words, prepared."""
+    chosen = random.Random(3)
     texts = ["def __init__(self):\n" + " ".join(chosen.choices(WORDS, k=150)) for _ in range(48)]
     (directory / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     out = directory / "set"
@@ -79,11 +84,12 @@ def words(corpus: Path, name: str, *more: str) -> list[str]:
 
 
 def records(directory: Path) -> list[dict]:
-    """metrics.jsonl, without times and what follows from them."""
+    """The losses in metrics.jsonl, without times and what follows from them."""
     kept = ("step", "loss", "grad_norm", "lr", "val_loss")
     return [
         {key: value for key, value in record.items() if key in kept}
         for record in read_metrics(directory / "metrics.jsonl")
+        if "loss" in record or "val_loss" in record
     ]
 
 
@@ -202,7 +208,7 @@ class Started:
         self.output = output
         with output.open("w") as stream:
             self.process = subprocess.Popen(
-                ["timeout", "-k", "5", str(LIFE_S), *command], cwd=cwd, env=environment(DS_ACCELERATOR="cpu"),
+                ["timeout", "-k", "60", str(LIFE_S), *command], cwd=cwd, env=environment(DS_ACCELERATOR="cpu"),
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from parallel.errors import Problem
 from parallel.mesh_plan import ParallelConfig, layout_problems
-from parallel.table_config import TableConfig
+from parallel.table_config import TableConfig, table_problems
 from training.data.config import DataConfig
 from training.model.config import ModelConfig, model_problems
 
@@ -62,6 +62,12 @@ class TrainConfig:
     """Steps between checkpoints; the last step always saves."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it are kept for good; 0 keeps only the newest."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; False stops training for all of it."""
+    checkpoint_timeout_s: int = 1800
+    """Seconds that ranks wait for one another while a checkpoint is written or read: more than any disk needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,18 @@ def validate(config: RunConfig, world_size: int) -> list[Problem]:
     if not problems:
         problems += model_problems(config.model, config.parallel.tp, config.parallel.ep)
         problems += _batch_problems(config, world_size)
-    return problems
+    if config.model.engram is not None:
+        problems += table_problems(config.table, config.model.engram.head_dim)
+    return problems + _checkpoint_problems(config.train)
+
+
+def _checkpoint_problems(train: TrainConfig) -> list[Problem]:
+    lowest = {"save_every": 1, "keep": 1, "keep_every": 0, "checkpoint_timeout_s": 1}
+    return [
+        Problem(field=f"train.{name}", value=value, rule=f"is below {least}", fix=f"use {least} or more")
+        for name, least in lowest.items()
+        if (value := getattr(train, name)) < least
+    ]
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:

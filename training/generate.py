@@ -5,14 +5,10 @@ from pathlib import Path
 import torch
 
 from kernels.engram_hash import engram_hash
-from parallel.errors import Problem, RunError
-from parallel.mesh import single_mesh
-from training.checkpoint import latest, load_weights
-from training.data.files import TokenFiles
 from training.model.mamba2 import Cache
-from training.model.model import HybridModel, build_model
-from training.run_file import load_run_json
-from training.trainer import DTYPES, EngramMemory, build_memory, memory_of, run_token_map
+from training.model.model import HybridModel
+from training.trained import load_trained
+from training.trainer import EngramMemory, memory_of
 
 
 def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
@@ -27,22 +23,14 @@ def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p:
     Raises:
         RunError: no complete checkpoint, or one of another model or tokenizer.
     """
-    config = load_run_json(run / "run.json")
-    path = latest(run / "checkpoints")
-    if path is None:
-        raise RunError(
-            Problem(field="run", value=run, rule="has no complete checkpoint yet", fix="train until the first save")
-        )
-    files, mesh, device = TokenFiles.open(config.data.path), single_mesh(), torch.device("cpu")
-    memory = build_memory(config, mesh, run_token_map(config, files), device)
-    model = build_model(
-        config.model, mesh, seed=config.train.seed, dtype=DTYPES[config.train.dtype], device=device
-    ).eval()
-    load_weights(path, model, mesh, memory)
+    trained = load_trained(run)
+    files = trained.files
     tokenizer = files.tokenizer()
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [files.eod_id]
     sampler = torch.Generator().manual_seed(seed)
-    added = continue_tokens(model, memory, ids, max_tokens, temperature, top_p, sampler, files.eod_id, files.vocab_size)
+    added = continue_tokens(
+        trained.model, trained.memory, ids, max_tokens, temperature, top_p, sampler, files.eod_id, files.vocab_size
+    )
     return tokenizer.decode(ids + added)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from parallel.device import backend, device_name, local_device
 from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
-from training.checkpoint import latest, load, prune, save
+from training.checkpoint import Saver, latest, load
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
@@ -24,6 +25,7 @@ from training.data.loader import StepLoader, fingerprint
 from training.data.token_map import TokenMap
 from training.evaluate import evaluate
 from training.flops import flops_per_token, peak_flops
+from training.hash_artifact import check_artifact, keep_artifact
 from training.metrics import Metrics, memory_gib
 from training.preemption import StopRequest
 from training.report import resume_command, show_end
@@ -108,30 +110,39 @@ def open_data(config: RunConfig) -> RunData:
 def run_steps(
     config: RunConfig, data: RunData, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
 ) -> bool:
-    """Build everything, then: load, step, log, evaluate, save, until the last step; False where a signal ended it."""
+    """Build everything, then: load, step, log, evaluate, save, until the last step; False where a signal ended it.
+
+    A save goes on beside the steps that follow it; when this returns it is complete.
+    """
     trainer = build_trainer(config, build_mesh(config.parallel), device, data.token_map)
     directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
+    if resume:
+        check_artifact(directory, config.model.engram, data.token_map, data.files)
     start = restore(trainer, directory, data_print) if resume else 0
-    prepare_directory(directory, config, process, overwrite=overwrite)
+    saver = Saver(directory / "checkpoints", trainer, {"data_fingerprint": data_print}, attached(directory, data))
+    prepare_directory(directory, config, data, process, overwrite=overwrite)
     mesh, settings = trainer.mesh, config.train
     loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
     speed = Speedometer(config, mesh.size("world"), device, start)
     metrics = Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start)
-    with loader, metrics, StopRequest(mesh, device) as stop:
+    with loader, metrics, StopRequest(mesh, device) as stop, saver:
         for step in range(start, settings.steps):
             rate = learning_rate(config.optimizer, step, settings.steps)
-            result = train_step(trainer, next(loader), rate, step)
             done, last = step + 1, step + 1 == settings.steps
-            metrics.write(speed.record(done, result, rate), echo=done % settings.log_every == 0 or done == 1 or last)
+            result = train_step(trainer, next(loader), rate, step, list if last else loader.peek)
+            record = speed.record(done, result, rate) | saver.poll()
+            metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
             stopping = stop.agreed()
             if last or (settings.eval_every and done % settings.eval_every == 0):
                 loss = evaluate(trainer, data.validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
                 speed.pause()
             if last or stopping or done % settings.save_every == 0:
-                save(directory / "checkpoints", trainer, done, {"data_fingerprint": data_print})
-                prune(directory / "checkpoints", settings.keep)
+                saver.save(done)
                 speed.pause()
+            if last or stopping:
+                saver.finish()
+                metrics.write({"step": done, **saver.poll()}, echo=False)
             if stopping and not last:
                 command = resume_command(config, process.world_size, settings.steps)
                 metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
@@ -139,8 +150,10 @@ def run_steps(
     return True
 
 
-def prepare_directory(directory: Path, config: RunConfig, process: ProcessLike, *, overwrite: bool) -> None:
-    """runs/<name> with its run.json. An overwritten run is moved aside, never deleted. Collective.
+def prepare_directory(
+    directory: Path, config: RunConfig, data: RunData, process: ProcessLike, *, overwrite: bool
+) -> None:
+    """runs/<name> with its run.json and Engram's hash. An overwritten run is moved aside, never deleted. Collective.
 
     Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
     """
@@ -152,7 +165,14 @@ def prepare_directory(directory: Path, config: RunConfig, process: ProcessLike, 
             print(f"the earlier run is now {aside}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         save_run_json(directory / "run.json", config, process.world_size)
+        keep_artifact(directory, config.model.engram, data.token_map, data.files)
     dist.barrier()
+
+
+def attached(directory: Path, data: RunData) -> dict[str, Path]:
+    """What a checkpoint holds beside its tensors, by name: with it, the checkpoint's directory can be used alone."""
+    files = {name: directory / name for name in ("run.json", "metrics.jsonl", "engram_hash.json")}
+    return files | {"tokenizer.json": data.files.tokenizer_path, "token_map.json": data.files.token_map_path}
 
 
 def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
@@ -178,6 +198,8 @@ def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
         )
     if trainer.mesh.global_rank == 0:
         print(f"resumed from {path}", flush=True)
+        if (path / "metrics.jsonl").exists() and not (directory / "metrics.jsonl").exists():
+            shutil.copyfile(path / "metrics.jsonl", directory / "metrics.jsonl")
     return int(manifest["step"])
 
 
@@ -214,6 +236,7 @@ class Speedometer:
             "mem_gib": memory_gib(self.device),
             "a2a": result.exchange_s / seconds,
             "expert_max": result.expert_max,
-            "engram": None if result.engram_s is None else result.engram_s / seconds,
+            "engram_wait": None if result.engram_wait_s is None else result.engram_wait_s / seconds,
+            "engram_work": None if result.engram_work_s is None else result.engram_work_s / seconds,
             "eta_s": mean * (self.steps - done),
         }

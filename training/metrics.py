@@ -49,8 +49,8 @@ def log_line(record: dict[str, Any], num_steps: int) -> str:
     ]
     if record.get("expert_max") is not None:
         parts += [f"a2a {_percent(record['a2a'])}", f"expert-max {record['expert_max']:.2f}x"]
-    if record.get("engram") is not None:
-        parts += [f"engram {_percent(record['engram'])}"]
+    if record.get("engram_wait") is not None:
+        parts += [f"engram-wait {_percent(record['engram_wait'])}"]
     return " ".join([*parts, f"eta {clock(record['eta_s'])}"])
 
 

@@ -7,6 +7,7 @@ It is the count that reproduces the 3.8B of the Engram paper's models (arXiv 260
 from collections.abc import Callable
 from dataclasses import replace
 
+from parallel.table_config import TableConfig
 from training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.model.config import AttentionConfig, EngramConfig, Mamba2Config, ModelConfig, MoEConfig
 
@@ -34,6 +35,19 @@ def tiny() -> RunConfig:
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
         train=TrainConfig(steps=200, global_batch=16, micro_batch=8, eval_every=50, save_every=100),
     )
+
+
+def tiny_v41() -> RunConfig:
+    """``tiny`` with the Engram of DeepSeek-V4.1. 9.6M parameters, 5.2M active, and 14.8M in tables.
+
+    From its report (arXiv 2609.19969, sections 2.4.2 and 2.5): orders 2 to 4, no short convolution, rows in fp8 with a
+    scale for 32 values, momentum + Sinkhorn at 5 times the rate without decay. Ours: all sizes, one residual stream.
+    """
+    base = tiny()
+    assert base.model.engram is not None
+    engram = replace(base.model.engram, orders=(2, 3, 4), conv=False)
+    table = TableConfig(rows="fp8", optimizer="momentum_sinkhorn")
+    return replace(base, name="tiny-v41", model=replace(base.model, engram=engram), table=table)
 
 
 def small() -> RunConfig:
@@ -134,6 +148,7 @@ def _long_training(steps: int, global_batch: int) -> TrainConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny,
+    "tiny-v41": tiny_v41,
     "small": small,
     "moe-3b": moe_3b,
     "moe-3b-engram-1.6b": moe_3b_engram_1p6b,

@@ -1,7 +1,8 @@
 """One optimizer step over the rank's micro-batches: forward, backward, norm, clip, update."""
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,25 @@ class StepResult:
     """Global norm before clipping, Engram rows included."""
     expert_max: float | None
     """Largest expert load / mean, over the MoE layers."""
-    engram_s: float | None
-    """Seconds that this rank spent in fetching, returning and updating Engram rows, waiting included."""
+    engram_wait_s: float | None
+    """Seconds that this rank's step stood still for Engram rows."""
+    engram_work_s: float | None
+    """Seconds of hashing, fetching, returning and updating Engram rows, in the background or not."""
     exchange_s: float
     """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
 
 
-def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+def train_step(
+    trainer: Trainer,
+    batches: list[Batch],
+    learning_rate: float,
+    step: int,
+    upcoming: Callable[[], list[Batch]] = list,
+) -> StepResult:
     """Accumulate the micro-batches' gradients, clip them by the global norm, update parameters and table rows.
+
+    Args:
+        upcoming: the micro-batches of the next step, none after the last: their table rows are prefetched.
 
     Raises:
         RunError: a loss or gradient is not finite; nothing has been updated.
@@ -41,11 +53,9 @@ def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, ste
     scale = len(batches) * mesh.size("dp") / _global_targets(trainer, batches)
     loss_sum = torch.zeros((), device=trainer.device)
     loads = None
-    engram_s = 0.0
+    waited, worked = engram_seconds(trainer)
     for index, batch in enumerate(batches):
-        begin = time.perf_counter()
-        rows = trainer.fetch(batch)
-        engram_s += time.perf_counter() - begin
+        rows = trainer.rows_of(batch, partial(following, batches[index + 1 :], upcoming))
         ids_BL, targets_BL, seq_idx_BL = (
             part.to(trainer.device, non_blocking=True)
             for part in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)
@@ -56,10 +66,8 @@ def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, ste
         if "E" in trainer.config.model.pattern:
             counted = expert_loads(trainer.model)
             loads = counted if loads is None else loads + counted
-        begin = time.perf_counter()
         if memory is not None:
             memory.tables.accumulate(rows, scale=1 / mesh.size("dp"))
-        engram_s += time.perf_counter() - begin
         if index < len(batches) - 1:
             engine.step()
     grad_norm = global_grad_norm(trainer)
@@ -69,13 +77,32 @@ def train_step(trainer: Trainer, batches: list[Batch], learning_rate: float, ste
     factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
     _set_learning_rate(trainer, learning_rate)
     trainer.gradient_scale.factor = factor
-    engine.step()
-    begin = time.perf_counter()
     if memory is not None:
-        memory.tables.step(learning_rate, factor)
-    engram_s += time.perf_counter() - begin
+        memory.tables.step(learning_rate, factor, step)
+    engine.step()
     expert_max = None if loads is None else float(update_balance(trainer.model, loads, mesh))
-    return StepResult(loss, grad_norm, expert_max, engram_s if memory else None, take_exchange_seconds(trainer.model))
+    now_waited, now_worked = engram_seconds(trainer)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        expert_max=expert_max,
+        engram_wait_s=now_waited - waited if memory else None,
+        engram_work_s=now_worked - worked if memory else None,
+        exchange_s=take_exchange_seconds(trainer.model),
+    )
+
+
+def following(rest: list[Batch], upcoming: Callable[[], list[Batch]], n: int) -> list[Batch]:
+    """The next ``n`` micro-batches: those left of this step, then of the next one, which is asked only if needed."""
+    return (rest if len(rest) >= n else rest + upcoming())[:n]
+
+
+def engram_seconds(trainer: Trainer) -> tuple[float, float]:
+    """Seconds that this process has waited for table rows, and that their work took, since it began."""
+    if trainer.memory is None:
+        return 0.0, 0.0
+    worker = trainer.memory.tables.worker
+    return worker.waited_s, worker.worked_s
 
 
 def global_grad_norm(trainer: Trainer) -> float:

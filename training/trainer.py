@@ -1,7 +1,7 @@
 """Everything that one rank trains with, put together once: mesh, model, engine, Engram tables, data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class EngramMemory:
     def __init__(self, config: EngramConfig, token_map: TokenMap, tables: EngramTables, mesh: Mesh) -> None:
         self.hashes, self.tables, self.mesh = engram_hashes(config, token_map), tables, mesh
         self.token_map = token_map
+        self._coming: list[tuple[Batch, dict[int, Rows]]] = []
 
     def row_ids(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, torch.Tensor]:
         """(B, L / tp, O) int64 row ids of each layer, for this tensor rank's share of the tokens. Host tensors."""
@@ -41,7 +42,22 @@ class EngramMemory:
 
     def fetch(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, Rows]:
         """The rows of these tokens; collective over ``engram``."""
-        return self.tables.fetch(self.row_ids(ids_BL, seq_idx_BL))
+        return self.tables.fetch(lambda: self.row_ids(ids_BL, seq_idx_BL))
+
+    def prefetch(self, batch: Batch) -> None:
+        """Send for the rows of a micro-batch that will be trained on later; collective over ``engram``."""
+        self._coming.append((batch, self.fetch(batch.input_ids_BL, batch.seq_idx_BL)))
+
+    def rows_of(self, batch: Batch) -> dict[int, Rows]:
+        """The rows of a micro-batch: those sent for earlier, in that order, or fetched now."""
+        if self._coming and self._coming[0][0] is batch:
+            return self._coming.pop(0)[1]
+        return self.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+
+    @property
+    def num_coming(self) -> int:
+        """Micro-batches whose rows have been sent for and not been asked for."""
+        return len(self._coming)
 
 
 def engram_hashes(config: EngramConfig, token_map: TokenMap) -> dict[int, NgramHash]:
@@ -75,8 +91,21 @@ class Trainer:
     memory: EngramMemory | None
 
     def fetch(self, batch: Batch) -> dict[int, Rows]:
-        """Engram rows of a micro-batch; empty for a model without Engram."""
+        """Engram rows of a micro-batch that is not trained on; empty for a model without Engram."""
         return {} if self.memory is None else self.memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+
+    def rows_of(self, batch: Batch, following: Callable[[int], list[Batch]]) -> dict[int, Rows]:
+        """Engram rows of a micro-batch; empty for a model without Engram.
+
+        Args:
+            following: the next n micro-batches; their rows begin to move now, as ``table.prefetch`` says.
+        """
+        if self.memory is None:
+            return {}
+        rows = self.memory.rows_of(batch)
+        for later in following(self.config.table.prefetch)[self.memory.num_coming :]:
+            self.memory.prefetch(later)
+        return rows
 
 
 def run_token_map(config: RunConfig, files: TokenFiles) -> TokenMap:

@@ -7,9 +7,9 @@ from itertools import accumulate, chain
 
 import numpy as np
 
+from kernels.primes import table_primes
+
 INT64_MAX = 2**63 - 1
-# Miller-Rabin with these bases is deterministic below 3.3e24 (Sorenson and Webster 2015), so for every int64.
-WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +49,6 @@ class NgramHash:
     def num_columns(self) -> int:
         """O, rows that one position looks up: orders x heads."""
         return sum(map(len, self.primes))
-
-
-def is_prime(n: int) -> bool:
-    """Whether ``n`` is prime; exact below 3.3e24."""
-    if n < 2 or any(n % p == 0 for p in WITNESSES):
-        return n in WITNESSES
-    twos = ((n - 1) & (1 - n)).bit_length() - 1
-    odd = (n - 1) >> twos
-
-    def passes(base: int) -> bool:
-        x = pow(base, odd, n)
-        return x == 1 or any(pow(x, 2**i, n) == n - 1 for i in range(twos))
-
-    return all(passes(base) for base in WITNESSES)
-
-
-def _next_prime(start: int, seen: set[int]) -> int:
-    """The smallest prime that is at least ``start`` and not in ``seen``; adds it to ``seen``."""
-    while start in seen or not is_prime(start):
-        start += 1
-    seen.add(start)
-    return start
 
 
 def _multipliers(layer: int, vocab_size: int, max_order: int, seed: int) -> tuple[int, ...]:
@@ -124,14 +102,13 @@ def ngram_hashes(
     orders = tuple(orders)
     sizes = (table_size,) * len(orders) if isinstance(table_size, int) else tuple(table_size)
     _check(layers, vocab_size, orders, num_heads, sizes, pad_id)
-    seen: set[int] = set()
     return {
         layer: NgramHash(
             multipliers=_multipliers(layer, vocab_size, orders[-1], seed),
-            primes=tuple(tuple(_next_prime(size, seen) for _ in range(num_heads)) for size in sizes),
+            primes=primes,
             orders=orders,
             vocab_size=vocab_size,
             pad_id=pad_id,
         )
-        for layer in layers
+        for layer, primes in zip(layers, table_primes(len(layers), sizes, num_heads), strict=True)
     }

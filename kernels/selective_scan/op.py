@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.selective_scan.cpu import chunked_scan
+from kernels.selective_scan.chunked import chunked_scan
+from kernels.selective_scan.cpu import looped_scan
 
 
 def selective_scan(
@@ -28,7 +29,8 @@ def selective_scan(
 
     Names and shapes are those of mamba_ssm's ``selective_scan_fn``. Softplus, decays, states and the scan are fp32
     (fp64 for fp64 ``u``). Cheapest when u, delta and z are transposed views of channels-last (B, L, D) memory, which
-    y is too. Deterministic: two runs give the same bits.
+    y is too. Deterministic: two runs give the same bits. On a CPU, fp32 runs in loops that numba compiles at first use
+    (seconds) and keeps on disk.
 
     Args:
         u, delta, z: (B, D, L).
@@ -37,7 +39,7 @@ def selective_scan(
         D, delta_bias: (D,).
         delta_softplus: whether delta is softplus(delta + delta_bias).
         initial_state: (B, D, N), the state before each row's first document; zero by default.
-        seq_idx: (B, L) integers, the document of every position; the state is forgotten where it changes.
+        seq_idx: (B, L) integers, the document of every position, in any order; the state is forgotten where it changes.
 
     Returns:
         y (B, D, L) in u's dtype; with ``return_last_state`` also the state after the last position (B, D, N) in fp32
@@ -49,24 +51,23 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     dtype = torch.promote_types(u.dtype, torch.float32)
     B_BGNL, C_BGNL = (x[:, None] if x.dim() == 3 else x for x in (B, C))
-    groups = (B_BGNL.shape[1], -1)
     u_BLD, dt_BLD = u.transpose(1, 2).to(dtype), delta.transpose(1, 2).to(dtype)
     dt_BLD = dt_BLD if delta_bias is None else dt_BLD + delta_bias.to(dtype)
     dt_BLD = F.softplus(dt_BLD) if delta_softplus else dt_BLD
-    y_BLGP, state_BGNP = chunked_scan(
-        (u_BLD * dt_BLD).unflatten(2, groups),
-        dt_BLD.unflatten(2, groups),
-        A.to(dtype).unflatten(0, groups).mT,
+    scan = looped_scan if u.device.type == "cpu" and dtype == torch.float32 else chunked_scan
+    y_BLD, state_BND = scan(
+        u_BLD,
+        dt_BLD,
+        A.to(dtype).mT,
         B_BGNL.permute(0, 3, 1, 2).to(dtype),
         C_BGNL.permute(0, 3, 1, 2).to(dtype),
-        _initial(initial_state, u, A, dtype).unflatten(1, groups).mT,
+        _initial(initial_state, u, A, dtype).mT,
         None if seq_idx is None else _document_starts(seq_idx),
     )
-    y_BLD = y_BLGP.flatten(2)
     y_BLD = y_BLD if D is None else torch.addcmul(y_BLD, u_BLD, D.to(dtype))
     y_BLD = y_BLD if z is None else y_BLD * F.silu(z.transpose(1, 2).to(dtype))
     y = y_BLD.to(u.dtype).transpose(1, 2)
-    return (y, state_BGNP.mT.flatten(1, 2)) if return_last_state else y
+    return (y, state_BND.mT) if return_last_state else y
 
 
 def _initial(initial_state: Tensor | None, u: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,10 +4,10 @@ Inside a chunk the scan is masked linear attention; between chunks a state is ca
 section 6 and Listing 1). What makes it fast where elementwise passes and page faults cost more than products:
 - heads of a group share one product with B and with C;
 - the causal mask is laid on C·Bᵀ, which has no head dim, so the (chunk x chunk) decay of each head is only subtracted,
-  clamped at zero, exponentiated and multiplied;
+  clamped at zero, exponentiated (base 2: four times as fast on CPU) and multiplied;
 - chunks are handled in blocks whose temporaries stay in cache and are allocated from the same memory again and again;
-- backward recomputes scores, decays and weights; beside the inputs it keeps the state that enters each chunk and its
-  product with C, in the dtype of x: recomputing those too costs 12 % of forward and backward in fp32 (AVX-512, 1 core);
+- backward recomputes decays and weights; beside the inputs it keeps C·Bᵀ, the state that enters each chunk and its
+  product with C, in the dtype of x: recomputing those too costs 13 % of forward and backward in fp32 (AVX-512, 1 core);
 - what is one scalar a token and head (step sizes, decays) is left to autograd.
 These are plain tensor operations: CUDA tensors run them as well, in one block.
 
@@ -15,6 +15,7 @@ Shape suffixes: B batch, L length, C chunks, T tiles (chunks of all rows, B·C),
 group (H = G·J heads), P head width, N state size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from kernels.compiled import piece
 from kernels.ssd.reference import step_size
 
-_BLOCK_ELEMENTS = 1 << 18  # of a temporary: 1 MiB in fp32, about the L2 cache of one core
+_BLOCK_ELEMENTS = 1 << 17  # of a temporary: 512 KiB in fp32; two of them fit in the L2 cache of one core
 _BY_HEAD = (0, 2, 3, 1, 4)  # T Q G J P -> T G J Q P
 _FROM_HEAD = (0, 3, 1, 2, 4)
 _BY_GROUP = (0, 2, 1, 3, 4)  # T Q G J P <-> T G Q J P
@@ -34,19 +35,20 @@ _BY_GROUP = (0, 2, 1, 3, 4)  # T Q G J P <-> T G Q J P
 @piece
 def _decay_and_weights(cum_TGJQ: Tensor, scores_TGQQ: Tensor) -> tuple[Tensor, Tensor]:
     """The decay from token j to i in fp32, and the attention-like weights decay · C_i·B_j in the dtype of scores."""
-    decay = (cum_TGJQ[..., :, None] - cum_TGJQ[..., None, :]).clamp_(max=0).exp_()
+    decay = (cum_TGJQ[..., :, None] - cum_TGJQ[..., None, :]).clamp_(max=0).exp2_()
     return decay, (decay * scores_TGQQ.to(decay.dtype)[:, :, None]).to(scores_TGQQ.dtype)
 
 
 @piece
 def _decay_and_score_grads(dweights: Tensor, decay: Tensor, scores_TGQQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the cumulative log-decay (T, G, J, Q) and of the scores, not yet masked.
+    """Gradients of the cumulative log2-decay (T, G, J, Q) and of the scores, not yet masked.
 
     The diagonal cannot reach the log-decay; leaving it out keeps the row and column sums from cancelling badly.
     """
     dscores_TGJQQ = dweights.to(decay.dtype) * decay
     through_decay = dscores_TGJQQ * scores_TGQQ.to(decay.dtype).tril(-1)[:, :, None]
-    return through_decay.sum(-1) - through_decay.sum(-2), dscores_TGJQQ.sum(2)
+    dcum_TGJQ = (through_decay.sum(-1) - through_decay.sum(-2)) * math.log(2)
+    return dcum_TGJQ, dscores_TGJQQ.sum(2)
 
 
 @piece
@@ -66,7 +68,7 @@ def _input_grads(
     """Gradients of x, dt, in_scale and D; the first two arguments are those of x·dt and of x·in_scale."""
     real = dt.dtype
     x_real, dx_dt, dx_in = x.to(real), dx_dt_TGJQP.to(real).permute(_FROM_HEAD), dx_in_TGQJP.to(real).permute(_BY_GROUP)
-    ddt, din_scale = (dx_dt * x_real).sum(-1), (dx_in * x_real).sum(-1)
+    ddt, din_scale = torch.linalg.vecdot(dx_dt, x_real), torch.linalg.vecdot(dx_in, x_real)
     dx = (dx_dt * dt[..., None]).addcmul_(dx_in, in_scale[..., None])
     if D is None:
         return dx.to(x.dtype), ddt, din_scale, None
@@ -80,9 +82,9 @@ def _scaled(x_TQGJP: Tensor, scale_TQGJ: Tensor, order: tuple[int, ...]) -> Tens
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
-def _masked_scores(B_TGQN: Tensor, C_TGQN: Tensor, hidden: Tensor) -> Tensor:
-    """C_i·B_j, zero where token i does not see token j."""
-    return (C_TGQN @ B_TGQN.mT).masked_fill_(hidden, 0)
+def _masked_scores(B_TGQN: Tensor, C_TGQN: Tensor, visible: Tensor) -> Tensor:
+    """C_i·B_j, zero where token i does not see token j: a product with 0 and 1 is vectorised, ``masked_fill`` not."""
+    return (C_TGQN @ B_TGQN.mT).mul_(visible)
 
 
 def _blocks(x_TQGJP: Tensor) -> list[slice]:
@@ -138,7 +140,7 @@ class _ChunkedScan(torch.autograd.Function):
         out_decay: Tensor,
         chunk_decay: Tensor,
         initial: Tensor,
-        hidden: Tensor,
+        visible: Tensor,
     ) -> tuple[Tensor, Tensor]:
         B_TGQN, C_TGQN, cum_TGJQ = B.transpose(1, 2), C.transpose(1, 2), cum.permute(0, 2, 3, 1).contiguous()
         states = _outer_sums(x, in_scale, B_TGQN, initial.dtype)
@@ -146,23 +148,24 @@ class _ChunkedScan(torch.autograd.Function):
         entering = states.to(x.dtype)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         y_off = torch.empty((*C_TGQN.shape[:3], entering.shape[-1]), dtype=x.dtype, device=x.device)
+        scores = _masked_scores(B_TGQN, C_TGQN, visible)
         for t in _blocks(x):
-            _, weights = _decay_and_weights(cum_TGJQ[t], _masked_scores(B_TGQN[t], C_TGQN[t], hidden[t]))
+            _, weights = _decay_and_weights(cum_TGJQ[t], scores[t])
             y_diag = weights @ _scaled(x[t], dt[t], _BY_HEAD)
             torch.matmul(C_TGQN[t], entering[t], out=y_off[t])
             y[t] = _combine(y_diag, y_off[t].unflatten(-1, x.shape[-2:]), out_decay[t], x[t], D)
-        ctx.save_for_backward(x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, hidden, entering, y_off)
+        ctx.save_for_backward(x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, hidden, entering, y_off = ctx.saved_tensors
+        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off = ctx.saved_tensors
         B_TGQN, C_TGQN = B.transpose(1, 2), C.transpose(1, 2)
         leaving = _outer_sums(dy, out_decay, C_TGQN, dfinal.dtype)
         dinitial = _carry_(leaving, chunk_decay, dfinal, reverse=True)
         cum_TGJQ, dx = cum.permute(0, 2, 3, 1).contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, hidden, entering, leaving, y_off)
+        tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, visible, scores, entering, leaving, y_off)
         small: list[list[Tensor]] = []
         for t in _blocks(x):
             dx[t], *rest = _tile_grads(D, *(tensor[t] for tensor in tiles))
@@ -184,7 +187,8 @@ def _tile_grads(
     cum_TGJQ: Tensor,
     in_scale: Tensor,
     out_decay: Tensor,
-    hidden: Tensor,
+    visible: Tensor,
+    scores: Tensor,
     entering: Tensor,
     leaving: Tensor,
     y_off: Tensor,
@@ -192,19 +196,18 @@ def _tile_grads(
     """Gradients of x, B, C, dt, cum, in_scale, out_decay, chunk_decay and D for a block of tiles.
 
     ``leaving`` (T, G, N, J·P) is the gradient of the state after each chunk, ``entering`` the state before it, in the
-    dtype of x, and ``y_off`` (T, G, Q, J·P) the products of C with that state.
+    dtype of x, ``y_off`` (T, G, Q, J·P) the products of C with that state, ``scores`` (T, G, Q, Q) those of C with B.
     """
     heads, mm = x.shape[-2:], x.dtype
-    scores = _masked_scores(B, C, hidden)
     decay, weights = _decay_and_weights(cum_TGJQ, scores)
     dy_TGJQP = dy.permute(_BY_HEAD).contiguous()
     dweights = dy_TGJQP @ _scaled(x, dt, _BY_HEAD).mT
     dcum, dscores = _decay_and_score_grads(dweights, decay, scores)
-    dscores = dscores.masked_fill_(hidden, 0).to(mm)
+    dscores = dscores.mul_(visible).to(mm)
 
     leaving_mm = leaving.to(mm)
     x_in, dy_out = _scaled(x, in_scale, _BY_GROUP).flatten(-2), _scaled(dy, out_decay, _BY_GROUP).flatten(-2)
-    dout_decay = (dy.to(dt.dtype) * y_off.to(dt.dtype).unflatten(-1, heads).permute(_BY_GROUP)).sum(-1)
+    dout_decay = torch.linalg.vecdot(dy.to(dt.dtype), y_off.to(dt.dtype).unflatten(-1, heads).permute(_BY_GROUP))
     dchunk_decay = (leaving * entering.to(dt.dtype)).unflatten(-1, heads).sum((2, 4))  # (T, G, J)
 
     dx_in = (B @ leaving_mm).unflatten(-1, heads)
@@ -224,32 +227,38 @@ def _tile(t: Tensor, chunks: int, chunk: int) -> Tensor:
 
 
 def _visibility(seq_idx: Tensor | None, chunks: int, chunk: int, x: Tensor) -> tuple[Tensor, ...]:
-    """Which of two tokens of a chunk do not see each other, and which tokens the carried state reaches or takes in.
+    """Which of two tokens of a chunk see each other, and which tokens the carried state reaches or takes in.
 
-    Returns hidden (T, 1, Q, Q), enters (T, Q), leaves (T, Q), crosses (T): bool; without seq_idx the last three have
-    one element.
+    Returns visible (T, 1, Q, Q), 0 or 1 in the dtype of x, and bool enters (T, Q), leaves (T, Q), crosses (T); without
+    seq_idx each has one tile, and the last three one token.
     """
-    batch, length = x.shape[:2]
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu_(1)
+    length = x.shape[1]
+    past = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril_()
     if seq_idx is None or length == 0:
         always = torch.ones(1, 1, dtype=torch.bool, device=x.device)
-        return future.expand(batch * chunks, 1, chunk, chunk), always, always, always[0]
+        return past[None, None].to(x.dtype), always, always, always[0]
     tail = seq_idx[:, -1:].expand(-1, chunks * chunk - length)
     seq_BCQ = torch.cat([seq_idx, tail], dim=1).unflatten(1, (chunks, chunk))
     last = seq_BCQ[..., -1:]
     before = torch.cat([seq_BCQ[:, :1, :1], last[:, :-1]], dim=1)  # the initial state belongs to the first sequence
-    hidden = future | (seq_BCQ[..., :, None] != seq_BCQ[..., None, :])
+    visible = past & (seq_BCQ[..., :, None] == seq_BCQ[..., None, :])
     enters, leaves, crosses = seq_BCQ == before, seq_BCQ == last, last[..., 0] == before[..., 0]
-    return hidden.flatten(0, 1)[:, None], enters.flatten(0, 1), leaves.flatten(0, 1), crosses.flatten()
+    return visible.flatten(0, 1)[:, None].to(x.dtype), enters.flatten(0, 1), leaves.flatten(0, 1), crosses.flatten()
 
 
-def _decays(dt_TQH: Tensor, A: Tensor, enters: Tensor, leaves: Tensor, crosses: Tensor) -> tuple[Tensor, ...]:
-    """Cumulative log-decay, what scales x into the state, and the decay of the carried state at a token and a chunk."""
-    cum_TQH = (dt_TQH * A).cumsum(1)
+def _decays(
+    dt_TQH: Tensor, A: Tensor, visible: Tensor, enters: Tensor, leaves: Tensor, crosses: Tensor
+) -> tuple[Tensor, ...]:
+    """Cumulative log2-decay, what scales x into the state, and the decay of the carried state at a token and a chunk.
+
+    The cumulative sums start anew with each document and are products with the mask: nothing of a document, not even
+    rounding, reaches the gradient of another.
+    """
+    cum_TQH = visible.squeeze(1).to(dt_TQH.dtype) @ (dt_TQH * (A * math.log2(math.e)))
     total = cum_TQH[:, -1:]
-    in_scale = dt_TQH * (total - cum_TQH).clamp(max=0).exp() * leaves[..., None]
-    out_decay = cum_TQH.clamp(max=0).exp() * enters[..., None]
-    return cum_TQH, in_scale, out_decay, total[:, 0].clamp(max=0).exp() * crosses[..., None]
+    in_scale = dt_TQH * (total - cum_TQH).clamp(max=0).exp2() * leaves[..., None]
+    out_decay = cum_TQH.clamp(max=0).exp2() * enters[..., None]
+    return cum_TQH, in_scale, out_decay, total[:, 0].clamp(max=0).exp2() * crosses[..., None]
 
 
 def ssd_chunked(
@@ -276,8 +285,8 @@ def ssd_chunked(
     chunks, by_group = max(1, -(-length // chunk)), (groups, heads // groups)
     real = torch.promote_types(x.dtype, torch.float32)
     dt_TQH = _tile(step_size(dt, dt_bias, dt_softplus, dt_limit).to(real), chunks, chunk)
-    hidden, *masks = _visibility(seq_idx, chunks, chunk, x)
-    scalars = [t.unflatten(-1, by_group) for t in (dt_TQH, *_decays(dt_TQH, A.to(real), *masks))]
+    visible, *masks = _visibility(seq_idx, chunks, chunk, x)
+    scalars = [t.unflatten(-1, by_group) for t in (dt_TQH, *_decays(dt_TQH, A.to(real), visible, *masks))]
     scalars[-1] = scalars[-1].unflatten(0, (batch, chunks))
     if D is not None:
         D = (D if D.ndim == 2 else D[:, None].expand(-1, width)).to(real).unflatten(0, by_group)
@@ -286,6 +295,7 @@ def ssd_chunked(
     else:
         initial = initial_states.to(real).unflatten(1, by_group).permute(0, 1, 4, 2, 3)
     x, B, C = (_tile(t, chunks, chunk) for t in (x, B, C))
-    y, final = _ChunkedScan.apply(x.unflatten(2, by_group), B, C, D, *scalars, initial, hidden)
+    visible = visible.expand(len(x), -1, -1, -1)
+    y, final = _ChunkedScan.apply(x.unflatten(2, by_group), B, C, D, *scalars, initial, visible)
     y = y.view(batch, chunks * chunk, heads, width)[:, :length]
     return y if z is None else y * F.silu(z.to(y.dtype)), final.permute(0, 1, 3, 4, 2).flatten(1, 2)

@@ -1,24 +1,42 @@
-"""Speed of one table step on the CPU beside PyTorch's own sparse path: ``python -m parallel.engram_table.bench``.
+"""Speed of a table's step in host memory: ``python -m parallel.engram_table.bench``.
 
-A step: look rows up, backward, update the touched rows. Peer: ``nn.EmbeddingBag(sparse=True)`` (one row a bag) with
-``torch.optim.SparseAdam``. Ids follow Zipf's law, scattered over the rows as a hash would; id sets rotate.
+A step: look rows up, backward, gradient norm, update the touched rows. Ids follow Zipf's law, scattered over the rows
+as a hash would; id sets rotate.
+
+First beside PyTorch's own sparse path, ``nn.EmbeddingBag(sparse=True)`` (one row a bag) with
+``torch.optim.SparseAdam``, for each row format and optimizer. Then at growing numbers of rows beside the memory itself:
+loops that only read, or only read and write, the very bytes that a gather or an update must touch, on the same memory
+in the same run.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import numba
+import numpy as np
 import torch
 from torch import nn
 
+from kernels.timing import machine, print_table
+from parallel.engram_table.grouping import group_rows
 from parallel.engram_table.layout import TableShape
-from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.tables import EngramTables
 from parallel.mesh import single_mesh
-from parallel.table_config import TableConfig
+from parallel.table_config import TableConfig, row_bytes, state_bytes
 
 LEARNING_RATE = 1e-3
 EPS = 1e-15  # SparseAdam adds epsilon before bias correction, we add it after: kept out of the comparison
+TOKENS, HEADS, ID_SETS = 4096, 16, 6
+CANDIDATES = {
+    "Adam, fp32": TableConfig(prefetch=0, learning_rate_multiple=1.0, betas=(0.9, 0.999), eps=EPS),
+    "Adam, bf16": TableConfig(prefetch=0, rows="bf16"),
+    "Adam, fp8": TableConfig(prefetch=0, rows="fp8"),
+    "row-wise Adam, fp32": TableConfig(prefetch=0, optimizer="rowwise_adam"),
+    "row-wise Adam, bf16": TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"),
+}
 
 
 def zipf_ids(num_rows: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
@@ -29,28 +47,19 @@ def zipf_ids(num_rows: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
 
 
 class Ours:
-    """Steps of the table, with the seconds of each part."""
+    """Steps of the table."""
 
-    def __init__(self, num_rows: int, width: int) -> None:
-        config = TableConfig(learning_rate_multiple=1.0, betas=(0.9, 0.999), eps=EPS)
+    def __init__(self, num_rows: int, width: int, config: TableConfig) -> None:
         shapes, cpu = {0: TableShape(num_rows, width)}, torch.device("cpu")
         self.tables = EngramTables(shapes, single_mesh(), config, init_std=0.02, seed=0, device=cpu)
-        self.parts: dict[str, list[float]] = {}
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
         """One whole step."""
-        rows = self._timed("fetch", lambda: self.tables.fetch({0: ids}))
-        out = self._timed("embed", rows[0].embed)
-        self._timed("backward", lambda: out.backward(grad))
-        self._timed("accumulate", lambda: self.tables.accumulate(rows))
-        self._timed("norm", self.tables.squared_grad_norm)
-        self._timed("update", lambda: self.tables.step(LEARNING_RATE))
-
-    def _timed(self, name: str, call: Callable):
-        start = time.perf_counter()
-        result = call()
-        self.parts.setdefault(name, []).append(time.perf_counter() - start)
-        return result
+        rows = self.tables.fetch({0: ids})
+        rows[0].embed().backward(grad)
+        self.tables.accumulate(rows)
+        self.tables.squared_grad_norm()
+        self.tables.step(LEARNING_RATE)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -72,44 +81,131 @@ class Peer:
         self.adam.zero_grad()
 
 
-def time_pair(ours: Ours, peer: Peer, batches: list, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step of both, one after the other in each round: neighbours' load hits both."""
-    sides: tuple[Ours | Peer, ...] = (ours, peer)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for index in range(rounds):
-        for side, times in zip(sides, seconds, strict=True):
-            start = time.perf_counter()
-            side.step(*batches[index % len(batches)])
-            times.append(time.perf_counter() - start)
-    return seconds
+def rounds_of(calls: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first ID_SETS rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(ID_SETS + rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call(index % ID_SETS)
+            if index >= ID_SETS:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return times
 
 
-def main(num_rows: int = 1_000_000, width: int = 64, tokens: int = 4096, heads: int = 16, rounds: int = 15) -> None:
-    """Check one step against the peer, then time both.
+def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
+    """Check one step of fp32 Adam against the peer, then time all formats and optimizers beside it.
 
     Raises:
         AssertionError: the rows after one step differ; nothing is timed.
     """
-    torch.set_num_threads(1)
-    batches = [(zipf_ids(num_rows, tokens, heads, seed), torch.randn(tokens, heads * width)) for seed in range(6)]
-    ours = Ours(num_rows, width)
-    peer = Peer(ours.weight)
-    for side in (ours, peer):
+    batches = [(zipf_ids(num_rows, TOKENS, HEADS, s), torch.randn(TOKENS, HEADS * width)) for s in range(ID_SETS)]
+    ours = {name: Ours(num_rows, width, config) for name, config in CANDIDATES.items()}
+    exact = ours["Adam, fp32"]
+    peer = Peer(exact.weight)
+    for side in (exact, peer):
         side.step(*batches[0])
-    error = (ours.weight - peer.bag.weight).norm() / peer.bag.weight.norm()
+    error = (exact.weight - peer.bag.weight).norm() / peer.bag.weight.norm()
     assert error < 1e-6, f"rows after one step differ from SparseAdam's: relative RMSE {error:.1e}"
-    time_pair(ours, peer, batches, len(batches))  # warm-up: page faults, allocator
-    ours.parts.clear()
-    times = time_pair(ours, peer, batches, rounds)
+    sides: dict[str, Ours | Peer] = {**ours, "EmbeddingBag + SparseAdam": peer}
+    calls = {name: partial(lambda side, i: side.step(*batches[i]), side) for name, side in sides.items()}
+    times = rounds_of(calls, rounds)
     distinct = statistics.mean(len(ids.unique()) / ids.numel() for ids, _ in batches)
-    print(
-        f"{num_rows:,} rows x {width} fp32, {tokens * heads:,} ids, {distinct:.0%} distinct, 1 thread; ms median (best)"
-    )
-    print(f"memory a row: {4 * width} B + {LazyAdam.bytes_per_row(width)} B of optimizer state")
-    for name, seconds in [*ours.parts.items(), ("step", times[0]), ("EmbeddingBag + SparseAdam", times[1])]:
-        print(f"{name:>26} {1e3 * statistics.median(seconds):9.2f} ({1e3 * min(seconds):.2f})")
-    ratios = [theirs / mine for mine, theirs in zip(*times, strict=True)]
-    print(f"{'speed-up, paired median':>26} {statistics.median(ratios):9.1f}x ({min(ratios):.1f}-{max(ratios):.1f})")
+    print(f"{num_rows:,} rows x {width}, {TOKENS * HEADS:,} ids a step, {distinct:.0%} distinct")
+    table = [["", "B a row, with state", "ms: median (best)", "faster than SparseAdam"]]
+    for name, milliseconds in times.items():
+        config = CANDIDATES.get(name, TableConfig())
+        size = row_bytes(config.rows, width) + (state_bytes(config.optimizer, width) if name in ours else 8 * width)
+        ratios = [theirs / mine for theirs, mine in zip(times["EmbeddingBag + SparseAdam"], milliseconds, strict=True)]
+        row = [name, str(size), f"{statistics.median(milliseconds):.1f} ({min(milliseconds):.1f})"]
+        table.append([*row, f"{statistics.median(ratios):.1f}x"])
+    print_table(table)
+
+
+@numba.njit(nogil=True, fastmath=True)
+def read_only(table_RX, rows_U):
+    """Sum of the rows' words: a gather's reads without its output."""
+    total = 0
+    for u in range(rows_U.size):
+        for x in range(table_RX.shape[1]):
+            total += table_RX[rows_U[u], x]
+    return total
+
+
+@numba.njit(nogil=True)
+def read_write(table_RX, rows_U):
+    """Flip a bit of each word of the rows: an update's memory traffic without its arithmetic."""
+    for u in range(rows_U.size):
+        for x in range(table_RX.shape[1]):
+            table_RX[rows_U[u], x] ^= 1
+
+
+def beside_memory(sizes: list[int], width: int, config: TableConfig, rounds: int) -> None:
+    """Gather and update of the distinct rows of a step, at growing numbers of rows, over the memory's own time."""
+    print(f"{config.optimizer}, {config.rows} rows of {width}, {TOKENS * HEADS:,} ids a step; ms")
+    table = [["rows", "distinct", "whole step", "gather", "reads alone", "x", "update", "reads and writes alone", "x"]]
+    for num_rows in sizes:
+        probe = Probe(num_rows, width, config)
+        calls = {name: getattr(probe, name) for name in ("step", "gather", "read", "update", "write")}
+        ms = {name: statistics.median(values) for name, values in rounds_of(calls, rounds).items()}
+        figures = [f"{ms[name]:.2f}" for name in ("step", "gather", "read", "update", "write")]
+        figures.insert(3, f"{ms['gather'] / ms['read']:.1f}")
+        figures.append(f"{ms['update'] / ms['write']:.1f}")
+        table.append([f"{num_rows:.0e}", f"{len(probe.rows[0]):,}", *figures])
+        del probe, calls  # before the next table is allocated
+    print_table(table)
+
+
+class Probe:
+    """A table's step, its two parts that go to the table's memory, and the same memory traffic with nothing else."""
+
+    def __init__(self, num_rows: int, width: int, config: TableConfig) -> None:
+        self.ours = Ours(num_rows, width, config)
+        self.ids = [zipf_ids(num_rows, TOKENS, HEADS, seed) for seed in range(ID_SETS)]
+        self.rows = [group_rows(ids, num_rows, "ids").rows_U for ids in self.ids]
+        self.grads = [torch.randn(len(rows_U), width) for rows_U in self.rows]
+        self.whole = torch.randn(TOKENS, HEADS * width)
+        self.store, self.optimizer = self.ours.tables._store, self.ours.tables._optimizer
+        self.words = [words_of(tensor) for tensor in (self.store.tensors | self.optimizer.state()).values()]
+
+    def step(self, i: int) -> None:
+        """All of a step."""
+        self.ours.step(self.ids[i], self.whole)
+
+    def gather(self, i: int) -> None:
+        """Rows into a new tensor."""
+        self.store.read(self.rows[i], self.store.weight.dtype)
+
+    def read(self, i: int) -> None:
+        """What a gather reads."""
+        read_only(self.words[0], self.rows[i].numpy())
+
+    def update(self, i: int) -> None:
+        """The optimizer's step."""
+        self.optimizer.update(self.rows[i], self.grads[i], LEARNING_RATE, 1.0, 0)
+
+    def write(self, i: int) -> None:
+        """What an update reads and writes; the rows are noise afterwards, small enough to go on."""
+        for words_RX in self.words:
+            read_write(words_RX, self.rows[i].numpy())
+
+
+def words_of(tensor: torch.Tensor) -> np.ndarray:
+    """A table seen as (R, 32-bit words), a vector of rows as one word each."""
+    return tensor.view(len(tensor), -1).view(torch.int32).numpy()
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(prog="python -m parallel.engram_table.bench")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds that count")
+    parser.add_argument("--largest", type=int, default=10**7, help="rows of the largest table: 10^8 takes 12 GB")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine()}; one thread")
+    beside_sparse_adam(num_rows=1_000_000, width=64, rounds=arguments.rounds)
+    sizes = [size for size in (10**6, 10**7, 10**8) if size <= arguments.largest]
+    beside_memory(sizes, 16, TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"), arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Ids and counts travel in host memory (gloo): the exchange never waits for the de
 compute device. All layers share one exchange. On one rank nothing is communicated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,33 @@ def by_owner(layers: Sequence[torch.Tensor], pieces: list[list[int]]) -> torch.T
 def return_rows(rows_MW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
     """Owners' answers to those who asked. Collective over ``engram``."""
     return all_to_all_rows(rows_MW, route.received, route.sent, mesh.group("engram"))
+
+
+def resend(
+    changed_U: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], route: Route, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of an answered fetch that have changed since. Collective over ``engram``: counts, places, rows.
+
+    Args:
+        changed_U: int64, ascending, local rows of this owner; host memory.
+        read: rows as they are now, as ``return_rows`` sends them.
+
+    Returns:
+        Places among the rows that came back, and those rows' new values.
+    """
+    places_M = torch.searchsorted(changed_U, route.local_rows)
+    hit_M = changed_U[places_M.clamp_max(len(changed_U) - 1)] == route.local_rows if len(changed_U) else places_M < 0
+    size, group = mesh.size("engram"), mesh.group("engram")
+    hits = [part.nonzero().flatten() for part in hit_M.split(route.received)]
+    rows = read(route.local_rows[hit_M])
+    if size == 1:
+        return hits[0], rows
+    counts = torch.tensor([len(hit) for hit in hits])
+    coming = all_to_all_rows(counts, [1] * size, [1] * size, group)
+    given, taken = counts.tolist(), coming.tolist()
+    places = all_to_all_rows(torch.cat(hits), given, taken, group)
+    begins = torch.tensor(route.sent).cumsum(0) - torch.tensor(route.sent)
+    return places + begins.repeat_interleave(coming), all_to_all_rows(rows, given, taken, group)
 
 
 def send_gradients(grad_UW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:

@@ -5,27 +5,36 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from parallel.engram_table.store import RowStore
+
 BLOCK_ROWS = 4096  # rows drawn from one seed
 
 
-def fill_initial_rows(rows_RW: torch.Tensor, start: int, *, std: float, seed: int, layer: int) -> None:
+@torch.no_grad()
+def fill_initial_rows(store: RowStore, local: slice, start: int, std: float, seed: int, layer: int) -> None:
     """Fill with normal values of standard deviation ``std`` that depend only on (seed, layer, global row, width).
 
     Each block of global rows has a generator of its own, so any owner draws the same rows. Blocks are filled by as
-    many threads as PyTorch uses (numpy draws without the interpreter lock); this is the first touch of the memory.
+    many threads as PyTorch uses (numpy draws without the interpreter lock); this is the first touch of the memory, by
+    the process that will read it.
 
     Args:
-        rows_RW: (rows, W) fp32, host memory; the global rows from ``start`` on.
+        local: the local rows of the layer.
+        start: the global row of the first of them.
     """
-    width, stop = rows_RW.shape[1], start + rows_RW.shape[0]
+    stop = start + local.stop - local.start
+    device = store.weight.device
 
+    @torch.no_grad()
     def fill(block: int) -> None:
         generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, layer, block))))
-        values = generator.standard_normal((BLOCK_ROWS, width), dtype=np.float32)
+        values = generator.standard_normal((BLOCK_ROWS, store.width), dtype=np.float32)
         values *= np.float32(std)
         first = block * BLOCK_ROWS
         low, high = max(start, first), min(stop, first + BLOCK_ROWS)
-        rows_RW[low - start : high - start] = torch.from_numpy(values[low - first : high - first])
+        rows = torch.arange(low - start + local.start, high - start + local.start, device=device)
+        drawn = torch.from_numpy(values[low - first : high - first]).to(device)
+        store.write(rows, drawn, torch.zeros_like(rows))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(fill, range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS))):

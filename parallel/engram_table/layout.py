@@ -50,3 +50,10 @@ class RowLayout:
         """The local rows of ``rank`` that hold its part of ``layer``."""
         rows, shift = self.owned(layer, rank), int(self.shift[layer][rank])
         return slice(rows.start + shift, rows.stop + shift)
+
+    def numbering(self, rank: int) -> torch.Tensor:
+        """(2, layers) int64: where each layer's local rows begin on ``rank``, and what to add to them for a number that
+        no other row of the model has, on any layout."""
+        starts = [self.local(layer, rank).start for layer in self.layers]
+        shifts = [(layer << 40) - int(self.shift[layer][rank]) for layer in self.layers]
+        return torch.tensor([starts, shifts])

@@ -1,14 +1,63 @@
 """Rows that a micro-batch fetched: where the table enters the autograd graph.
 
-Shape suffixes: N ids (flat), U distinct rows, O n-gram orders x hash heads, W row width.
+Shape suffixes: N ids (flat), U distinct rows of a layer, M distinct rows of all layers, O n-gram orders x hash heads, W
+row width.
 """
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch.autograd import Function
 
 from parallel.engram_table.exchange import Route
 from parallel.engram_table.grouping import Groups, sum_groups
+
+
+@dataclass
+class Arrival:
+    """The rows of a fetch, once its exchange is done. The table's thread may still patch ``values``.
+
+    Attributes:
+        values: (M, W) distinct rows in the compute dtype on the compute device; one more of zeros where ids are dead.
+        groups: layer -> equal ids, on the compute device.
+        slots_N: layer -> (N,) int64, the place of each id's row in ``values``.
+        num_rows: layer -> U.
+        shapes: layer -> shape of the ids.
+        route: the way of the fetch, along which gradients return.
+    """
+
+    values: torch.Tensor
+    groups: Mapping[int, Groups]
+    slots_N: Mapping[int, torch.Tensor]
+    num_rows: Mapping[int, int]
+    shapes: Mapping[int, torch.Size]
+    route: Route
+
+
+class Fetch:
+    """Rows of all layers for one micro-batch, on their way; ``take`` waits for them.
+
+    Attributes:
+        ready: the job after which the rows are as of this moment: the fetch, later an update that patches it.
+    """
+
+    def __init__(self, ready: Future, wait: Callable[[Future], object]) -> None:
+        self.ready, self.taken = ready, False
+        self._arrival: Future[Arrival] = ready
+        self._wait = wait
+
+    def take(self) -> Arrival:
+        """The rows; from now on they stay what they are, whatever later steps update."""
+        if not self.taken:
+            self._wait(self.ready)
+            self.taken = True
+        return self._arrival.result()
+
+    def arrival(self) -> Arrival:
+        """For later jobs of the table's thread, which come after the fetch."""
+        return self._arrival.result()
 
 
 class _Expand(Function):
@@ -25,30 +74,37 @@ class _Expand(Function):
 
 
 class Rows:
-    """The distinct rows of one layer and one micro-batch, on the compute device. Made by ``EngramTables.fetch``.
+    """The distinct rows of one layer and one micro-batch, on the compute device. Made by ``EngramTables.fetch``."""
 
-    Attributes:
-        leaf_UW: (U, W) fp32 leaf whose ``.grad`` is the gradient of the rows. It stands for a change of the rows, is
-            zero, and takes no memory (expanded): so the gradient is fp32 even where the rows are bf16.
-        route: the way of the fetch, along which gradients return; shared by the layers of a fetch.
-    """
-
-    def __init__(self, values: torch.Tensor, groups: Groups, slot_U: torch.Tensor, shape: torch.Size, route: Route):
-        """Rows at the places ``slot_U`` (int64, host) of ``values`` (any, W); ``groups`` of the ids, on the host."""
-        self.route = route
-        self.shape = shape
-        dead = values.shape[0]
-        self._values = F.pad(values, (0, 0, 0, 1)) if groups.order.numel() < groups.num_ids else values
-        self._slots_N = groups.positions(slot_U, dead).to(values.device)
-        self._groups = groups.to(values.device)
-        self.leaf_UW = torch.zeros((), device=values.device).expand(len(slot_U), values.shape[1]).requires_grad_()
+    def __init__(self, fetch: Fetch, layer: int) -> None:
+        self.fetch, self._layer = fetch, layer
+        self._leaf_UW: torch.Tensor | None = None
 
     def embed(self) -> torch.Tensor:
-        """(…, O * W) in the compute dtype: each id's row, zero for dead ids. May be called again (recomputation)."""
-        out_NW = _Expand.apply(self.leaf_UW, self._values, self._slots_N, self._groups)
-        return out_NW.reshape(*self.shape[:-1], self.shape[-1] * out_NW.shape[-1])
+        """(…, O * W) in the compute dtype: each id's row, zero for dead ids. May be called again (recomputation).
+
+        Waits for the rows where they have not arrived.
+        """
+        arrival, layer = self.fetch.take(), self._layer
+        out_NW = _Expand.apply(self._leaf(), arrival.values, arrival.slots_N[layer], arrival.groups[layer])
+        shape = arrival.shapes[layer]
+        return out_NW.reshape(*shape[:-1], shape[-1] * out_NW.shape[-1])
+
+    def _leaf(self) -> torch.Tensor:
+        """(U, W) fp32 leaf whose ``.grad`` is the gradient of the rows.
+
+        It stands for a change of the rows, is zero, and takes no memory (expanded): so the gradient is fp32 even where
+        the rows are bf16.
+        """
+        if self._leaf_UW is None:
+            arrival = self.fetch.take()
+            shape = arrival.num_rows[self._layer], arrival.values.shape[1]
+            with torch.inference_mode(False):
+                self._leaf_UW = torch.zeros((), device=arrival.values.device).expand(shape).requires_grad_()
+        return self._leaf_UW
 
     def take_gradient(self) -> torch.Tensor:
         """(U, W) fp32: the gradient that backward has left, which is cleared; zero if backward never came here."""
-        grad_UW, self.leaf_UW.grad = self.leaf_UW.grad, None
-        return torch.zeros_like(self.leaf_UW, memory_format=torch.contiguous_format) if grad_UW is None else grad_UW
+        leaf_UW = self._leaf()
+        grad_UW, leaf_UW.grad = leaf_UW.grad, None
+        return torch.zeros_like(leaf_UW, memory_format=torch.contiguous_format) if grad_UW is None else grad_UW

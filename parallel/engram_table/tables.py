@@ -3,23 +3,29 @@
 Owners keep rows and optimizer state as plain attributes: as parameters or buffers of a module they would enter
 DeepSpeed's buckets, be partitioned by ZeRO, and be overwritten by rank 0's.
 
-Shape suffixes: U distinct rows, W row width, O n-gram orders x hash heads.
+Shape suffixes: U distinct rows, M distinct rows of all layers, W row width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from parallel.engram_table.exchange import by_owner, open_route, return_rows, send_gradients
+from parallel.engram_table.exchange import Route, by_owner, open_route, resend, return_rows, send_gradients
 from parallel.engram_table.grouping import group_rows, sum_groups
 from parallel.engram_table.initial import fill_initial_rows
 from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
-from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros
-from parallel.engram_table.rows import Rows
+from parallel.engram_table.rows import Arrival, Fetch, Rows
+from parallel.engram_table.sinkhorn import MomentumSinkhorn
+from parallel.engram_table.storage import open_storage
+from parallel.engram_table.store import RowStore
+from parallel.engram_table.worker import Worker
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig
+
+Ids = Mapping[int, torch.Tensor]
 
 
 class Piece(NamedTuple):
@@ -39,6 +45,9 @@ class EngramTables:
     A step: ``fetch`` each micro-batch, ``Rows.embed`` in the forward, ``accumulate`` after its backward; then
     ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``, or ``discard``. Any number of fetches may
     be in flight. All sums run in one fixed order: the same run gives the same bits.
+
+    With ``config.prefetch`` all of that is queued for one thread and runs while the model computes; only ``embed`` and
+    the norm wait. A fetch whose rows have not been taken when a step updates them is patched by that step.
     """
 
     def __init__(
@@ -61,73 +70,82 @@ class EngramTables:
             dtype: what the model computes in; rows travel and arrive in it. Gradients travel in fp32.
 
         Raises:
-            RunError: a node has too little memory for the rows and their optimizer state.
+            RunError: a node has too little memory or disk for the rows and their optimizer state.
         """
         widths = {shape.width for shape in shapes.values()}
         if len(widths) != 1:
             raise ValueError(f"shapes: all layers' rows must have one width, got {sorted(widths)}")
         (self.width,) = widths
-        self.shapes, self.mesh, self.device, self.dtype = dict(shapes), mesh, device, dtype
+        self.shapes, self.mesh, self.config, self.device, self.dtype = dict(shapes), mesh, config, device, dtype
         self.layout = RowLayout(shapes, mesh.size("engram"))
-        self._storage = torch.device("cpu") if config.placement == "host" else device
-        num_rows = self.layout.local_rows[mesh.rank("engram")]
-        self._check_memory(num_rows)
-        self._weight = self._allocate((num_rows, self.width), torch.float32)
+        rank, total = mesh.rank("engram"), sum(shape.num_rows for shape in shapes.values())
+        num_rows, what = self.layout.local_rows[rank], f"{total:,} rows x {self.width}"
+        self._memory, allocate = open_storage(config, num_rows, self.width, device, what, mesh)
+        self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
         for layer in self.layout.layers:
-            self._fill(layer, init_std, seed)
-        self._optimizer = LazyAdam(self._weight, config, self._allocate)
+            fill_initial_rows(
+                self._store, self.layout.local(layer, rank), self.owned(layer).start, init_std, seed, layer
+            )
+        self._optimizer: LazyAdam | MomentumSinkhorn
+        if config.optimizer == "momentum_sinkhorn":
+            parts = [(self.layout.local(layer, rank), shapes[layer].num_rows) for layer in self.layout.layers]
+            self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
+        else:
+            self._optimizer = LazyAdam(self._store, config, allocate)
+        self.worker = Worker(threaded=config.prefetch > 0)
+        self._ahead: list[Fetch] = []  # whose rows nobody has taken yet
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # (local rows, their gradients)
         self._distinct = True  # no row occurs twice in there
-
-    def _check_memory(self, num_rows: int) -> None:
-        needed = num_rows * (4 * self.width + LazyAdam.bytes_per_row(self.width))
-        if self._storage.type == "cpu":
-            where, available = "host memory", available_host_bytes()
-        else:
-            where, available = f"memory of {self._storage}", torch.accelerator.get_memory_info(self._storage)[0]
-        total = sum(shape.num_rows for shape in self.shapes.values())
-        check_memory(needed, available, where, f"{total:,} rows x {self.width}", self.mesh)
-
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if self._storage.type == "cpu":
-            return host_zeros(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, device=self._storage)
-
-    def _fill(self, layer: int, std: float, seed: int) -> None:
-        mine = self._weight[self.layout.local(layer, self.mesh.rank("engram"))]
-        rows = mine if self._storage.type == "cpu" else torch.empty(mine.shape)
-        fill_initial_rows(rows, self.owned(layer).start, std=std, seed=seed, layer=layer)
-        if rows is not mine:
-            mine.copy_(rows)
 
     def owned(self, layer: int) -> range:
         """Global rows of ``layer`` that this rank owns; may be empty."""
         return self.layout.owned(layer, self.mesh.rank("engram"))
 
-    @torch.no_grad()
-    def fetch(self, ids: Mapping[int, torch.Tensor]) -> dict[int, Rows]:
+    def fetch(self, ids: Ids | Callable[[], Ids]) -> dict[int, Rows]:
         """Rows of a micro-batch, each distinct row once. Collective over ``engram``.
 
         Args:
-            ids: layer -> (…, O) int64, global rows, for every layer; -1 is dead: a zero row without gradient.
+            ids: layer -> (…, O) int64, global rows, for every layer; -1 is dead: a zero row without gradient. Or a
+                function that gives them, which runs with the fetch.
 
         Raises:
-            ValueError: an id outside the layer's rows, or other layers than the table's.
+            ValueError: an id outside the layer's rows, or other layers than the table's; by ``embed`` where the fetch
+                has been queued.
         """
+        fetch = Fetch(self.worker.submit(self._fetch, ids), self.worker.wait)
+        self._ahead = [other for other in self._ahead if not other.taken] + [fetch]
+        return {layer: Rows(fetch, layer) for layer in self.layout.layers}
+
+    @torch.no_grad()
+    def _fetch(self, ids: Ids | Callable[[], Ids]) -> Arrival:
+        ids = ids() if callable(ids) else ids
         if set(ids) != set(self.shapes):
             raise ValueError(f"ids: expected layers {sorted(self.shapes)}, got {sorted(ids)}")
         layers = self.layout.layers
         groups = [group_rows(ids[layer], self.shapes[layer].num_rows, f"Engram layer {layer}") for layer in layers]
         route, slots = open_route(groups, self.layout, self.mesh)
-        answer = self._weight.index_select(0, route.local_rows.to(self._storage)).to(self.dtype).to(self.device)
-        values = return_rows(answer, route, self.mesh)
-        return {
-            layer: Rows(values, group, slot_U, ids[layer].shape, route)
-            for layer, group, slot_U in zip(layers, groups, slots, strict=True)
-        }
+        values = return_rows(self._read(route.local_rows), route, self.mesh)
+        dead = values.shape[0]
+        if any(group.order.numel() < group.num_ids for group in groups):
+            values = F.pad(values, (0, 0, 0, 1))
+        return Arrival(
+            values,
+            {layer: group.to(self.device) for layer, group in zip(layers, groups, strict=True)},
+            {
+                layer: group.positions(slot_U, dead).to(self.device)
+                for layer, group, slot_U in zip(layers, groups, slots, strict=True)
+            },
+            {layer: len(slot_U) for layer, slot_U in zip(layers, slots, strict=True)},
+            {layer: ids[layer].shape for layer in layers},
+            route,
+        )
+
+    def _read(self, local_rows: torch.Tensor) -> torch.Tensor:
+        """Rows as they travel: in the compute dtype, on the compute device."""
+        return self._store.read(local_rows.to(self._memory), self.dtype).to(self.device)
 
     @torch.no_grad()
-    def lookup(self, ids: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    def lookup(self, ids: Ids) -> dict[int, torch.Tensor]:
         """(…, O * W) a layer, outside the graph: for evaluation and generation. Collective over ``engram``."""
         return {layer: rows.embed() for layer, rows in self.fetch(ids).items()}
 
@@ -138,55 +156,95 @@ class EngramTables:
         Rows count as touched even where their gradient is zero. The gradients are taken out of ``rows``: a second call
         adds zero.
         """
-        route = rows[self.layout.layers[0]].route
-        if any(other.route is not route for other in rows.values()):
+        fetch = rows[self.layout.layers[0]].fetch
+        if any(other.fetch is not fetch for other in rows.values()):
             raise ValueError("rows: all layers must come from one fetch")
         grads = [rows[layer].take_gradient() for layer in self.layout.layers]
-        grad_UW = by_owner(grads, route.pieces).mul_(scale)
-        received = send_gradients(grad_UW, route, self.mesh).to(self._storage)
+        self.worker.submit(self._accumulate, fetch.take().route, grads, scale)
+
+    @torch.no_grad()
+    def _accumulate(self, route: Route, grads: list[torch.Tensor], scale: float) -> None:
+        grad_UW = by_owner(grads, route.pieces)
+        if scale != 1:
+            grad_UW.mul_(scale)
+        received = send_gradients(grad_UW, route, self.mesh).to(self._memory)
         self._distinct = not self._pending and self.mesh.size("engram") == 1
         self._pending.append((route.local_rows, received))
 
     def _merged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Accumulated gradients with each touched row once: local rows ascending, and (U, W) fp32."""
         if not self._pending:
-            return torch.empty(0, dtype=torch.int64), self._weight.new_empty((0, self.width))
+            return torch.empty(0, dtype=torch.int64), torch.empty((0, self.width), device=self._memory)
         if not self._distinct:
             rows, grads = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-            groups = group_rows(rows, self._weight.shape[0], "gradients")
-            self._pending = [(groups.rows_U, sum_groups(grads, groups.to(self._storage)))]
+            groups = group_rows(rows, self._store.num_rows, "gradients")
+            self._pending = [(groups.rows_U, sum_groups(grads, groups.to(self._memory)))]
             self._distinct = True
         return self._pending[0]
 
-    @torch.no_grad()
     def squared_grad_norm(self) -> torch.Tensor:
         """fp64 scalar on the compute device: of the gradients of the rows owned here, summed before they are squared.
 
         Sum it over ``engram``: every row is owned once.
         """
+        return self.worker.wait(self.worker.submit(self._squared_grad_norm))
+
+    @torch.no_grad()
+    def _squared_grad_norm(self) -> torch.Tensor:
         _, grad_UW = self._merged()
         norm_U = torch.linalg.vector_norm(grad_UW, dim=1)  # fp64 only over rows: 5x faster, as exact
         return norm_U.double().square().sum().to(self.device)
 
-    def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
-        """Update the touched rows by ``LazyAdam`` with the accumulated gradients times ``grad_scale``, and clear those.
+    def gradients(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """layer -> global rows owned here that were touched since the last step (U,), and their gradients (U, W)."""
+        rows_U, grad_UW = self.worker.wait(self.worker.submit(self._merged))
+        gradients = {}
+        for layer in self.layout.layers:
+            local = self.layout.local(layer, self.mesh.rank("engram"))
+            low, high = torch.searchsorted(rows_U, torch.tensor([local.start, local.stop])).tolist()
+            gradients[layer] = (rows_U[low:high] - local.start + self.owned(layer).start, grad_UW[low:high])
+        return gradients
+
+    def step(self, learning_rate: float, grad_scale: float = 1.0, step: int = 0) -> None:
+        """Update the touched rows by the accumulated gradients times ``grad_scale``, and clear those.
+
+        Rows that were fetched and not yet taken are patched. Collective over ``engram``.
 
         Args:
             learning_rate: of the run; rows learn at ``learning_rate_multiple`` times that.
             grad_scale: the factor of global clipping.
+            step: number of the step, from 0.
         """
+        ahead = [fetch for fetch in self._ahead if not fetch.taken]
+        update = self.worker.submit(self._update, learning_rate, grad_scale, step, ahead)
+        for fetch in ahead:
+            fetch.ready = update
+
+    @torch.no_grad()
+    def _update(self, learning_rate: float, grad_scale: float, step: int, ahead: list[Fetch]) -> None:
         rows_U, grad_UW = self._merged()
-        self._optimizer.update(rows_U.to(self._storage), grad_UW, learning_rate, grad_scale)
-        self.discard()
+        changed_U = self._optimizer.update(rows_U.to(self._memory), grad_UW, learning_rate, grad_scale, step).cpu()
+        for fetch in ahead:
+            arrival = fetch.arrival()
+            places, rows = resend(changed_U, self._read, arrival.route, self.mesh)
+            arrival.values.index_copy_(0, places.to(self.device), rows)
+        self._clear()
 
     def discard(self) -> None:
         """Drop the accumulated gradients: the step is skipped."""
+        self.worker.submit(self._clear)
+
+    def _clear(self) -> None:
         self._pending.clear()
         self._distinct = True
 
     def state(self) -> dict[str, Piece]:
-        """This rank's rows of ``engram.<layer>.weight``, ``.exp_avg``, ``.exp_avg_sq``, ``.step``, for checkpoints."""
-        tensors = {"weight": self._weight} | self._optimizer.state()
+        """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the optimizer's state.
+
+        Waits for what is queued; the values stay as they are until the next step.
+        """
+        self.worker.wait(self.worker.submit(lambda: None))
+        tensors = self._store.tensors | self._optimizer.state()
         pieces = {}
         for layer in self.layout.layers:
             local, num_rows = self.layout.local(layer, self.mesh.rank("engram")), self.shapes[layer].num_rows

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.engram_hash import NgramHash, engram_hash, ngram_hashes
-from kernels.engram_hash.layout import INT64_MAX, is_prime
+from kernels.engram_hash.layout import INT64_MAX
 from kernels.engram_hash.reference import engram_hash_reference
+from kernels.primes import is_prime
 
 # Computed with the code of deepseek-ai/Engram (engram_demo_v1.py) for the V4 tokenizer, V' = 99,092, seed 0, pad 2.
 VOCAB, PAD = 99_092, 2

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from kernels.selective_scan import cpu, selective_scan, selective_scan_reference
+from kernels.selective_scan import chunked, cpu, op, selective_scan, selective_scan_reference
 from tests.compare import assert_close
 
 FLAGS = {"delta_softplus": True, "return_last_state": True}
@@ -53,11 +53,19 @@ def assert_same(got, expected, got_inputs, expected_inputs, output_tolerance=Non
         assert_close(f"gradient of {name}", gradient, oracle_gradients[name], tolerance, kind="gradient")
 
 
+@pytest.fixture(params=["loops", "chunked"])
+def path(request, monkeypatch):
+    """Both ways of fp32: the CPU's, in blocks of 4 channels, and the one of other devices, in blocks of 64 tokens."""
+    monkeypatch.setattr(cpu, "BLOCK_CHANNELS", 4)
+    monkeypatch.setattr(chunked, "MAX_CHUNKS", 4)
+    if request.param == "chunked":
+        monkeypatch.setattr(op, "looped_scan", chunked.chunked_scan)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", [0, 1, 2, 63, 65, 200])
-def test_equals_sequential_scan(length, groups, packed, poison, monkeypatch):
-    monkeypatch.setattr(cpu, "MAX_CHUNKS", 4)  # blocks of 64: the longer lengths take several
+def test_equals_sequential_scan(length, groups, packed, poison, path):
     inputs = make_inputs(length=length, groups=groups)
     double = to_double(inputs)
     seq_idx = random_documents(2, length) if packed else None
@@ -72,7 +80,7 @@ def test_fp64_is_exact():
     assert_same(selective_scan(**inputs, **FLAGS), selective_scan_reference(**inputs, **FLAGS), inputs, inputs)
 
 
-def test_bf16_inputs_scan_in_fp32():
+def test_bf16_inputs_scan_in_fp32(path):
     inputs = {
         name: x.detach().bfloat16().requires_grad_() if name in ("u", "delta", "B", "C", "z") else x
         for name, x in make_inputs(length=100).items()
@@ -102,7 +110,7 @@ def test_optional_inputs_left_out():
 
 
 @pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4])
-def test_extreme_decays_stay_exact(scale):
+def test_extreme_decays_stay_exact(scale, path):
     """delta·A from nearly 0 (the state is kept) to far below fp32's underflow (it is forgotten)."""
     inputs = make_inputs(length=70)
     inputs["A"] = (inputs["A"].detach() * scale).requires_grad_()
@@ -139,6 +147,28 @@ def test_split_invariance(length, at, packed, seed):
         seq_idx=None if seq_idx is None else seq_idx[:, at:],
     )  # fmt: skip
     assert_same((torch.cat([first, second], dim=-1), state), whole, inputs, inputs)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK_CHANNELS", 2)
+    inputs = make_inputs(length=50)
+    results = []
+    threads = torch.get_num_threads()
+    for num in (1, 3):
+        torch.set_num_threads(num)
+        outputs = selective_scan(**inputs, **FLAGS)
+        results.append([*outputs, *gradients(outputs, inputs).values()])
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B"])
+def test_a_nan_reaches_the_output(name, path):
+    """The guard against non-finite losses must see it."""
+    inputs = make_inputs(length=20)
+    with torch.no_grad():
+        inputs[name].flatten()[0] = float("nan")
+        assert selective_scan(**inputs)[0, 0].isnan().any()
 
 
 def test_packed_equals_separate():

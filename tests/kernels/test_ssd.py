@@ -232,6 +232,20 @@ def test_gradient_through_expanded_outputs():
     assert_close("dx", got, want, kind="gradient")
 
 
+def test_no_gradient_crosses_documents():
+    """Not even rounding: a loss on the second document leaves the first exactly alone, and the other way round."""
+    inputs = make_inputs(40, batch=1)
+    del inputs["initial_states"]
+    lengths, sequences = [17, 23], ("x", "dt", "B", "C", "z")
+    leaves = {name: t.float().requires_grad_() for name, t in inputs.items()}
+    y = ssd(**leaves, seq_idx=documents(lengths), chunk_size=32, dt_softplus=True)
+    for seen, other in ((0, 1), (1, 0)):
+        grads = torch.autograd.grad(y.split(lengths, 1)[seen].sum(), [leaves[n] for n in sequences], retain_graph=True)
+        for name, grad in zip(sequences, grads, strict=True):
+            assert grad.split(lengths, 1)[seen].norm() > 0, name
+            assert grad.split(lengths, 1)[other].norm() == 0, name
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_activation_checkpointing(use_reentrant):
     inputs = make_inputs(70)

@@ -11,7 +11,15 @@ WRONG_LAYOUT = ("-m", "launch", "train", "tiny", "--name", "never-started", "--p
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["train", "tiny", "--help"], ["generate", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "tiny", "--help"],
+        ["generate", "--help"],
+        ["analyze", "engram", "--help"],
+        ["plan", "--help"],
+    ],
 )
 def test_help_does_not_import_torch(words):
     code = (

@@ -16,6 +16,7 @@ from tests.runs import MPIRUN, TORCHRUN, corpus, forked, records, started, words
 from training.config import RunConfig
 from training.data.entropy import validation_entropies
 from training.data.files import TokenFiles
+from training.hash_artifact import read_artifact
 from training.run_file import load_run_json
 
 STEPS = 8
@@ -65,6 +66,9 @@ def test_a_run_leaves_its_description_and_a_plot(runs, corpus, name):  # noqa: F
     )
     told = json.loads((directory / "run.json").read_text())
     assert told["hardware"]["processes"] == (1 if name == "python" else 2)
+    hashed = read_artifact(directory / "engram_hash.json")
+    (newest,) = sorted((directory / "checkpoints").glob("step-*8"))
+    assert read_artifact(newest / "engram_hash.json") == hashed
     image = (directory / "loss.png").read_bytes()
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", image[16:24]) == (910, 546)

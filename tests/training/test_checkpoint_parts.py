@@ -128,8 +128,8 @@ def halves(values: torch.Tensor, **second) -> Tensors:
 
 def write(directory: Path, step: int, value: float) -> Path:
     """A small complete checkpoint of this process."""
-    record = {"format": storage.FORMAT, "step": step, "extra": {}}
-    return run._write(directory, halves(torch.full((4, 3), float(value))), record, run._comm())
+    record, files = {"format": storage.FORMAT, "step": step, "extra": {}}, {"run.json": b"{}", "token_map.json": b"[]"}
+    return run.write(directory, halves(torch.full((4, 3), float(value))), record, run._comm(), files)
 
 
 def value_of(path: Path) -> float:
@@ -151,14 +151,14 @@ def value_of(path: Path) -> float:
 )
 def test_a_gap_or_overlap_is_not_saved(second, problem, tmp_path):
     with pytest.raises(RunError, match=problem):
-        run._write(tmp_path, halves(torch.ones(4, 3), **second), {"format": 1, "step": 1}, run._comm())
+        run.write(tmp_path, halves(torch.ones(4, 3), **second), {"format": 1, "step": 1}, run._comm())
     assert latest(tmp_path) is None
 
 
 def test_a_tensor_that_no_rank_holds_is_missed(tmp_path):
     tensors = halves(torch.ones(4, 3)) | {"y": LogicalTensor((2,), torch.float32)}
     with pytest.raises(RunError, match="y: 2 of 2 elements are missing"):
-        run._write(tmp_path, tensors, {"format": 1, "step": 1}, run._comm())
+        run.write(tmp_path, tensors, {"format": 1, "step": 1}, run._comm())
 
 
 def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, monkeypatch):
@@ -255,10 +255,34 @@ def test_prune_keeps_the_newest_and_what_others_wrote(tmp_path):
         "step-00000001", "step-00000002", "step-00000020", "step-best"
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "step-00000001").iterdir()] == ["notes.txt"]
-    assert len(list((tmp_path / "step-00000002").iterdir())) == 2
+    assert len(list((tmp_path / "step-00000002").iterdir())) == 4
     assert value_of(latest(tmp_path)) == 20.0
     with pytest.raises(RunError, match=r"train\.keep=0 is below 1"):
         prune(tmp_path, 0)
+
+
+def test_prune_keeps_every_so_many_steps_for_good(tmp_path):
+    for step in (1, 2, 3, 4, 6, 7, 8, 9):
+        write(tmp_path, step, step)
+    prune(tmp_path, 1, 3)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [3, 6, 9]
+    prune(tmp_path, 2)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [6, 9]
+
+
+def test_a_manifest_of_another_run_is_found(tmp_path):
+    mine, other = write(tmp_path / "mine", 1, 1.0), write(tmp_path / "other", 1, 2.0)
+    (mine / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    with pytest.raises(RunError, match=r"__0_0\.distcp differs from its checksum"):
+        value_of(mine)
+    assert value_of(other) == 2.0
+
+
+def test_only_files_that_are_removed_again_can_be_attached(tmp_path):
+    for name in storage.ATTACHED:
+        assert storage.WRITTEN.fullmatch(name)
+    with pytest.raises(AssertionError, match=r"notes\.txt"):
+        run.write(tmp_path, halves(torch.ones(4, 3)), {"format": 1, "step": 1}, run._comm(), {"notes.txt": b""})
 
 
 def test_latest_counts_by_number(tmp_path):
@@ -293,12 +317,13 @@ def save_with_a_full_disk(directory: Path) -> tuple[str, float]:
         planners.ChunkSavePlanner.resolve_data = full
     text = ""
     try:
-        run._write(directory, tensors, record, comm)
+        run.write(directory, tensors, record, comm)
     except RunError as error:
         text = str(error)
     assert latest(directory) is None
+    assert comm.rank != 0 or not list(directory.iterdir())
     planners.ChunkSavePlanner.resolve_data = real
-    run._write(directory, tensors, record, comm)
+    run.write(directory, tensors, record, comm)
     return text, float(rows.sum())
 
 

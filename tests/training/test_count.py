@@ -16,6 +16,7 @@ MODELS = {
     "ranks and states": ModelConfig(
         pattern="SL", mamba1=Mamba1Config(dt_rank=3, expand=3), s4d=S4DConfig(state_dim=6, expand=1)
     ),
+    "engram once for all streams": ModelConfig(num_streams=4, engram=EngramConfig(per_stream=False)),
     "engram of value alone": ModelConfig(engram=EngramConfig(gate=False, conv=False, orders=(2, 3, 4))),
 }
 

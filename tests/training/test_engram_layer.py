@@ -10,6 +10,7 @@ import torch
 
 from kernels.engram_hash import engram_hash
 from kernels.engram_hash.reference import engram_hash_reference
+from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from parallel.placement import initialize_parameters
 from tests.compare import assert_close
@@ -17,6 +18,7 @@ from tests.training.tiny import VOCAB, made_up_rows, made_up_token_map, tiny_con
 from training.data.token_map import TokenMap
 from training.model.config import EngramConfig, ModelConfig
 from training.model.engram import Engram
+from training.model.model import Layer
 from training.trainer import EngramMemory, build_memory, memory_of
 
 WIDTH, LENGTHS = 10, [1, 3, 2, 14, 9]
@@ -231,3 +233,120 @@ def test_memory_holds_the_rows_in_column_order():
         assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
         assert torch.equal(embed(), e_BLM)
     assert float(e_BLM.detach().std()) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"gate": False}, {"conv": False}], ids=str)
+def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
+    """Section 6.2, without multiple branches: what the hyper-connection reads is remembered once, streams are not."""
+    engram = EngramConfig(layers=(0,), num_heads=2, head_dim=3, per_stream=False, **fields)
+    model = ModelConfig(pattern="-", d_model=WIDTH, mlp_dim=16, num_streams=4, engram=engram)
+    layer = Layer(0, model, single_mesh())
+    initialize_parameters(layer, single_mesh(), 0)
+    single = engram_layer(1, **fields)
+    single.load_state_dict(layer.engram.state_dict())  # of one stream's shapes
+    x_BLSD, e_BLM = torch.randn(2, LENGTH, 4, WIDTH), torch.randn(2, LENGTH, 12)
+    got, _ = layer(x_BLSD, {0: lambda: e_BLM}, documents())
+    u_BLD, post_BLS, mix_BLSS = layer.hyper(x_BLSD)
+    u_BLD = u_BLD + single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
+    y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), documents(), None)
+    expected = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
+    assert_close("streams", got, expected)
+    forgotten, _ = layer(x_BLSD, {0: lambda: torch.zeros_like(e_BLM)}, documents())
+    assert (got - forgotten).norm() > 1e-3 * got.norm()
+
+
+def test_one_stream_is_remembered_alike_either_way():
+    models = [
+        ModelConfig(pattern="-", d_model=WIDTH, mlp_dim=16, engram=EngramConfig(layers=(0,), per_stream=per_stream))
+        for per_stream in (True, False)
+    ]
+    layers = [Layer(0, model, single_mesh()) for model in models]
+    for layer in layers:
+        initialize_parameters(layer, single_mesh(), 0)
+    x_BLSD, e_BLM = torch.randn(1, LENGTH, 1, WIDTH), torch.randn(1, LENGTH, 2 * 8 * 64)
+    first, second = (layer(x_BLSD, {0: lambda: e_BLM}, None)[0] for layer in layers)
+    assert torch.equal(first, second)
+
+
+def with_dead_positions() -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and documents of two rows, with dead positions (an image, say) in the first, in a row and alone."""
+    ids_BL, _, documents_BL = (part[:2] for part in made_up_rows(3))
+    ids_BL = ids_BL.clone()
+    ids_BL[0, [0, 5, 6, 7, 20]] = -1
+    return ids_BL, documents_BL
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("fields", [{}, {"conv": False}, {"gate": False}], ids=str)
+def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
+    """From token map to gradients, against a dense table under autograd in which windows with a dead id are zero."""
+    memory, layer = real_memory(), engram_layer(streams, num_heads=2, head_dim=8, **fields)
+    ids_BL, documents_BL = with_dead_positions()
+    row_ids = memory.row_ids(ids_BL, documents_BL)
+    compressed = torch.where(ids_BL < 0, -1, ids_BL % 150)
+    expected_ids = engram_hash_reference(compressed, memory.hashes[3], documents_BL)
+    assert torch.equal(row_ids[3], expected_ids)
+    alive_BLO = expected_ids >= 0
+    assert not alive_BLO[0, [0, 5, 6, 7, 20]].any()
+    assert not alive_BLO.all()
+
+    dense_RW = memory.tables.state()["engram.3.weight"].tensor.clone().requires_grad_()
+    dense_BLM = (dense_RW[expected_ids.clamp_min(0)] * alive_BLO[..., None]).flatten(-2)
+    rows = memory.fetch(ids_BL, documents_BL)
+    e_BLM = memory_of(rows)[3]()
+    assert torch.equal(e_BLM, dense_BLM)
+    h_BLSD = torch.randn(2, ids_BL.shape[1], streams, WIDTH, requires_grad=True)
+    dead_BL = ids_BL < 0
+    assert not layer.gated(h_BLSD, e_BLM)[0][dead_BL].any()
+
+    upstream = torch.randn(2, ids_BL.shape[1], streams, WIDTH)
+    layer(h_BLSD, e_BLM, documents_BL).backward(upstream)
+    if layer.config.gate:
+        assert not h_BLSD.grad[dead_BL].any()
+        assert h_BLSD.grad[~dead_BL].any()
+    layer(h_BLSD.detach(), dense_BLM, documents_BL).backward(upstream)
+    memory.tables.accumulate(rows)
+    touched, gradient = memory.tables.gradients()[3]
+    assert touched.tolist() == sorted(set(expected_ids[alive_BLO].tolist()))
+    assert_close("row gradients", gradient, dense_RW.grad[touched], kind="gradient")
+    untouched = torch.ones(len(dense_RW), dtype=torch.bool).index_fill_(0, touched, False)
+    assert not dense_RW.grad[untouched].any()
+
+
+def test_text_of_dead_positions_only_touches_no_row():
+    memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
+    before = {name: piece.tensor.clone() for name, piece in memory.tables.state().items()}
+    ids_BL = torch.full((2, LENGTH), -1)
+    rows = memory.fetch(ids_BL, None)
+    h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
+    out_BLSD = sum(layer(h_BLSD, embed(), None) for embed in memory_of(rows).values())
+    assert not out_BLSD.any()
+    out_BLSD.sum().backward()
+    assert not h_BLSD.grad.any()
+    memory.tables.accumulate(rows)
+    memory.tables.step(1.0)
+    assert all(torch.equal(piece.tensor, before[name]) for name, piece in memory.tables.state().items())
+
+
+@pytest.mark.parametrize(
+    ("token", "error", "told"),
+    [
+        (VOCAB, RunError, f"token id={VOCAB} is outside the token map of {VOCAB} tokens"),
+        (10**9, RunError, f"token id={10**9} is outside the token map of {VOCAB} tokens"),
+        (-2, ValueError, "got id -2, expected -1"),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
+    """None is wrapped round, clamped or hashed; nor is one below the dead -1, which would count from a table's end."""
+    memory = real_memory()
+    ids_BL, _, documents_BL = made_up_rows(0)
+    ids_BL[2, 7] = token
+    with pytest.raises(error, match=told):
+        memory.fetch(ids_BL, documents_BL)[1].embed()
+
+
+def test_a_token_map_larger_than_the_hash_is_an_error():
+    memory = real_memory()
+    memory.token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
+    with pytest.raises(ValueError, match=r"got id 180, expected -1 .dead. to vocab_size - 1 = 149"):
+        memory.row_ids(torch.full((1, 4), 180), None)

@@ -64,9 +64,9 @@ def _slow_from_step_5(rank: int) -> None:
 
     step = loop.train_step
 
-    def slow(trainer, batches, rate, index):
+    def slow(trainer, batches, rate, index, upcoming):
         time.sleep(1.0 if index >= 5 else 0.0)
-        return step(trainer, batches, rate, index)
+        return step(trainer, batches, rate, index, upcoming)
 
     loop.train_step = slow
 
@@ -156,9 +156,9 @@ def _infinite_weight(rank: int) -> None:
 
     step = loop.train_step
 
-    def broken(trainer, batches, rate, index):
+    def broken(trainer, batches, rate, index, upcoming):
         if index == 2 and rank == 1:
             trainer.model.layers[1].mixer.experts.down.data[0, 0, 0] = float("inf")
-        return step(trainer, batches, rate, index)
+        return step(trainer, batches, rate, index, upcoming)
 
     loop.train_step = broken

@@ -16,16 +16,16 @@ from training.step import StepResult
 
 RECORD = {
     "step": 120, "loss": 3.41273, "grad_norm": 0.8123, "lr": 5.9e-4, "tokens_per_s": 48_123.0, "mfu": 0.382,
-    "mem_gib": 61.04, "a2a": 0.06, "expert_max": 1.312, "engram": 0.004, "eta_s": 42.3,
+    "mem_gib": 61.04, "a2a": 0.06, "expert_max": 1.312, "engram_wait": 0.004, "eta_s": 42.3,
 }  # fmt: skip
 
 
 def test_log_line():
     assert log_line(RECORD, 2000) == (
         "step 120/2000 loss 3.4127 gnorm 0.81 lr 5.9e-04 tok/s 48.1k mfu 38.2% mem 61.0GiB a2a 6.0% expert-max 1.31x "
-        "engram 0.4% eta 0:42"
+        "engram-wait 0.4% eta 0:42"
     )
-    dense = RECORD | {"mfu": None, "expert_max": None, "engram": None}
+    dense = RECORD | {"mfu": None, "expert_max": None, "engram_wait": None}
     assert log_line(dense, 2000) == (
         "step 120/2000 loss 3.4127 gnorm 0.81 lr 5.9e-04 tok/s 48.1k mfu n/a mem 61.0GiB eta 0:42"
     )
@@ -139,13 +139,13 @@ def test_speedometer(monkeypatch):
     config = PRESETS["tiny"]()
     speed = Speedometer(config, 2, torch.device("cpu"), 0)
     tokens = config.train.global_batch * config.data.seq_length
-    result = StepResult(loss=2.0, grad_norm=1.0, expert_max=1.5, engram_s=1.0, exchange_s=0.5)
+    result = StepResult(loss=2.0, grad_norm=1.0, expert_max=1.5, engram_wait_s=1.0, engram_work_s=1.5, exchange_s=0.5)
     first, second = speed.record(1, result, 0.1), speed.record(2, result, 0.2)
     speed.pause()
     third = speed.record(3, result, 0.3)
     assert [record["step_s"] for record in (first, second, third)] == [10.0, 2.0, 4.0]
     assert second["tokens_per_s"] == tokens / 2
-    assert (second["engram"], second["a2a"], second["mfu"]) == (0.5, 0.25, None)
+    assert (second["engram_wait"], second["a2a"], second["mfu"]) == (0.5, 0.25, None)
     assert second["eta_s"] == 2.0 * (config.train.steps - 2)
     assert third["eta_s"] == 3.0 * (config.train.steps - 3)
 
@@ -160,4 +160,4 @@ def test_mfu_is_of_the_peak_of_all_devices(monkeypatch):
     tokens = config.train.global_batch * config.data.seq_length
     expected = tokens * flops_per_token(config.model, config.data.seq_length) / 2 / (2 * 989e12)
     assert record["mfu"] == pytest.approx(expected)
-    assert record["engram"] is None
+    assert record["engram_wait"] is None

@@ -252,7 +252,7 @@ def one_step(config: RunConfig) -> tuple[float | None, float | None, float]:
     trainer = make_trainer(config)
     batches = made_up_batches(0, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
     result = train_step(trainer, batches, 1e-3, 0)
-    return result.expert_max, result.engram_s, result.exchange_s
+    return result.expert_max, result.engram_work_s, result.exchange_s
 
 
 def test_figures_of_what_a_model_has():

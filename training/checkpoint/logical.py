@@ -1,9 +1,11 @@
 """The state of a run as logical tensors: layout-free names, global shapes, and the boxes of them that this rank holds.
 
 ``fp32/<parameter>[.<part>]``, ``exp_avg/…``, ``exp_avg_sq/…``, ``step/<optimizer group>``, ``buffer/<router bias>``,
-``engram.<layer>.<weight, exp_avg, exp_avg_sq, step>``. All values are live views: reading into them restores the run.
+``engram.<layer>.<weight, and what the table's format and optimizer keep of a row>``. All values are live views: reading
+into them restores the run.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +31,13 @@ class Chunk:
     """The box's live values."""
     writes: bool = True
     """This rank is the one that saves it; holders of copies only load."""
+
+    def split(self, max_bytes: int) -> "Iterator[Chunk]":
+        """The chunk in parts of at most ``max_bytes``, views of its values."""
+        for box in self.box.split(max_bytes // self.values.itemsize):
+            starts = (a - b for a, b in zip(box.offset, self.box.offset, strict=True))
+            place = tuple(slice(start, start + n) for start, n in zip(starts, box.sizes, strict=True))
+            yield Chunk(box, self.values[place], self.writes)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def weight_tensors(model: HybridModel, mesh: Mesh, memory: EngramMemory | None) 
 
 def is_weight(name: str) -> bool:
     """Whether a logical tensor is one that ``weight_tensors`` names."""
-    return name.startswith(("fp32/", "buffer/")) or (name.startswith("engram.") and name.endswith(".weight"))
+    rows = name.startswith("engram.") and name.endswith((".weight", ".weight_scale"))
+    return rows or name.startswith(("fp32/", "buffer/"))
 
 
 def _group_tag(placement: Placement) -> str:

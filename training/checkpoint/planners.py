@@ -33,9 +33,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from parallel.errors import RunError
 from training.checkpoint.boxes import Box, cover_problem
-from training.checkpoint.logical import Tensors
+from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
+from training.checkpoint.trust import TrustedReader
 
-# A saved chunk is read whole even where one row of it is needed.
+# A stored chunk is read whole even where one row of it is needed.
 MAX_CHUNK_BYTES = 8 * 2**20
 
 
@@ -58,7 +59,7 @@ def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) 
     Raises:
         CheckpointException: on every rank; its failures are those of single ranks.
     """
-    reader = dcp.FileSystemReader(path)
+    reader = TrustedReader(path)
     with _alone(group):
         dcp.load(
             {}, storage_reader=reader, planner=ChunkLoadPlanner(tensors), process_group=group, no_dist=group is None
@@ -68,14 +69,23 @@ def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) 
 @contextmanager
 def _alone(group: dist.ProcessGroup | None) -> Iterator[None]:
     """DCP warns about a process without a process group; here that is a way to run."""
+    if group is not None:  # perhaps beside training, whose thread shares the filters
+        yield
+        return
     with warnings.catch_warnings():
-        if group is None:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
+def stored_chunks(tensor: LogicalTensor) -> Iterator[Chunk]:
+    """What this rank writes of a tensor, in parts of at most MAX_CHUNK_BYTES."""
+    for chunk in tensor.chunks:
+        if chunk.writes:
+            yield from chunk.split(MAX_CHUNK_BYTES)
+
+
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Writes the chunks of logical tensors, none larger than MAX_CHUNK_BYTES."""
+    """Writes the stored chunks of logical tensors."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -86,13 +96,9 @@ class ChunkSavePlanner(DefaultSavePlanner):
         """This rank's chunks."""
         items = []
         for name, tensor in self.tensors.items():
-            max_numel = MAX_CHUNK_BYTES // tensor.dtype.itemsize
-            for chunk in (chunk for chunk in tensor.chunks if chunk.writes):
-                for box in chunk.box.split(max_numel):
-                    starts = (a - b for a, b in zip(box.offset, chunk.box.offset, strict=True))
-                    values = chunk.values[tuple(slice(a, a + n) for a, n in zip(starts, box.sizes, strict=True))]
-                    items.append(_write_item(name, tensor.shape, box, values))
-                    self.values[items[-1].index] = values
+            for chunk in stored_chunks(tensor):
+                items.append(_write_item(name, tensor.shape, chunk.box, chunk.values))
+                self.values[items[-1].index] = chunk.values
         self.plan = SavePlan(items)
         return self.plan
 

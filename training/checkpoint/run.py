@@ -3,9 +3,10 @@
 Training draws no random numbers after initialisation, so no generator's state is saved.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -21,6 +22,7 @@ from training.checkpoint import storage
 from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.planners import read_tensors, write_tensors
 from training.checkpoint.storage import FORMAT, Manifest, checkpoint_problem, told_for
+from training.config import TrainConfig
 from training.data.ranks import on_every_rank, on_rank_0
 from training.model.config import MIXERS, ModelConfig
 from training.model.model import HybridModel
@@ -28,8 +30,6 @@ from training.trainer import EngramMemory, Trainer
 
 T = TypeVar("T")
 
-# Ranks wait for the slowest disk.
-TIMEOUT = timedelta(hours=1)
 # Fields that may change in a resumed run: the function that the parameters describe stays the same.
 FREE_FIELDS = {
     "init_std",
@@ -74,20 +74,20 @@ class GroupComm:
         return values[0]
 
 
-def _comm() -> GroupComm:
-    return GroupComm(_group_beside(dist.group.WORLD) if dist.is_initialized() else None)
+def _comm(timeout_s: int = TrainConfig.checkpoint_timeout_s) -> GroupComm:
+    return GroupComm(_group_beside(dist.group.WORLD, timeout_s) if dist.is_initialized() else None)
 
 
-@lru_cache(maxsize=1)
-def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group for checkpoints alone, so that a save may run beside training's collectives. Collective at first."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+@lru_cache(maxsize=2)
+def _group_beside(world: dist.ProcessGroup, timeout_s: int) -> dist.ProcessGroup:
+    """A group for checkpoints alone: ranks wait longer for a disk than for one another. Collective at first."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) -> Path:
     """Write ``directory/step-N``; each rank writes what it owns, nothing is gathered. Collective over world.
 
-    Only between steps: gradients that are being accumulated are not saved.
+    Only between steps: gradients that are being accumulated are not saved. ``Saver`` does the same beside training.
 
     Args:
         extra: anything that JSON can hold; ``load`` gives it back (the data's fingerprint, say). Rank 0's counts.
@@ -99,21 +99,49 @@ def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) ->
         RunError: on every rank: the disk refused, or a tensor would not be saved exactly once.
         TypeError: ``extra`` is not JSON.
     """
+    comm = _comm(trainer.config.train.checkpoint_timeout_s)
+    return write(Path(directory), trainer_tensors(trainer), describe(trainer, step, extra), comm)
+
+
+def describe(trainer: Trainer, step: int, extra: dict[str, Any]) -> Manifest:
+    """What a manifest says of the run: everything but files and tensors.
+
+    Raises:
+        TypeError: ``extra`` is not JSON.
+    """
     json.dumps(extra)
     record = {"format": FORMAT, "step": step, "extra": extra, **_identity(trainer.config.model, trainer.memory)}
     record["layout"] = {"world": trainer.mesh.size("world"), **asdict(trainer.config.parallel)}
-    return _write(Path(directory), trainer_tensors(trainer), record, _comm())
+    return record
 
 
-def _write(directory: Path, tensors: Tensors, record: Manifest, comm: GroupComm) -> Path:
-    """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread beside training."""
+def write(
+    directory: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files: Mapping[str, bytes] | None = None
+) -> Path:
+    """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread beside training.
+
+    Args:
+        files: names of ``storage.ATTACHED`` and contents, stored and verified with the tensors. Rank 0's count.
+    """
     path = on_rank_0(comm, lambda: storage.start_directory(directory, record["step"]))
+    try:
+        return _fill(path, tensors, record, comm, files or {})
+    except RunError:  # of all ranks, and none is writing any more: a full disk gets its space back
+        if comm.rank == 0:
+            with contextlib.suppress(OSError):
+                storage.discard(path)
+        raise
+
+
+def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files: Mapping[str, bytes]) -> Path:
     with told_for(path, "written"):
         write_tensors(path, tensors, comm.group)
 
     def mine() -> Manifest:
-        own = [file.name for file in path.glob(f"__{comm.rank}_*.distcp")] + [".metadata"] * (comm.rank == 0)
+        own = [file.name for file in path.glob(f"__{comm.rank}_*.distcp")]
         with told_for(path, "written"):
+            if comm.rank == 0:
+                own += [".metadata", *storage.attach(path, files)]
             return storage.file_records(path, own)
 
     shares = comm.allgather(on_every_rank(comm, mine))
@@ -134,7 +162,8 @@ def load(path: Path, trainer: Trainer) -> Manifest:
         RunError: on every rank: the checkpoint is incomplete, damaged (file and tensors are named), of a newer format,
             or of another model or token map. All of these are found before anything is changed.
     """
-    manifest = _restore(Path(path), trainer_tensors(trainer), trainer.config.model, trainer.memory, lambda name: True)
+    comm, config = _comm(trainer.config.train.checkpoint_timeout_s), trainer.config.model
+    manifest = _restore(comm, Path(path), trainer_tensors(trainer), config, trainer.memory, lambda name: True)
     refresh_parameters(trainer.engine)
     return manifest
 
@@ -147,7 +176,7 @@ def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemor
     Raises:
         RunError: as ``load``.
     """
-    return _restore(Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight)
+    return _restore(_comm(), Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight)
 
 
 def latest(directory: Path) -> Path | None:
@@ -155,21 +184,30 @@ def latest(directory: Path) -> Path | None:
     return storage.latest(Path(directory), _comm())
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Keep the ``keep`` newest complete checkpoints; of others delete what their manifests name. Collective over world.
+def prune(directory: Path, keep: int, keep_every: int = 0) -> None:
+    """Keep the ``keep`` newest complete checkpoints and those of every ``keep_every``-th step; delete others.
+
+    Of what it deletes, only the files that the manifest names. Collective over world.
 
     Raises:
         RunError: ``keep`` is below 1, or the disk refuses.
     """
-    storage.prune(Path(directory), keep, _comm())
+    storage.prune(Path(directory), keep, _comm(), keep_every)
 
 
 def _restore(
-    path: Path, tensors: Tensors, config: ModelConfig, memory: EngramMemory | None, wanted: Callable[[str], bool]
+    comm: GroupComm,
+    path: Path,
+    tensors: Tensors,
+    config: ModelConfig,
+    memory: EngramMemory | None,
+    wanted: Callable[[str], bool],
 ) -> Manifest:
-    comm = _comm()
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
+    if manifest.get("weights_only") and wanted is not is_weight:
+        rule, fix = "holds weights only: there is nothing to resume from", "start a run from it, or resume from another"
+        raise checkpoint_problem(path, rule, fix)
     on_every_rank(comm, lambda: _check_same_run(path, manifest, tensors, config, memory, wanted))
     storage.verify(path, manifest, comm)
     with told_for(path, "read"):

@@ -11,11 +11,10 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from parallel.errors import Problem, RunError
@@ -25,7 +24,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
 PARTIAL = re.compile(r"step-\d{8,}(\.old)?\.tmp")
-WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json")
+# What a checkpoint needs beside its tensors to be used by itself.
+ATTACHED = ("run.json", "metrics.jsonl", "tokenizer.json", "token_map.json", "engram_hash.json")
+WRITTEN = re.compile("|".join([r"__\d+_\d+\.distcp", r"\.metadata(\.tmp)?", *map(re.escape, (MANIFEST, *ATTACHED))]))
 BLOCK_BYTES = 4 * 2**20
 
 Manifest = dict[str, Any]
@@ -49,7 +50,9 @@ def told_for(path: Path, what: str) -> Iterator[None]:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, RunError):
             raise RunError(*(f"{path}: {problem}" for problem in cause.problems)) from error
-        raise checkpoint_problem(path, f"cannot be {what}: rank {rank}: {type(cause).__name__}: {cause}") from error
+        fix = "check the disk's space and permissions" if what == "written" else "resume from an older checkpoint"
+        rule = f"cannot be {what}: rank {rank}: {type(cause).__name__}: {cause}"
+        raise checkpoint_problem(path, rule, fix) from error
 
 
 def start_directory(directory: Path, step: int) -> Path:
@@ -62,13 +65,29 @@ def start_directory(directory: Path, step: int) -> Path:
     with told_for(path, "written"):
         directory.mkdir(parents=True, exist_ok=True)
         for left in [left for left in directory.iterdir() if PARTIAL.fullmatch(left.name) and left.is_dir()]:
-            _remove(left, [file.name for file in left.iterdir() if WRITTEN.fullmatch(file.name)])
+            discard(left)
         try:
             path.mkdir()
         except FileExistsError:
             foreign = ", ".join(sorted(file.name for file in path.iterdir()))
             raise checkpoint_problem(path, f"holds files that no save writes: {foreign}", "move them away") from None
     return path
+
+
+def discard(path: Path) -> None:
+    """Delete what a save has written into a directory that it cannot complete; files of others stay."""
+    _remove(path, [file.name for file in path.iterdir() if WRITTEN.fullmatch(file.name)])
+
+
+def attach(path: Path, files: Mapping[str, bytes]) -> list[str]:
+    """Write files of ATTACHED into an unfinished checkpoint, synced to disk; their names."""
+    for name, content in files.items():
+        assert name in ATTACHED, f"{name} would not be removed with what a killed save leaves"
+        with open(path / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return list(files)
 
 
 def file_records(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -129,15 +148,19 @@ def latest(directory: Path, comm: Comm) -> Path | None:
     return on_rank_0(comm, lambda: next(iter(_complete(directory)), None))
 
 
-def prune(directory: Path, keep: int, comm: Comm) -> None:
-    """Delete all but the ``keep`` newest complete checkpoints, and only files that their manifests name. Collective."""
+def prune(directory: Path, keep: int, comm: Comm, keep_every: int = 0) -> None:
+    """Delete all but the ``keep`` newest complete checkpoints and every ``keep_every``-th step's. Collective.
+
+    Only files that their manifests name; what else lies there stays.
+    """
     if keep < 1:
         raise RunError(Problem(field="train.keep", value=keep, rule="is below 1", fix="keep at least one checkpoint"))
 
     def remove() -> None:
         for path in _complete(directory)[keep:]:
-            with told_for(path, "deleted"):
-                _remove_checkpoint(path)
+            if not keep_every or _step(path) % keep_every:
+                with told_for(path, "deleted"):
+                    _remove_checkpoint(path)
 
     on_rank_0(comm, remove)
 
@@ -172,9 +195,11 @@ def _complete(directory: Path) -> list[Path]:
             files = read_manifest(path)["files"]
             if not any(_damage(path / name, record, content=False) for name, record in files.items()):
                 found.append(path)
-    return sorted(
-        found, key=lambda path: (int(path.name[5:].removesuffix(".old")), path.suffix != ".old"), reverse=True
-    )
+    return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:].removesuffix(".old"))
 
 
 def _damage(path: Path, record: dict[str, Any], content: bool = True) -> str | None:
@@ -194,9 +219,11 @@ def _holding(path: Path, name: str, damaged: dict[str, str]) -> str:
     """The tensors that a damaged file damages, as the end of a sentence."""
     if ".metadata" in damaged:
         return ""
+    from training.checkpoint.trust import read_metadata  # which says what is wrong in the words of this file
+
     data = (path / name).read_bytes() if (path / name).exists() else b""
     tensors = set()
-    for index, place in dcp.FileSystemReader(path).read_metadata().storage_data.items():
+    for index, place in read_metadata(path).storage_data.items():
         if place.relative_path == name and not _is_whole(data[place.offset : place.offset + place.length]):
             tensors.add(index.fqn)
     listed = ", ".join(sorted(tensors)[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
@@ -234,7 +261,7 @@ def _sync_directory(path: Path) -> None:
 def _remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint: first its name, so that it is never incomplete under it, then the files of its manifest."""
     try:
-        files = read_manifest(path)["files"]
+        files = [name for name in read_manifest(path)["files"] if WRITTEN.fullmatch(name)]
     except RunError:
         return  # not ours to delete
     gone = path.with_name(path.name + ".tmp")

@@ -1,6 +1,7 @@
 """Which rows a rank computes in a step. The set of rows of a step depends on nothing but step and global batch."""
 
 import hashlib
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -41,7 +42,7 @@ def load_step(
 
 
 class StepLoader:
-    """Iterates over steps without end and reads one ahead on a thread; what that raises is raised by ``next``."""
+    """Iterates over steps without end and reads two ahead on a thread; what that raises is raised by ``next``."""
 
     def __init__(
         self, rows: Rows, step: int, global_batch: int, micro_batch: int, rank: int = 0, num_ranks: int = 1
@@ -56,17 +57,21 @@ class StepLoader:
         self._arguments = (global_batch, micro_batch, rank, num_ranks)
         self._rows = rows
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
-        self._ahead = self._submit()
+        self._ahead = deque([self._submit(step), self._submit(step + 1)])
 
     def __iter__(self) -> "StepLoader":
         return self
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of ``self.step``, which then counts one more."""
-        batches = self._ahead.result()
+        batches = self._ahead.popleft().result()
         self.step += 1
-        self._ahead = self._submit()
+        self._ahead.append(self._submit(self.step + 1))
         return batches
+
+    def peek(self) -> list[Batch]:
+        """The very micro-batches that ``next`` will give."""
+        return self._ahead[0].result()
 
     def __enter__(self) -> "StepLoader":
         return self
@@ -80,8 +85,8 @@ class StepLoader:
         """Stop reading ahead and end the thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self) -> Future[list[Batch]]:
-        return self._reader.submit(load_step, self._rows, self.step, *self._arguments)
+    def _submit(self, step: int) -> Future[list[Batch]]:
+        return self._reader.submit(load_step, self._rows, step, *self._arguments)
 
 
 def fingerprint(rows: Rows, n: int = 1000) -> str:

@@ -114,6 +114,8 @@ class EngramConfig:
     """Hash compressed token ids (case, accents and spaces folded)."""
     gate: bool = True
     """Context-aware gate; without it the value is added as it is."""
+    per_stream: bool = True
+    """Gate and add for each residual stream; otherwise once, to what the layer's hyper-connection reads of them."""
     conv: bool = True
     """Short dilated convolution after the gate (the paper's; V4.1 has none)."""
     conv_width: int = 4

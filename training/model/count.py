@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kernels.primes import table_primes
 from training.model.config import MIXERS, EngramConfig, ModelConfig
 
 VOCAB_MULTIPLE = 128
@@ -103,16 +104,15 @@ def _attention(model: ModelConfig) -> int:
 
 def _engram(model: ModelConfig, engram: EngramConfig) -> int:
     width, memory = model.d_model, len(engram.orders) * engram.num_heads * engram.head_dim
-    gate = model.num_streams * (memory * width + 2 * width) if engram.gate else 0
-    conv = model.num_streams * width * (engram.conv_width + 1) if engram.conv else 0
+    streams = model.num_streams if engram.per_stream else 1
+    gate = streams * (memory * width + 2 * width) if engram.gate else 0
+    conv = streams * width * (engram.conv_width + 1) if engram.conv else 0
     return memory * width + gate + conv
 
 
 def _engram_table(engram: EngramConfig) -> int:
-    from kernels.engram_hash.layout import ngram_hashes  # its package imports torch
-
-    hashes = ngram_hashes(engram.layers, 1, engram.orders, engram.num_heads, engram.table_size, engram.seed, pad_id=0)
-    return engram.head_dim * sum(tables.num_rows for tables in hashes.values())
+    primes = table_primes(len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads)
+    return engram.head_dim * sum(sum(heads) for layer in primes for heads in layer)
 
 
 def _hyper_connection(model: ModelConfig) -> int:

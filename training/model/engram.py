@@ -28,7 +28,7 @@ class Engram(nn.Module):
         super().__init__()
         config, self.mesh, self.eps = model.engram, mesh, model.norm_eps
         assert config is not None, "a model without Engram has no Engram layer"
-        self.config, self.streams, width = config, model.num_streams, model.d_model
+        self.config, self.streams, width = config, model.num_streams if config.per_stream else 1, model.d_model
         memory = len(config.orders) * config.num_heads * config.head_dim
 
         def replica(*shape: int, init: Init, **kwargs) -> nn.Parameter:
@@ -57,16 +57,18 @@ class Engram(nn.Module):
             memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and heads.
             seq_idx_BL: documents of the whole row.
         """
-        h_share = take_token_share(h_BLSD, self.mesh)
-        v_BLD = F.linear(memory_BLM, self.value)
-        if self.config.gate:
-            k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
-            u_BLSD = engram_gate(h_share, k_BLSD, v_BLD, self.query_norm, self.key_norm, self.eps)
-        else:
-            u_BLSD = v_BLD[:, :, None].expand(-1, -1, self.streams, -1)
+        u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
             u_BLSD = u_BLSD + F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
         return give_token_share(u_BLSD, self.mesh)
+
+    def gated(self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1 without a gate."""
+        v_BLD = F.linear(memory_BLM, self.value)
+        if not self.config.gate:
+            return v_BLD[:, :, None].expand(-1, -1, self.streams, -1), v_BLD.new_ones((*h_BLSD.shape[:3],))
+        k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
+        return engram_gate(h_BLSD, k_BLSD, v_BLD, self.query_norm, self.key_norm, self.eps, return_gate=True)
 
     def _conv(self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
         """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the own one kept."""

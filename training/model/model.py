@@ -60,15 +60,23 @@ class Layer(nn.Module):
         self, x_BLSD: torch.Tensor, memory: Memory, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new streams, and this rank's weighted auxiliary loss."""
-        if self.engram is not None:
-            engram_cache = None if cache is None else cache.setdefault("engram", {})
-            x_BLSD = x_BLSD + self.engram(x_BLSD, memory[self.index](), seq_idx_BL, engram_cache)
+        if self.engram is not None and self.engram.streams == x_BLSD.shape[2]:
+            x_BLSD = self._remember(x_BLSD, memory, seq_idx_BL, cache)
         if self.hyper is None:
             y_BLD, auxiliary = self._mix(x_BLSD[:, :, 0], seq_idx_BL, cache)
             return x_BLSD + y_BLD[:, :, None], auxiliary
         u_BLD, post_BLS, mix_BLSS = self.hyper(x_BLSD)
+        if self.engram is not None and self.engram.streams == 1:
+            u_BLD = self._remember(u_BLD[:, :, None], memory, seq_idx_BL, cache)[:, :, 0]
         y_BLD, auxiliary = self._mix(u_BLD, seq_idx_BL, cache)
         return merge(x_BLSD, y_BLD, post_BLS, mix_BLSS), auxiliary
+
+    def _remember(
+        self, x_BLSD: torch.Tensor, memory: Memory, seq_idx_BL: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        assert self.engram is not None
+        engram_cache = None if cache is None else cache.setdefault("engram", {})
+        return x_BLSD + self.engram(x_BLSD, memory[self.index](), seq_idx_BL, engram_cache)
 
     def _mix(
         self, u_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None

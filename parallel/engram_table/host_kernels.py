@@ -1,0 +1,83 @@
+"""Adam on touched rows in host memory, one pass over each row, in as many threads as PyTorch uses.
+
+Tensor operations (``LazyAdam.update_block``) move a row ten times through buffers; the compiled loops move it once.
+
+Shape suffixes: R rows of this rank, U touched rows, W row width.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from parallel.engram_table import row_loops
+from parallel.engram_table.store import RowStore
+from parallel.table_config import TableConfig
+
+FEW_ROWS = 512  # fewer are not worth a second thread
+
+
+def adam(
+    store: RowStore,
+    state: dict[str, torch.Tensor],
+    rows_U: torch.Tensor,
+    grad_UW: torch.Tensor,
+    corrections: torch.Tensor,
+    rate: float,
+    grad_scale: float,
+    config: TableConfig,
+) -> None:
+    """``LazyAdam``'s step on distinct rows of host memory; rows, moments and step counts change in place."""
+    f32, (beta1, beta2) = np.float32, config.betas
+    constants = (
+        *(f32(value) for value in (grad_scale, 1 - beta1, beta2, 1 - beta2)),
+        config.eps,
+        f32(1 - rate * config.weight_decay),
+        store.seed,
+    )
+    ids_U = rows_U if store.form == "fp32" else store.global_ids(rows_U)
+    touched = [tensor.contiguous().numpy() for tensor in (rows_U, ids_U, grad_UW)]
+    moments = [state[name].numpy() for name in ("exp_avg", "exp_avg_sq", "step")]
+
+    def run(part: slice) -> None:
+        row_loops.adam_rows(  # type: ignore[call-arg]  # a compiled function
+            *stored(store), *moments, *(values[part] for values in touched), corrections.numpy(), rate, *constants
+        )
+
+    threads = torch.get_num_threads() if len(rows_U) > FEW_ROWS else 1
+    parts = [slice(low, high) for low, high in pairwise(len(rows_U) * i // threads for i in range(threads + 1))]
+    if threads == 1:
+        run(parts[0])
+    else:
+        list(_pool(threads, os.getpid()).map(run, parts))
+
+
+def stored(store: RowStore) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The format's number, the weight as fp32, as the bits of bf16 and of fp8, fp8's exponents, and e4m3's values.
+
+    Arrays that the format does not use are empty: one compiled loop serves all formats.
+    """
+    none = np.empty((0, 0), np.uint8)
+    if store.form == "fp32":
+        return row_loops.FP32, store.weight.numpy(), none.astype(np.uint16), none, none, _e4m3_values()
+    if store.form == "bf16":  # numpy has no bf16
+        bits = store.weight.view(torch.int16).numpy().view(np.uint16)
+        return row_loops.BF16, none.astype(np.float32), bits, none, none, _e4m3_values()
+    exponents = store.tensors["weight_scale"].numpy()
+    codes = store.weight.numpy()
+    return row_loops.FP8, none.astype(np.float32), none.astype(np.uint16), codes, exponents, _e4m3_values()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads do not survive a fork: each process has its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="engram-rows")
+
+
+@lru_cache(maxsize=1)
+def _e4m3_values() -> np.ndarray:
+    """The 256 numbers of e4m3."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()

@@ -1,0 +1,148 @@
+"""Loops over rows in host memory, compiled by numba: decode, Adam, encode, one row after the other.
+
+``host_kernels.adam`` calls them. The arithmetic is that of ``LazyAdam.update_block`` up to the last bit; equal values
+are stored as the same bits as by ``formats.py``. All of it runs without the interpreter lock.
+"""
+
+import numba
+import numpy as np
+
+FP32, BF16, FP8 = range(3)
+_FP8_BLOCK = 32
+_u32 = numba.uint32
+_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compile
+def _mix32(x):
+    x = _u32(_u32(x ^ (x >> _u32(16))) * _u32(0x7FEB352D))
+    x = _u32(_u32(x ^ (x >> _u32(15))) * _u32(0x846CA68B))
+    return _u32(x ^ (x >> _u32(16)))
+
+
+@_compile
+def row_key(row, update, seed):
+    low, high = _u32(row & 0xFFFFFFFF), _u32(row >> 32)
+    return _mix32(_u32(_mix32(_u32(_mix32(_u32(low + _u32(seed))) ^ high)) ^ _u32(update)))
+
+
+@_compile
+def _draw(key, noise):
+    """16 random bits for each column."""
+    for c in range(noise.size):
+        noise[c] = _mix32(_u32(key + _u32(_u32(c) * _u32(0x9E3779B9)))) & _u32(0xFFFF)
+
+
+@_compile
+def encode_bf16(bits, key, out, noise):
+    """The bits of fp32 values to those of bf16; ``noise`` is uint32 scratch of the row's width."""
+    _draw(key, noise)
+    for c in range(bits.size):
+        magnitude = bits[c] & _u32(0x7FFFFFFF)
+        rounded = _u32(magnitude + noise[c])
+        rounded = rounded if rounded < _u32(0x7F7FFFFF) else _u32(0x7F7FFFFF)
+        special = _u32(magnitude | _u32(0x400000)) if magnitude > _u32(0x7F800000) else magnitude
+        kept = rounded if magnitude < _u32(0x7F800000) else special
+        out[c] = _u32(_u32(bits[c] & _u32(0x80000000)) | kept) >> _u32(16)
+
+
+@_compile
+def decode_bf16(codes, bits):
+    """The bits of bf16 to those of fp32."""
+    for c in range(bits.size):
+        bits[c] = _u32(codes[c]) << _u32(16)
+
+
+@_compile
+def encode_fp8(w, key, codes, exponents, noise, scaled, scaled_bits, inverse, inverse_bits):
+    """fp32 values to the bits of e4m3 and the exponents of their blocks' scales; the last five are scratch.
+
+    ``scaled_bits`` and ``inverse_bits`` are the same memory as ``scaled`` and ``inverse``, seen as uint32.
+    """
+    _draw(key, noise)
+    for block in range(exponents.size):
+        start, stop = block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK
+        largest = np.float32(0)
+        for c in range(start, stop):
+            largest = max(largest, abs(w[c]))
+        scaled[start] = max(largest / np.float32(448), np.float32(1e-30))
+        exponent = min(max(_u32(scaled_bits[start] + _u32(0x7FFFFF)) >> _u32(23), _u32(1)), _u32(253))
+        exponents[block] = exponent
+        inverse_bits[start] = _u32(_u32(254) - exponent) << _u32(23)
+        scale = inverse[start]
+        for c in range(start, stop):
+            scaled[c] = w[c] * scale
+    for c in range(w.size):  # a step is a value's power of two, at least 2^-6, over 2^3
+        power = _u32(scaled_bits[c] & _u32(0x7FFFFFFF)) >> _u32(23)
+        power = power if power > _u32(121) else _u32(121)
+        inverse_bits[c] = _u32(_u32(257) - power) << _u32(23)
+    for c in range(w.size):
+        power = _u32(scaled_bits[c] & _u32(0x7FFFFFFF)) >> _u32(23)
+        power = power if power > _u32(121) else _u32(121)
+        steps = _u32(np.floor(abs(scaled[c]) * inverse[c] + np.float32(noise[c]) * np.float32(2.0**-16)))
+        # 8 to 15 steps are a mantissa of 3 bits, 16 are 8 of the next power, fewer than 8 have no power
+        code = _u32(_u32(_u32(power - _u32(121)) << _u32(3)) + steps)
+        sign = _u32(_u32(scaled_bits[c] >> _u32(24)) & _u32(0x80))
+        codes[c] = _u32(code | sign) if abs(scaled[c]) <= np.float32(448) else _u32(0x7F)
+
+
+@_compile
+def decode_fp8(codes, exponents, values256, w, scale, scale_bits):
+    """The bits of e4m3 and the exponents of their blocks' scales to fp32 values; the last two are scratch."""
+    for block in range(exponents.size):
+        scale_bits[0] = _u32(exponents[block]) << _u32(23)
+        for c in range(block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK):
+            w[c] = values256[codes[c]] * scale[0]
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _square_sum(g, grad_scale):
+    total = np.float32(0)
+    for c in range(g.size):
+        total += (g[c] * grad_scale) * (g[c] * grad_scale)
+    return total
+
+
+@_compile
+def adam_rows(
+    form, weight32, weight16, weight8, exponents, values256,
+    mean, square, step, rows, ids, grads, corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
+):  # fmt: skip
+    """One step; see ``LazyAdam``. ``square`` has one column where there is one second moment a row."""
+    width, row_wise, last = mean.shape[1], square.shape[1] == 1, corrections.shape[1] - 1
+    # scratch, and the same memory seen as bits: a view inside a loop over columns would keep it from being vectorised
+    noise, short_bits, scaled_bits, inverse_bits = np.empty((4, width), np.uint32)
+    short, scaled, inverse = (
+        short_bits.view(np.float32), scaled_bits.view(np.float32), inverse_bits.view(np.float32)
+    )  # fmt: skip
+    for u in range(rows.size):
+        r = rows[u]
+        step[r] += 1
+        t = min(np.int64(step[r]), last)
+        factor = np.float32(rate * corrections[1, t] / corrections[0, t])
+        floor = np.float32(eps * corrections[1, t])
+        w, m, v, g = short, mean[r], square[r], grads[u]
+        if form == FP32:
+            w = weight32[r]
+        elif form == BF16:
+            decode_bf16(weight16[r], short_bits)
+        else:
+            decode_fp8(weight8[r], exponents[r], values256, w, scaled, scaled_bits)
+        if row_wise:
+            total = _square_sum(g, grad_scale)
+            v[0] = v[0] * beta2 + total / np.float32(width) * new2
+            denominator = np.sqrt(v[0]) + floor
+            for c in range(width):
+                m[c] += (g[c] * grad_scale - m[c]) * new1
+                w[c] = w[c] * keep - m[c] * factor / denominator
+        else:
+            for c in range(width):
+                x = g[c] * grad_scale
+                m[c] += (x - m[c]) * new1
+                v[c] = v[c] * beta2 + x * x * new2
+                w[c] = w[c] * keep - m[c] * factor / (np.sqrt(v[c]) + floor)
+        if form == BF16:
+            encode_bf16(short_bits, row_key(ids[u], step[r], seed), weight16[r], noise)
+        elif form == FP8:
+            key = row_key(ids[u], step[r], seed)
+            encode_fp8(w, key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)

@@ -1,0 +1,78 @@
+"""The rows of one rank in one format, in one kind of memory.
+
+Shape suffixes: R rows of this rank, U rows asked for, W row width, K blocks of 32 values.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from parallel.engram_table.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
+from parallel.table_config import RowFormat
+
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
+"""Zeros of a name, shape and dtype in the table's memory."""
+
+
+class RowStore:
+    """R rows of width W. Reading decodes, writing encodes; both cost by the rows touched."""
+
+    def __init__(
+        self, num_rows: int, width: int, form: RowFormat, seed: int, global_rows: torch.Tensor, allocate: Allocate
+    ) -> None:
+        """Rows of zeros.
+
+        Args:
+            seed: of the stochastic rounding.
+            global_rows: (2, P) int64, for each contiguous part of the rows the first local row, and what to add to a
+                local row for a number that is its own on every layout.
+        """
+        self.width, self.form, self.seed, self.num_rows = width, form, seed, num_rows
+        self._starts, self._shifts = global_rows
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}[form]
+        self.tensors = {"weight": allocate("weight", (num_rows, width), dtype)}
+        if form == "fp8":
+            self.tensors["weight_scale"] = allocate("weight_scale", (num_rows, width // FP8_BLOCK), torch.uint8)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(R, W): fp32, bf16, or the bits of e4m3 as uint8. Live."""
+        return self.tensors["weight"]
+
+    def global_ids(self, rows_U: torch.Tensor) -> torch.Tensor:
+        """(U,) int64: numbers of local rows that do not depend on the layout."""
+        part_U = torch.searchsorted(self._starts, rows_U.cpu(), right=True) - 1
+        return rows_U + self._shifts[part_U].to(rows_U.device)
+
+    def read(self, rows_U: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(U, W) in ``dtype``, a copy."""
+        values = self.weight.index_select(0, rows_U)
+        if self.form == "fp8":
+            return from_fp8(values, self.tensors["weight_scale"].index_select(0, rows_U), dtype)
+        return values.to(dtype)
+
+    def write(self, rows_U: torch.Tensor, values_UW: torch.Tensor, updates_U: torch.Tensor) -> None:
+        """Encode fp32 values into distinct rows; ``updates_U`` numbers each row's updates and seeds its rounding."""
+        if self.form == "fp32":
+            write_rows(self.weight, rows_U, values_UW)
+            return
+        keys_U = row_keys(self.global_ids(rows_U), updates_U, self.seed)
+        if self.form == "bf16":
+            write_rows(self.weight, rows_U, to_bf16(values_UW, keys_U))
+            return
+        codes_UW, exponents_UK = to_fp8(values_UW, keys_U)
+        write_rows(self.weight, rows_U, codes_UW)
+        write_rows(self.tensors["weight_scale"], rows_U, exponents_UK)
+
+
+def write_rows(table_RW: torch.Tensor, rows_U: torch.Tensor, values_UW: torch.Tensor) -> None:
+    """``table[rows] = values`` for distinct rows.
+
+    ``index_copy_`` moves element by element; seen as elements of up to 16 bytes a row takes a fraction of the moves
+    (64 wide fp32 rows: 1.2 ms against 1.6 ms for 27,000; advanced indexing 2.0 ms).
+    """
+    for wide in (torch.complex128, torch.int64, torch.int32):
+        if table_RW.ndim == 2 and table_RW.shape[1] * table_RW.dtype.itemsize % wide.itemsize == 0:
+            table_RW, values_UW = table_RW.view(wide), values_UW.contiguous().view(wide)
+            break
+    table_RW.index_copy_(0, rows_U, values_UW)

@@ -1,0 +1,352 @@
+"""Row formats, optimizers of rows and memories of rows: each against a dense reference or against the other form."""
+
+import math
+import os
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.engram_table import EngramTables, TableConfig, TableShape, row_loops
+from parallel.engram_table.formats import from_fp8, random_bits, row_keys, to_bf16, to_fp8
+from parallel.engram_table.lazy_adam import LazyAdam
+from parallel.engram_table.store import RowStore
+from parallel.errors import RunError
+from parallel.mesh import single_mesh
+from parallel.table_config import row_bytes, state_bytes, table_problems
+from tests.compare import assert_close
+from tests.parallel.test_engram_table import make_mesh
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+FORMATS = ("fp32", "bf16", "fp8")
+
+
+def heap(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def make_store(form: str, num_rows: int = 40, width: int = 64) -> RowStore:
+    return RowStore(num_rows, width, form, 3, torch.tensor([[0, 10], [7, 1 << 40]]), heap)
+
+
+def make_tables(shape: TableShape, config: TableConfig, std: float = 0.5) -> EngramTables:
+    return EngramTables({2: shape}, make_mesh(), config, init_std=std, seed=3, device=CPU)
+
+
+def train(tables: EngramTables, ids: torch.Tensor, grad_NW: torch.Tensor, step: int, rate: float = 1e-2) -> None:
+    """One step in which row ids[i] receives the gradient grad[i]."""
+    rows = tables.fetch({2: ids[:, None]})
+    rows[2].embed().backward(grad_NW)
+    tables.accumulate(rows)
+    tables.step(rate, 1.0, step)
+
+
+# Formats
+
+
+def awkward_values(width: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(30, width, generator=generator) * (torch.randn(30, 1, generator=generator) * 4).exp()
+    values[3], values[5, :32], values[6, 3] = 0, 1e-35, 3.4e38
+    values[4, 5] = -0.0
+    return values
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_the_mean_of_stored_values_is_the_value(form):
+    values, rows = awkward_values()[:3], torch.arange(3)
+    sums = {}
+    for count in (400, 6400):
+        total = torch.zeros(values.shape, dtype=torch.float64)
+        for update in range(count):
+            keys = row_keys(rows, torch.full((3,), update), seed=1)
+            stored = (
+                to_bf16(values, keys).double() if form == "bf16" else from_fp8(*to_fp8(values, keys), torch.float64)
+            )
+            total += stored - values
+        scale = values.abs() if form == "bf16" else values.unflatten(1, (2, 32)).abs().amax(-1).repeat_interleave(32, 1)
+        sums[count] = (total / count / scale).square().mean().sqrt().item()
+    unit = 2.0**-8 if form == "bf16" else 2.0**-4
+    assert sums[400] < 2 * unit / math.sqrt(400)
+    assert sums[6400] < sums[400] / 2.5  # 1 / sqrt(n) would be / 4
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_only_neighbours_occur_and_stored_values_stay(form):
+    values, keys = awkward_values()[:3], row_keys(torch.arange(3), torch.zeros(3), seed=1)
+
+    def stored(values, keys):
+        return to_bf16(values, keys).float() if form == "bf16" else from_fp8(*to_fp8(values, keys), torch.float32)
+
+    drawn = torch.stack([stored(values, row_keys(torch.arange(3), torch.full((3,), n), 1)) for n in range(60)])
+    for row, column in ((0, 0), (1, 17), (2, 63)):
+        seen = drawn[:, row, column].unique()
+        assert len(seen) <= 2
+        assert seen[0] <= values[row, column] <= seen[-1]
+    once = stored(values, keys)
+    assert torch.equal(stored(once, keys + 1), once)
+
+
+def test_bf16_keeps_what_is_not_finite_and_makes_nothing_infinite():
+    values = torch.tensor([[math.inf, -math.inf, math.nan, 3.4028e38, -3.4028e38, -0.0]])
+    for key in range(50):
+        stored = to_bf16(values, torch.tensor([key]))[0]
+        assert stored[:2].tolist() == [math.inf, -math.inf]
+        assert stored[2].isnan()
+        assert stored[3:5].isfinite().all()
+        assert torch.signbit(stored[5])
+
+
+def test_random_bits_are_uniform_and_independent():
+    bits = random_bits(row_keys(torch.arange(1 << 14), torch.ones(1 << 14), 0), 32).double() / 65536
+    assert bits.mean().item() == pytest.approx(0.5, abs=0.002)
+    assert bits.var().item() == pytest.approx(1 / 12, rel=0.01)
+    correlation = torch.corrcoef(bits.T) - torch.eye(32)
+    assert correlation.abs().max() < 0.04
+    for other in (
+        row_keys(torch.arange(1 << 14) + 1, torch.ones(1), 0),
+        row_keys(torch.arange(1 << 14), torch.full((1,), 2), 0),
+    ):
+        pair = torch.stack([bits[:, 0], random_bits(other, 1)[:, 0].double()])
+        assert torch.corrcoef(pair)[0, 1].abs() < 0.04
+
+
+def test_host_kernels_store_the_same_bits():
+    values, rows = awkward_values(), torch.arange(30) + (3 << 40)
+    keys = row_keys(rows, torch.arange(30), seed=11)
+    short, (codes, exponents) = to_bf16(values, keys).view(torch.int16), to_fp8(values, keys)
+    noise, one, two = np.empty((3, 64), np.uint32)
+    scratch = (one.view(np.float32), one, two.view(np.float32), two)
+    for i in range(30):
+        key = row_loops.row_key(int(rows[i]), i, 11)
+        assert int(key) == int(keys[i])
+        bf16, fp8, scale = np.empty(64, np.uint16), np.empty(64, np.uint8), np.empty(2, np.uint8)
+        row_loops.encode_bf16(values[i].numpy().view(np.uint32), key, bf16, noise)
+        row_loops.encode_fp8(values[i].numpy(), key, fp8, scale, noise, *scratch)
+        assert np.array_equal(bf16.view(np.int16), short[i].numpy())
+        assert np.array_equal(fp8, codes[i].numpy())
+        assert np.array_equal(scale, exponents[i].numpy())
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adam"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_host_kernel_is_the_tensor_operations(form, optimizer):
+    config = TableConfig(rows=form, optimizer=optimizer, weight_decay=0.1)
+    adams = [LazyAdam(make_store(form), config, heap) for _ in range(2)]
+    start, rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 9, 10, 39])
+    for adam in adams:
+        adam.store.write(torch.arange(40), start, torch.zeros(40))
+    for step in range(4):
+        grad = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)) * 10.0**-step
+        adams[0].update(rows, grad, 1e-2, 0.5, step)
+        adams[1].update_block(rows, grad * 0.5, 1e-2 * config.learning_rate_multiple)
+    for name in adams[0].state():
+        assert_close(name, adams[0].state()[name], adams[1].state()[name], 5e-7)
+    if form == "fp32":
+        assert_close("rows", adams[0].store.weight, adams[1].store.weight, 1e-7)
+    else:  # the last bit of the new value rarely decides how it is rounded
+        for name, tensor in adams[0].store.tensors.items():
+            assert (tensor != adams[1].store.tensors[name]).float().mean() < 1e-2, name
+    moved = (adams[0].store.read(torch.arange(40)) != make_read(form, start)).any(1).nonzero().flatten()
+    assert moved.tolist() == rows.tolist()
+
+
+def make_read(form: str, values: torch.Tensor) -> torch.Tensor:
+    store = make_store(form)
+    store.write(torch.arange(40), values, torch.zeros(40))
+    return store.read(torch.arange(40))
+
+
+def test_rowwise_adam_is_its_formula():
+    config = TableConfig(prefetch=0, optimizer="rowwise_adam", betas=(0.9, 0.95), learning_rate_multiple=2.0)
+    tables = make_tables(TableShape(9, 8), config)
+    weight = tables.state()["engram.2.weight"].tensor.double().clone()
+    mean, square, counts = torch.zeros(9, 8).double(), torch.zeros(9).double(), [0] * 9
+    for step in range(50):
+        generator = torch.Generator().manual_seed(step)
+        ids, grad = torch.randint(0, 9, (4,), generator=generator), torch.randn(4, 8, generator=generator)
+        train(tables, ids, grad, step)
+        dense = torch.zeros(9, 8).double().index_add_(0, ids, grad.double())
+        for row in set(ids.tolist()):
+            counts[row] += 1
+            mean[row] = 0.9 * mean[row] + 0.1 * dense[row]
+            square[row] = 0.95 * square[row] + 0.05 * dense[row].square().mean()
+            corrected = square[row] / (1 - 0.95 ** counts[row])
+            weight[row] -= 2e-2 * mean[row] / (1 - 0.9 ** counts[row]) / (corrected.sqrt() + config.eps)
+    assert_close("rows", tables.state()["engram.2.weight"].tensor, weight.float(), 1e-6)
+
+
+class DenseSinkhorn:
+    """V4.1's algorithm as it is written, over the whole table in fp64."""
+
+    def __init__(self, weight: torch.Tensor, config: TableConfig) -> None:
+        self.weight, self.config = weight.double().clone(), config
+        self.momentum = torch.zeros_like(self.weight)
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        beta, eps = self.config.momentum, 1e-20
+        self.momentum = beta * self.momentum + (1 - beta) * grad
+        g = beta * self.momentum + (1 - beta) * grad
+        rho = g.norm(dim=1, keepdim=True)
+        u = torch.where(rho <= self.config.sinkhorn_threshold * rho.mean(), 0, g)
+        for k in range(1, self.config.sinkhorn_iterations + 1):
+            u = u / (u.norm(dim=k % 2, keepdim=True) + eps)
+        return u * math.sqrt(u.shape[1])
+
+    def step(self, grad: torch.Tensor, rate: float) -> torch.Tensor:
+        update = self.direction(grad)
+        self.weight -= self.config.sinkhorn_scale * rate * self.config.learning_rate_multiple * update
+        return update
+
+
+def test_dense_sinkhorn_gives_the_golden_update():
+    row, column = torch.arange(6)[:, None], torch.arange(4)
+    grad = ((4 * row + column) % 7 - 3) * torch.tensor([1, 10, 0.1, 0, 1e-4, 2])[:, None]
+    update = DenseSinkhorn(torch.zeros(6, 4), TableConfig()).direction(grad.double())
+    golden = [[-1.305448, -1.214165, -0.906426, 0], [0.211385, 0.589813, 1.320962, -1.364733],
+              [-1.229888, -0.857916, 0, 1.323388], [0] * 4, [0] * 4,
+              [0.861512, -1.201906, -1.196366, -0.618004]]  # fmt: skip
+    assert_close("update", update, torch.tensor(golden).double(), 1e-6)
+
+
+SINKHORN = TableConfig(prefetch=0, optimizer="momentum_sinkhorn", momentum=0.8, learning_rate_multiple=2.0)
+
+
+def sinkhorn_ids(step: int) -> torch.Tensor:
+    """Rows that are touched always, now and then, once and never again; bursts of many; row 60 never."""
+    ids = torch.tensor([1, 1, 5 + step % 7, 20 + (step // 9) % 11])
+    return torch.cat([ids, torch.arange(32, 60)]) if step in (0, 30) else ids
+
+
+def sinkhorn_grad(step: int) -> torch.Tensor:
+    ids = sinkhorn_ids(step)
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(len(ids), 8, generator=generator) * (0.1 + ids[:, None] % 5)
+
+
+def sinkhorn_run(steps: int) -> tuple[list, int]:
+    tables = make_tables(TableShape(61, 8), SINKHORN)
+    size, rank = tables.mesh.size("engram"), tables.mesh.rank("engram")
+    states = []
+    for step in range(steps):
+        ids, grad = sinkhorn_ids(step), sinkhorn_grad(step)
+        train(tables, ids[rank::size], grad[rank::size], step)
+        states.append(tables.state()["engram.2.weight"].tensor.numpy().copy())
+    return states, tables.owned(2).start
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_momentum_sinkhorn_is_the_dense_algorithm(size):
+    """75 steps: long enough for rows to fall below the threshold (31 steps at 0.8) and to be touched again."""
+    reports = run_ranks(sinkhorn_run, size, 75) if size > 1 else [sinkhorn_run(75)]
+    dense = DenseSinkhorn(make_tables(TableShape(61, 8), SINKHORN).state()["engram.2.weight"].tensor, SINKHORN)
+    rested = 0
+    for step in range(75):
+        grad = torch.zeros(61, 8).double().index_add_(0, sinkhorn_ids(step), sinkhorn_grad(step).double())
+        update = dense.step(grad, 1e-2)
+        rested += int(((update == 0).all(1) & (dense.momentum != 0).any(1)).sum())
+        rows = torch.from_numpy(np.concatenate([states[step] for states, _ in reports]))
+        assert_close(f"rows after step {step}", rows, dense.weight.float(), 1e-6)
+    assert rested > 100, "no row ever rested: the threshold was not tested"
+
+
+def test_momentum_sinkhorn_goes_on_bitwise_from_its_state():
+    whole, stopped = make_tables(TableShape(61, 8), SINKHORN), make_tables(TableShape(61, 8), SINKHORN)
+    for step in range(40):
+        train(whole, sinkhorn_ids(step), sinkhorn_grad(step), step)
+        train(stopped, sinkhorn_ids(step), sinkhorn_grad(step), step)
+    resumed = make_tables(TableShape(61, 8), SINKHORN)
+    resumed.load_state(stopped.state())
+    for step in range(40, 60):
+        train(whole, sinkhorn_ids(step), sinkhorn_grad(step), step)
+        train(resumed, sinkhorn_ids(step), sinkhorn_grad(step), step)
+    for name, piece in whole.state().items():
+        assert torch.equal(piece.tensor, resumed.state()[name].tensor), name
+
+
+def test_short_rows_learn_what_rounding_to_nearest_would_lose():
+    """Steps of a hundredth of a unit in the last place: on average they arrive."""
+    for form, unit in (("bf16", 2.0**-7), ("fp8", 2.0**-3)):
+        config = TableConfig(prefetch=0, rows=form, betas=(0.0, 0.0), eps=0.0, learning_rate_multiple=1.0)
+        tables = make_tables(TableShape(64, 64), config, std=0.0)
+        store = tables._store
+        store.write(torch.arange(64), torch.full((64, 64), 1.5), torch.zeros(64))
+        for step in range(100):
+            train(tables, torch.arange(64), torch.ones(64, 64), step, rate=unit / 100)
+        mean = store.read(torch.arange(64)).mean().item()
+        assert mean == pytest.approx(1.5 - unit, abs=unit / 20), form
+
+
+# Memory
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adam", "momentum_sinkhorn"])
+def test_bytes_a_row_are_those_allocated(form, optimizer):
+    config = TableConfig(prefetch=0, rows=form, optimizer=optimizer)
+    pieces = make_tables(TableShape(10, 64), config).state()
+    allocated = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in pieces.values())
+    assert allocated == 10 * (row_bytes(form, 64) + state_bytes(optimizer, 64))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_in_a_file_are_rows_in_memory(form, tmp_path):
+    states = []
+    for placement in ("host", "file"):
+        config = TableConfig(prefetch=0, rows=form, placement=placement, directory=str(tmp_path))
+        tables = make_tables(TableShape(50, 64), config)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            train(
+                tables,
+                torch.arange(0, 50, step + 1),
+                torch.randn(len(range(0, 50, step + 1)), 64, generator=generator),
+                step,
+            )
+        states.append(tables.state())
+    for name, piece in states[0].items():
+        assert torch.equal(piece.tensor, states[1][name].tensor), name
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_does_not_fit_is_refused_before_it_is_mapped(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = TableConfig(prefetch=0, placement="file", directory=str(tmp_path))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        with pytest.raises(RunError, match=r"table\.directory.*cannot hold"):
+            make_tables(TableShape(5000, 64), config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(RunError, match="not a directory"):
+        make_tables(TableShape(5, 64), TableConfig(prefetch=0, placement="file", directory=str(tmp_path / "no")))
+    with pytest.raises(RunError, match=r"disk at .* for rows"):
+        make_tables(TableShape(2**40, 64), config)
+
+
+def test_wrong_configurations_are_listed():
+    fields = [
+        problem.field
+        for config, width in [
+            (TableConfig(rows="fp8"), 48),
+            (TableConfig(placement="file"), 64),
+            (TableConfig(prefetch=-1), 64),
+            (TableConfig(sinkhorn_iterations=10), 64),
+            (TableConfig(momentum=1.0), 64),
+            (TableConfig(optimizer="momentum_sinkhorn", weight_decay=0.1), 64),
+        ]
+        for problem in table_problems(config, width)
+    ]
+    assert fields == [
+        f"table.{name}" for name in ("rows", "directory", "prefetch", "sinkhorn_iterations", "momentum", "weight_decay")
+    ]
+    assert table_problems(TableConfig(), 5) == []
+
+
+def test_single_mesh_has_one_owner():
+    assert single_mesh().size("engram") == 1

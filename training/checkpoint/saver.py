@@ -1,0 +1,148 @@
+"""Saves a run behind its back: training stops only while what each rank owns is copied to host memory.
+
+Writing, checksums, commit and pruning are one thread's work, on a process group that nothing else uses meanwhile: its
+collectives run beside training's. One save is outstanding at most.
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import RunError
+from training.checkpoint import storage
+from training.checkpoint.logical import Tensors, trainer_tensors
+from training.checkpoint.run import GroupComm, describe, write
+from training.checkpoint.snapshot import Snapshot, require_memory
+from training.checkpoint.storage import Manifest
+from training.trainer import Trainer
+
+POLL_S = 0.1
+# A file that grows, metrics.jsonl, is kept in a checkpoint from its last whole lines.
+GROWS, TAIL_BYTES = ".jsonl", 2**18
+
+
+class Saver:
+    """Saves into a directory while entered. Everything is collective over world.
+
+    Left without an error, it finishes, and raises what failed. Left with a RunError, which is every rank's, it lets the
+    outstanding save end: that may be the last good state.
+    """
+
+    def __init__(
+        self, directory: Path, trainer: Trainer, extra: dict[str, Any], files: Mapping[str, Path] | None = None
+    ) -> None:
+        """Make the group; nothing is read or written yet.
+
+        Args:
+            extra: anything that JSON can hold; ``load`` gives it back. Rank 0's counts.
+            files: name in each checkpoint (one of ``storage.ATTACHED``) -> a file to be copied, where it exists.
+
+        Raises:
+            RunError: on every rank: a host has no memory for the copies.
+        """
+        self._directory, self._trainer, self._extra = directory, trainer, extra
+        self._settings, self._sources = trainer.config.train, dict(files or {})
+        timeout = timedelta(seconds=self._settings.checkpoint_timeout_s)
+        self._comm = GroupComm(dist.new_group(backend="gloo", timeout=timeout))
+        self._snapshot, self._thread = Snapshot(), ThreadPoolExecutor(1, "saver", self._begin_thread)
+        self._outstanding: Future[float] | None = None
+        self._all_done = torch.zeros(1, device=trainer.device)
+        self._figures: dict[str, float] = {}
+        if self._settings.async_save:
+            require_memory(trainer_tensors(trainer), self._comm)
+
+    def save(self, step: int) -> None:
+        """Save the state that ``step`` steps made, once the save before has ended. Only between steps.
+
+        Raises:
+            RunError: on every rank: the save before, or this one where it is not asynchronous, failed.
+        """
+        begin = time.perf_counter()
+        self.finish()
+        tensors, record = trainer_tensors(self._trainer), describe(self._trainer, step, self._extra)
+        if self._settings.async_save:
+            tensors = self._snapshot.take(tensors)
+            self._outstanding = self._thread.submit(self._write, tensors, record, self._read_files(), begin)
+        else:
+            self._figures["save_s"] = self._write(tensors, record, self._read_files(), begin)
+        self._figures["save_stall_s"] = time.perf_counter() - begin
+
+    def poll(self) -> dict[str, float]:
+        """What has happened since the last call, for the metrics.
+
+        Returns:
+            ``save_stall_s``, for which training stood still, where a save began; ``save_s``, from its begin until it
+            could be resumed from, where one has ended.
+
+        Raises:
+            RunError: on every rank at the same step: the outstanding save failed.
+        """
+        if self._outstanding is not None and self._has_ended(self._outstanding):
+            self._take_result(self._outstanding)
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def finish(self) -> None:
+        """Wait for the outstanding save; raises as ``poll``."""
+        while self._outstanding is not None:
+            # Asked time and again on training's group: a rank that dies meanwhile is noticed there.
+            if self._has_ended(self._outstanding):
+                self._take_result(self._outstanding)
+            else:
+                wait([self._outstanding], POLL_S)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        self._thread.shutdown(wait=error is None or isinstance(error, RunError))
+
+    def _begin_thread(self) -> None:
+        if self._trainer.device.type != "cpu":  # DCP opens a stream: not on every rank's first card
+            torch.accelerator.set_device_index(self._trainer.device)
+
+    def _write(self, tensors: Tensors, record: Manifest, files: dict[str, bytes], begin: float) -> float:
+        write(self._directory, tensors, record, self._comm, files)
+        storage.prune(self._directory, self._settings.keep, self._comm, self._settings.keep_every)
+        return time.perf_counter() - begin
+
+    def _has_ended(self, saving: Future[float]) -> bool:
+        """Whether it has ended on all ranks.
+
+        A save raises its RunErrors on every rank, so ranks wait for one another; anything else is this rank's alone.
+        """
+        error = saving.exception() if saving.done() else None
+        if error is not None and not isinstance(error, RunError):
+            raise error
+        self._all_done.fill_(float(saving.done()))
+        dist.all_reduce(self._all_done, op=dist.ReduceOp.MIN, group=self._trainer.mesh.group("world"))
+        return bool(self._all_done)
+
+    def _take_result(self, saving: Future[float]) -> None:
+        self._outstanding = None
+        self._figures["save_s"] = saving.result()
+
+    def _read_files(self) -> dict[str, bytes]:
+        if self._comm.rank != 0:
+            return {}
+        return {name: _content(path) for name, path in self._sources.items() if path.exists()}
+
+
+def _content(path: Path) -> bytes:
+    """A file; of one that grows the last whole lines."""
+    if path.suffix != GROWS or (size := path.stat().st_size) <= TAIL_BYTES:
+        return path.read_bytes()
+    with open(path, "rb") as file:
+        file.seek(size - TAIL_BYTES)
+        return file.read().partition(b"\n")[2]

@@ -1,0 +1,1 @@
+"""What one process does with checkpoints of any layout: look at, verify, compare, average."""

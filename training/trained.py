@@ -1,0 +1,78 @@
+"""A trained model on one process, whatever the layout that trained it: what generation and analysis start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.errors import Problem, RunError
+from parallel.mesh import single_mesh
+from training.checkpoint import latest, load_weights
+from training.checkpoint.storage import MANIFEST
+from training.config import RunConfig
+from training.data.files import TokenFiles
+from training.hash_artifact import check_artifact
+from training.model.model import HybridModel, build_model
+from training.run_file import load_run_json
+from training.trainer import DTYPES, EngramMemory, build_memory, run_token_map
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's model, with what it was trained from."""
+
+    path: Path
+    """The checkpoint."""
+    manifest: dict[str, Any]
+    config: RunConfig
+    files: TokenFiles
+    model: HybridModel
+    """In evaluation mode, on the CPU."""
+    memory: EngramMemory | None
+
+
+def load_trained(source: Path) -> Trained:
+    """The newest checkpoint of a run, or the one named.
+
+    Args:
+        source: directory of a run, or of one of its checkpoints.
+
+    Raises:
+        RunError: no run.json, no complete checkpoint, or one of another model, tokenizer or hash.
+    """
+    run, path = find_checkpoint(source)
+    config = load_run_json(run / RUN_FILE)
+    files, mesh, device = TokenFiles.open(config.data.path), single_mesh(), torch.device("cpu")
+    token_map = run_token_map(config, files)
+    for directory in (run, path):
+        check_artifact(directory, config.model.engram, token_map, files)
+    memory = build_memory(config, mesh, token_map, device)
+    model = build_model(
+        config.model, mesh, seed=config.train.seed, dtype=DTYPES[config.train.dtype], device=device
+    ).eval()
+    return Trained(path, load_weights(path, model, mesh, memory), config, files, model, memory)
+
+
+def find_checkpoint(source: Path) -> tuple[Path, Path]:
+    """The directory of the run.json, and the checkpoint, that ``source`` means.
+
+    Raises:
+        RunError: there is none.
+    """
+    if (source / MANIFEST).is_file():
+        run = next((place for place in (source, source.absolute().parents[1]) if (place / RUN_FILE).is_file()), None)
+        newest: Path | None = source
+    else:
+        run = source if (source / RUN_FILE).is_file() else None
+        newest = latest(source / "checkpoints") if run else None
+    if run is None:
+        rule = f"has no {RUN_FILE}" if source.is_dir() else "does not exist"
+        fix = "name the directory of a run, as in runs/tiny, or one of its checkpoints"
+        raise RunError(Problem(field="run", value=source, rule=rule, fix=fix))
+    if newest is None:
+        rule, fix = "has no complete checkpoint yet", "train until the first save"
+        raise RunError(Problem(field="run", value=source, rule=rule, fix=fix))
+    return run, newest
