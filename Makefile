@@ -24,7 +24,7 @@ train: $(VENV)/installed data/stdlib/dataset.json
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train tiny --parallel.ep $(PROCESSES) --name $(RUN) $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 def _report(error: "RunError") -> int:
     """Show an error once a node (nodes may differ in their files); once ranks work together, each one's is its own."""
-    from launch.console import USER_ERROR, report
+    from launch.console import leave_to_rank_0, report
     from launch.env import Process, identify
     from parallel.errors import RunError
 
@@ -84,7 +84,7 @@ def _report(error: "RunError") -> int:
     distributed = sys.modules.get("torch.distributed")
     together = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if process.local_rank != 0 and not together:
-        return USER_ERROR
+        return leave_to_rank_0()
     return report(error, "cannot run" if process.world_size == 1 else f"rank {process.rank} cannot run")
 
 

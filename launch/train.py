@@ -9,7 +9,7 @@ from typing import Annotated, get_type_hints
 
 import tyro
 
-from launch.console import USER_ERROR, report
+from launch.console import USER_ERROR, leave_to_rank_0, report
 from launch.env import Process, discover, identify
 from launch.machine import free_memory
 from parallel.errors import Problem, RunError
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         if problems := find_problems(request, process, RUNS):
             raise RunError(*problems)
     except RunError as error:  # every rank finds the same: one speaks
-        return report(error) if process.rank == 0 else USER_ERROR
+        return report(error) if process.rank == 0 else leave_to_rank_0()
     process = discover()
     from training.loop import train
 

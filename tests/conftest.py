@@ -1,4 +1,6 @@
-"""Fixtures that every test shares: one thread a process, uninitialised memory poisoned by NaN."""
+"""Fixtures that every test shares: one thread a process, the environment as it was, memory poisoned by NaN."""
+
+import os
 
 import pytest
 import torch
@@ -6,8 +8,13 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _repeatable():
+    variables = dict(os.environ)  # a verb that runs in the test's process exports its rank
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    yield
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 @pytest.fixture

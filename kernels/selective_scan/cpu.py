@@ -6,10 +6,7 @@ does not depend on the number of threads.
 Shapes: B batch, L length, G groups, D channels, N state size.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.selective_scan import loops
+from kernels.threads import for_each
 
 BLOCK_CHANNELS = 128  # of one call: its states and decays of 16 tokens take 270 KB at N = 16, in L2 cache
 
@@ -77,12 +75,7 @@ def _for_shares(groups: int, u_BLD: Tensor, task: Callable[..., None]) -> None:
         for group, (start, end) in enumerate(ends)
         for block, first in enumerate(range(start, end, BLOCK_CHANNELS))
     ]
-    threads = min(torch.get_num_threads(), len(shares))
-    if threads > 1:
-        list(_pool(threads, os.getpid()).map(lambda share: task(*share), shares))
-    else:
-        for share in shares:
-            task(*share)
+    for_each(lambda share: task(*share), shares)
 
 
 def _num_blocks(width: int) -> int:
@@ -91,9 +84,3 @@ def _num_blocks(width: int) -> int:
 
 def _arrays(*tensors: Tensor) -> list[Any]:
     return [x.detach().numpy() for x in tensors]
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork: each process has its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective-scan")

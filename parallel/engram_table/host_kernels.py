@@ -5,14 +5,13 @@ Tensor operations (``LazyAdam.update_block``) move a row ten times through buffe
 Shape suffixes: R rows of this rank, U touched rows, W row width.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from kernels.threads import for_each
 from parallel.engram_table import row_loops
 from parallel.engram_table.store import RowStore
 from parallel.table_config import TableConfig
@@ -48,11 +47,8 @@ def adam(
         )
 
     threads = torch.get_num_threads() if len(rows_U) > FEW_ROWS else 1
-    parts = [slice(low, high) for low, high in pairwise(len(rows_U) * i // threads for i in range(threads + 1))]
-    if threads == 1:
-        run(parts[0])
-    else:
-        list(_pool(threads, os.getpid()).map(run, parts))
+    bounds = [len(rows_U) * i // threads for i in range(threads + 1)]
+    for_each(run, [slice(low, high) for low, high in pairwise(bounds)])
 
 
 def stored(store: RowStore) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -69,12 +65,6 @@ def stored(store: RowStore) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np
     exponents = store.tensors["weight_scale"].numpy()
     codes = store.weight.numpy()
     return row_loops.FP8, none.astype(np.float32), none.astype(np.uint16), codes, exponents, _e4m3_values()
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork: each process has its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="engram-rows")
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,9 @@
 are stored as the same bits as by ``formats.py``. All of it runs without the interpreter lock.
 """
 
+# numba has types of its own
+# mypy: ignore-errors
+
 import numba
 import numpy as np
 

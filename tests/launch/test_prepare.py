@@ -9,6 +9,7 @@ import pytest
 
 from launch.prepare import main
 from parallel.errors import RunError
+from tests.launch.commands import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -27,7 +28,8 @@ def start(num_ranks, source, out):
     launcher = [MPIRUN, "--oversubscribe", "--allow-run-as-root", "-n", str(num_ranks)]
     verb = [sys.executable, "-m", "launch", "prepare", "--source", source, "--out", out, "--vocab-size", "280"]
     command = [*map(str, launcher), *map(str, verb), "--val-fraction", "0.2"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment(), **pipes)
 
 
 def contents(directory) -> dict[str, bytes]:

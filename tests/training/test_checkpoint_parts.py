@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
 from training.checkpoint import latest, planners, prune, run, storage
 from training.checkpoint.boxes import Box, cover_problem, range_boxes
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors, _add_fragment
+from training.checkpoint.trust import TrustedReader
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -168,7 +169,7 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
     def read(change, tensors: Tensors) -> str:
         changed = pickle.loads(stored)
         change(changed.state_dict_metadata)
-        monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", lambda self, *args, **kwargs: changed)
+        monkeypatch.setattr(TrustedReader, "read_metadata", lambda self, *args, **kwargs: changed)
         with pytest.raises(RunError) as error, storage.told_for(path, "read"):
             planners.read_tensors(path, tensors, None)
         return str(error.value)

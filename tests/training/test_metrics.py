@@ -156,7 +156,7 @@ def test_mfu_is_of_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setattr("training.loop.device_name", lambda device: "NVIDIA H200")
     config = PRESETS["tiny"]()
     speed = Speedometer(config, 2, torch.device("cpu"), 0)
-    record = speed.record(1, StepResult(2.0, 1.0, None, None, 0.0), 0.1)
+    record = speed.record(1, StepResult(2.0, 1.0, None, None, None, 0.0), 0.1)
     tokens = config.train.global_batch * config.data.seq_length
     expected = tokens * flops_per_token(config.model, config.data.seq_length) / 2 / (2 * 989e12)
     assert record["mfu"] == pytest.approx(expected)

@@ -64,7 +64,8 @@ class StepLoader:
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of ``self.step``, which then counts one more."""
-        batches = self._ahead.popleft().result()
+        batches = self._ahead[0].result()  # an error stays, for the next call too
+        self._ahead.popleft()
         self.step += 1
         self._ahead.append(self._submit(self.step + 1))
         return batches
