@@ -32,3 +32,4 @@ while state == "started" and not STOP and time.monotonic() < deadline:
     time.sleep(0.1)
 if STOP:
     (directory / f"saved-{rank}").write_text(STOP[0])
+dist.destroy_process_group()  # left to the interpreter's end, gloo's threads can abort it
