@@ -107,45 +107,49 @@ def _square_sum(g, grad_scale):
 
 
 @_compile
+def _adam_row(w, m, v, g, factor, floor, grad_scale, new1, beta2, new2, keep):
+    """``v`` has one value where there is one second moment a row."""
+    if v.size == 1:
+        v[0] = v[0] * beta2 + _square_sum(g, grad_scale) / np.float32(w.size) * new2
+        denominator = np.sqrt(v[0]) + floor
+        for c in range(w.size):
+            m[c] += (g[c] * grad_scale - m[c]) * new1
+            w[c] = w[c] * keep - m[c] * factor / denominator
+        return
+    for c in range(w.size):
+        x = g[c] * grad_scale
+        m[c] += (x - m[c]) * new1
+        v[c] = v[c] * beta2 + x * x * new2
+        w[c] = w[c] * keep - m[c] * factor / (np.sqrt(v[c]) + floor)
+
+
+@_compile
 def adam_rows(
     form, weight32, weight16, weight8, exponents, values256,
     mean, square, step, rows, ids, grads, corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
 ):  # fmt: skip
     """One step; see ``LazyAdam``. ``square`` has one column where there is one second moment a row."""
-    width, row_wise, last = mean.shape[1], square.shape[1] == 1, corrections.shape[1] - 1
-    # scratch, and the same memory seen as bits: a view inside a loop over columns would keep it from being vectorised
-    noise, short_bits, scaled_bits, inverse_bits = np.empty((4, width), np.uint32)
-    short, scaled, inverse = (
-        short_bits.view(np.float32), scaled_bits.view(np.float32), inverse_bits.view(np.float32)
-    )  # fmt: skip
+    width, last, constants = mean.shape[1], corrections.shape[1] - 1, (grad_scale, new1, beta2, new2, keep)
+    w, scaled, inverse = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    noise = np.empty(width, np.uint32)
+    # the same memory seen as bits: a view made inside a loop over columns would keep it from being vectorised
+    w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
     for u in range(rows.size):
         r = rows[u]
         step[r] += 1
         t = min(np.int64(step[r]), last)
         factor = np.float32(rate * corrections[1, t] / corrections[0, t])
         floor = np.float32(eps * corrections[1, t])
-        w, m, v, g = short, mean[r], square[r], grads[u]
         if form == FP32:
-            w = weight32[r]
-        elif form == BF16:
-            decode_bf16(weight16[r], short_bits)
+            _adam_row(weight32[r], mean[r], square[r], grads[u], factor, floor, *constants)
+            continue
+        key = row_key(ids[u], step[r], seed)
+        if form == BF16:
+            decode_bf16(weight16[r], w_bits)
         else:
             decode_fp8(weight8[r], exponents[r], values256, w, scaled, scaled_bits)
-        if row_wise:
-            total = _square_sum(g, grad_scale)
-            v[0] = v[0] * beta2 + total / np.float32(width) * new2
-            denominator = np.sqrt(v[0]) + floor
-            for c in range(width):
-                m[c] += (g[c] * grad_scale - m[c]) * new1
-                w[c] = w[c] * keep - m[c] * factor / denominator
-        else:
-            for c in range(width):
-                x = g[c] * grad_scale
-                m[c] += (x - m[c]) * new1
-                v[c] = v[c] * beta2 + x * x * new2
-                w[c] = w[c] * keep - m[c] * factor / (np.sqrt(v[c]) + floor)
+        _adam_row(w, mean[r], square[r], grads[u], factor, floor, *constants)
         if form == BF16:
-            encode_bf16(short_bits, row_key(ids[u], step[r], seed), weight16[r], noise)
-        elif form == FP8:
-            key = row_key(ids[u], step[r], seed)
+            encode_bf16(w_bits, key, weight16[r], noise)
+        else:
             encode_fp8(w, key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
