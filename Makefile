@@ -38,6 +38,8 @@ format: $(VENV)/installed
 bench: $(VENV)/installed data/stdlib/dataset.json
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.bench $(ARGS)
 	$(BIN)/python -m kernels.bench_all
+	$(BIN)/python -m parallel.engram_table.bench
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.checkpoint.bench
 
 parity: $(VENV)/installed
 	$(BIN)/python -m tests.parity
