@@ -47,7 +47,11 @@ class MomentumSinkhorn:
         self._candidates: torch.Tensor | None = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """State tensors by name, rows first; they are the live ones. ``step``: the step (from 1) of the last touch."""
+        """State tensors by name, rows first; they are the live ones. ``step``: the step (from 1) of the last touch.
+
+        Whoever has them may load into them: the next update asks the whole table again which rows move.
+        """
+        self._candidates = None
         return {"momentum": self.momentum, "momentum_norm": self.norm, "step": self.step}
 
     @torch.no_grad()
@@ -82,7 +86,7 @@ class MomentumSinkhorn:
         self._touched_U = rows_U
 
     def _recent(self, rows_U: torch.Tensor, now: int) -> torch.Tensor:
-        """Rows touched within the horizon, ascending. Once, after loading, the whole table is asked."""
+        """Rows touched within the horizon, ascending. The whole table is asked where its state may have been loaded."""
         if self._candidates is None:
             since = now - self.step
             self._candidates = ((self.step > 0) & (since <= self.horizon)).nonzero().flatten()

@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from tests.compare import assert_close
 from tests.ranks import run_ranks
+from tests.training.saved import read_plainly
 from tests.training.tiny import (
     layout,
     made_up_batches,
@@ -91,18 +91,8 @@ def load_and_go_on(config: RunConfig, directory: Path, more: int, again: Path):
     return manifest["step"], manifest["extra"], go_on(trainer, manifest["step"], more)
 
 
-def read_all(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, as plain DCP reads it."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.full(tuple(md.size), -7).to(md.properties.dtype) for name, md in saved.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-    return state
-
-
 def assert_same_tensors(one: Path, other: Path) -> None:
-    mine, theirs = read_all(one), read_all(other)
+    mine, theirs = read_plainly(one), read_plainly(other)
     assert mine.keys() == theirs.keys()
     for name, values in mine.items():
         assert torch.equal(values, theirs[name]), name
@@ -197,7 +187,7 @@ def read_into(path: Path, config: RunConfig | None = None, token_map: TokenMap |
 
 def test_saved_values_are_the_models(saved):
     """Against the parameters themselves, packed parts concatenated: a wrong map that both ways share would show."""
-    tensors = read_all(saved.path)
+    tensors = read_plainly(saved.path)
     for name, expected in saved.parameters.items():
         parts = [tensors[key] for key in tensors if key == f"fp32/{name}" or key.startswith(f"fp32/{name}.")]
         np.testing.assert_array_equal(torch.cat(parts), expected, err_msg=name)

@@ -1,6 +1,7 @@
 """The parts of checkpoints: boxes, planners and directories, without a model."""
 
 import errno
+import io
 import math
 import multiprocessing
 import os
@@ -338,3 +339,16 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         write(tmp_path / "file", 1, 1.0)
+
+
+def test_any_flipped_bit_or_cut_of_a_chunk_is_damage_and_no_crash():
+    file = io.BytesIO()
+    torch.save(torch.arange(6.0), file)
+    data = file.getvalue()
+    assert storage._is_whole(data)
+    values = data.index(torch.arange(6.0).numpy().tobytes())
+    for place in range(len(data)):
+        for bit in (0, 3, 7):
+            whole = storage._is_whole(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            assert not (whole and values <= place < values + 24)
+    assert not any(storage._is_whole(data[:length]) for length in range(0, len(data), 5))

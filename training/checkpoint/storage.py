@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -231,10 +232,14 @@ def _holding(path: Path, name: str, damaged: dict[str, str]) -> str:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether a saved chunk, which is a zip archive, agrees with its own checksums."""
+    """Whether a saved chunk, which is a zip archive, agrees with its own checksums.
+
+    A flipped bit may also make it claim to be encrypted (RuntimeError) or compressed (zlib.error), or point beyond its
+    end (the others).
+    """
     try:
         return zipfile.ZipFile(io.BytesIO(data)).testzip() is None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
+    except (zipfile.BadZipFile, RuntimeError, zlib.error, struct.error, EOFError, ValueError):
         return False
 
 

@@ -1,5 +1,6 @@
 """What a model is made of: one dataclass a block, composed by ModelConfig. No torch in here: the CLI imports it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,156 +158,120 @@ class ModelConfig:
 
 def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
     """Every rule inside the model, and between it and the layout, that is broken."""
-    problems = []
+    rules = [_stack_rules(model)]
+    rules += [of_layer(model, tp) for letter, of_layer in LAYER_RULES.items() if letter in model.pattern]
+    rules += [_expert_rules(model, tp, ep), _engram_rules(model)]
+    return [problem for part in rules for problem in part]
 
-    def require(ok: bool, field: str, value: object, rule: str, fix: str) -> None:
-        if not ok:
-            problems.append(Problem(field=f"model.{field}", value=value, rule=rule, fix=fix))
 
+Rules = Iterator[Problem]
+
+
+def _stack_rules(model: ModelConfig) -> Rules:
     unknown = sorted(set(model.pattern) - set(MIXERS))
     fault = f"has letters {unknown} that name no layer" if unknown else "is empty"
-    require(bool(model.pattern) and not unknown, "pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
-    require(model.num_streams >= 1, "num_streams", model.num_streams, "is below 1", "use 1 or 4")
-    used = set(model.pattern)
-    if "M" in used:
-        mamba = model.mamba2
-        inner, heads = mamba.expand * model.d_model, mamba.expand * model.d_model // mamba.head_dim
-        require(
-            inner % mamba.head_dim == 0,
-            "mamba2.head_dim",
-            mamba.head_dim,
-            f"does not divide the inner width {inner}",
-            "use a divisor",
-        )
-        require(
-            heads % mamba.num_groups == 0,
-            "mamba2.num_groups",
-            mamba.num_groups,
-            f"does not divide the {heads} heads",
-            "use a divisor",
-        )
-        require(
-            heads % tp == 0,
-            "mamba2.head_dim",
-            mamba.head_dim,
-            f"gives {heads} heads, which parallel.tp={tp} does not divide",
-            "use fewer tensor ranks or smaller heads",
-        )
-        groups = mamba.num_groups
-        require(
-            groups % tp == 0 or tp % groups == 0,
-            "mamba2.num_groups",
-            groups,
-            f"and parallel.tp={tp} do not divide each other",
-            "let one divide the other",
-        )
-    expands = {"S": model.mamba1.expand, "L": model.s4d.expand}
-    for letter in sorted(used & set(expands)):
-        require(
-            expands[letter] * model.d_model % tp == 0,
-            "d_model",
-            model.d_model,
-            f"times {MIXERS[letter]}.expand={expands[letter]} is not divisible by parallel.tp={tp}",
-            "use a multiple",
-        )
-    if "L" in used:
-        require(
-            model.s4d.init == "real" or model.s4d.state_dim % 2 == 0,
-            "s4d.state_dim",
-            model.s4d.state_dim,
-            f"is odd, but the states of init {model.s4d.init} come in conjugate pairs",
-            "use an even number",
-        )
-    if "*" in used:
-        attention = model.attention
-        heads, kv = attention.num_heads, attention.num_kv_heads
-        require(heads % kv == 0, "attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor")
-        require(
-            heads % tp == 0,
-            "attention.num_heads",
-            heads,
-            f"is not divisible by parallel.tp={tp}",
-            "use a multiple of tp",
-        )
-        require(
-            kv % tp == 0 or tp % kv == 0,
-            "attention.num_kv_heads",
-            kv,
-            f"and parallel.tp={tp} do not divide each other",
-            "let one divide the other",
-        )
-        require(
-            attention.positions == "none" or attention.head_dim % 2 == 0,
-            "attention.head_dim",
-            attention.head_dim,
-            "is odd, but rotary positions turn pairs of channels",
-            "use an even number",
-        )
-    if "-" in used:
-        require(
-            model.mlp_dim % tp == 0,
-            "mlp_dim",
-            model.mlp_dim,
-            f"is not divisible by parallel.tp={tp}",
-            "use a multiple of tp",
-        )
-    if "E" in used:
-        moe = model.moe
+    if unknown or not model.pattern:
+        yield _problem("pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
+    if model.num_streams < 1:
+        yield _problem("num_streams", model.num_streams, "is below 1", "use 1 or 4")
+
+
+def _mamba2_rules(model: ModelConfig, tp: int) -> Rules:
+    mamba, inner = model.mamba2, model.mamba2.expand * model.d_model
+    heads, groups = inner // mamba.head_dim, mamba.num_groups
+    if inner % mamba.head_dim:
+        rule = f"does not divide the inner width {inner}"
+        yield _problem("mamba2.head_dim", mamba.head_dim, rule, "use a divisor")
+    if heads % groups:
+        yield _problem("mamba2.num_groups", groups, f"does not divide the {heads} heads", "use a divisor")
+    if heads % tp:
+        rule = f"gives {heads} heads, which parallel.tp={tp} does not divide"
+        yield _problem("mamba2.head_dim", mamba.head_dim, rule, "use fewer tensor ranks or smaller heads")
+    yield from _divide_each_other("mamba2.num_groups", groups, tp)
+
+
+def _mamba1_rules(model: ModelConfig, tp: int) -> Rules:
+    yield from _inner_width_rule(model, "mamba1", model.mamba1.expand, tp)
+
+
+def _s4d_rules(model: ModelConfig, tp: int) -> Rules:
+    yield from _inner_width_rule(model, "s4d", model.s4d.expand, tp)
+    if model.s4d.init != "real" and model.s4d.state_dim % 2:
+        rule = f"is odd, but the states of init {model.s4d.init} come in conjugate pairs"
+        yield _problem("s4d.state_dim", model.s4d.state_dim, rule, "use an even number")
+
+
+def _attention_rules(model: ModelConfig, tp: int) -> Rules:
+    attention = model.attention
+    heads, kv = attention.num_heads, attention.num_kv_heads
+    if heads % kv:
+        yield _problem("attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor")
+    yield from _divisible("attention.num_heads", heads, tp)
+    yield from _divide_each_other("attention.num_kv_heads", kv, tp)
+    if attention.positions != "none" and attention.head_dim % 2:
+        rule = "is odd, but rotary positions turn pairs of channels"
+        yield _problem("attention.head_dim", attention.head_dim, rule, "use an even number")
+
+
+def _mlp_rules(model: ModelConfig, tp: int) -> Rules:
+    yield from _divisible("mlp_dim", model.mlp_dim, tp)
+
+
+def _expert_rules(model: ModelConfig, tp: int, ep: int) -> Rules:
+    moe = model.moe
+    if "E" not in model.pattern:
+        if ep > 1:
+            rule = f"is above 1, but model.pattern={model.pattern} has no E layer"
+            yield Problem(field="parallel.ep", value=ep, rule=rule, fix="use 1")
+        return
+    if moe.num_experts % ep:
         divisors = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
-        if moe.num_experts % ep:
-            problems.append(
-                Problem(
-                    field="parallel.ep",
-                    value=ep,
-                    rule=f"does not divide model.moe.num_experts={moe.num_experts}",
-                    fix=f"use {divisors}",
-                )
-            )
-        require(
-            1 <= moe.top_k <= moe.num_experts,
-            "moe.top_k",
-            moe.top_k,
-            f"is not between 1 and num_experts={moe.num_experts}",
-            "choose fewer experts a token",
+        rule = f"does not divide model.moe.num_experts={moe.num_experts}"
+        yield Problem(field="parallel.ep", value=ep, rule=rule, fix=f"use {divisors}")
+    if not 1 <= moe.top_k <= moe.num_experts:
+        rule = f"is not between 1 and num_experts={moe.num_experts}"
+        yield _problem("moe.top_k", moe.top_k, rule, "choose fewer experts a token")
+    yield from _divisible("moe.shared_dim", moe.shared_dim, tp)
+
+
+def _engram_rules(model: ModelConfig) -> Rules:
+    if model.engram is None:
+        return
+    layers, orders, depth = model.engram.layers, model.engram.orders, len(model.pattern)
+    if places := [layer for layer in layers if not 0 <= layer < depth]:
+        yield _problem(
+            "engram.layers", places, f"are outside the {depth} layers of the pattern", f"use 0 to {depth - 1}"
         )
-        require(
-            moe.shared_dim % tp == 0,
-            "moe.shared_dim",
-            moe.shared_dim,
-            f"is not divisible by parallel.tp={tp}",
-            "use a multiple of tp",
-        )
-    elif ep > 1:
-        problems.append(
-            Problem(
-                field="parallel.ep",
-                value=ep,
-                rule=f"is above 1, but model.pattern={model.pattern} has no E layer",
-                fix="use 1",
-            )
-        )
-    if model.engram is not None:
-        places = [layer for layer in model.engram.layers if not 0 <= layer < len(model.pattern)]
-        require(
-            not places,
-            "engram.layers",
-            places,
-            f"are outside the {len(model.pattern)} layers of the pattern",
-            f"use 0 to {len(model.pattern) - 1}",
-        )
-        require(
-            len(set(model.engram.layers)) == len(model.engram.layers),
-            "engram.layers",
-            model.engram.layers,
-            "names a layer twice",
-            "name each once",
-        )
-        orders = model.engram.orders
-        require(
-            orders == tuple(range(2, len(orders) + 2)),
-            "engram.orders",
-            orders,
-            "is not 2, 3, ... without a gap",
-            "use (2, 3) or (2, 3, 4)",
-        )
-    return problems
+    if len(set(layers)) < len(layers):
+        yield _problem("engram.layers", layers, "names a layer twice", "name each once")
+    if orders != tuple(range(2, len(orders) + 2)):
+        yield _problem("engram.orders", orders, "is not 2, 3, ... without a gap", "use (2, 3) or (2, 3, 4)")
+
+
+LAYER_RULES: dict[str, Callable[[ModelConfig, int], Rules]] = {
+    "M": _mamba2_rules,
+    "L": _s4d_rules,
+    "S": _mamba1_rules,
+    "*": _attention_rules,
+    "-": _mlp_rules,
+}
+
+
+def _inner_width_rule(model: ModelConfig, layer: str, expand: int, tp: int) -> Rules:
+    if expand * model.d_model % tp:
+        rule = f"times {layer}.expand={expand} is not divisible by parallel.tp={tp}"
+        yield _problem("d_model", model.d_model, rule, "use a multiple")
+
+
+def _divisible(name: str, value: int, tp: int) -> Rules:
+    if value % tp:
+        yield _problem(name, value, f"is not divisible by parallel.tp={tp}", "use a multiple of tp")
+
+
+def _divide_each_other(name: str, value: int, tp: int) -> Rules:
+    if value % tp and tp % value:
+        yield _problem(name, value, f"and parallel.tp={tp} do not divide each other", "let one divide the other")
+
+
+def _problem(name: str, value: object, rule: str, fix: str) -> Problem:
+    return Problem(field=f"model.{name}", value=value, rule=rule, fix=fix)

@@ -54,14 +54,24 @@ def modern(config: Config) -> Config:
     return {"hybrid_override_pattern": pattern, **config, "layer_types": layers}
 
 
-def _mamba2_config(model: ModelConfig) -> Config:
-    mamba = model.mamba2
+def _mamba_config(model: ModelConfig) -> Config:
+    """What both Mamba classes say alike; ``_frame`` is its reverse."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "num_hidden_layers": len(model.pattern),
         "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "residual_in_fp32": True,
+    }
+
+
+def _mamba2_config(model: ModelConfig) -> Config:
+    mamba = model.mamba2
+    return _mamba_config(model) | {
         "expand": mamba.expand,
         "head_dim": mamba.head_dim,
         "num_heads": mamba.expand * model.d_model // mamba.head_dim,
@@ -69,10 +79,6 @@ def _mamba2_config(model: ModelConfig) -> Config:
         "n_groups": mamba.num_groups,
         "conv_kernel": mamba.conv_width,
         "chunk_size": mamba.chunk_size,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "hidden_act": "silu",
-        "residual_in_fp32": True,
     }
 
 
@@ -90,20 +96,11 @@ def _mamba2_model(config: Config) -> ModelConfig:
 
 def _mamba1_config(model: ModelConfig) -> Config:
     mamba = model.mamba1
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": len(model.pattern),
-        "layer_norm_epsilon": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
+    return _mamba_config(model) | {
         "expand": mamba.expand,
         "state_size": mamba.state_dim,
         "conv_kernel": mamba.conv_width,
         "time_step_rank": mamba.dt_rank or -(-model.d_model // 16),
-        "use_bias": False,
-        "use_conv_bias": True,
-        "hidden_act": "silu",
-        "residual_in_fp32": True,
     }
 
 
