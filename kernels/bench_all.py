@@ -1,5 +1,8 @@
 """Every op beside its peer, in one table: ``python -m kernels.bench_all``. Each row is checked before it is timed."""
 
+from collections.abc import Iterator
+
+from kernels.cases import Case
 from kernels.causal_attention import bench as causal_attention
 from kernels.causal_conv1d import bench as causal_conv1d
 from kernels.compiled import compile_pieces
@@ -27,6 +30,12 @@ OPS = (
     engram_hash,
     engram_gate,
 )
+
+
+def gpu_cases() -> Iterator[Case]:
+    """What ``kernels.bench_gpu`` times and ``kernels.compile_all`` compiles, of every op that has Triton kernels."""
+    for op in OPS:
+        yield from getattr(op, "gpu_cases", tuple)()
 
 
 def main() -> None:

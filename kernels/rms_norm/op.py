@@ -1,34 +1,45 @@
-"""RMSNorm and its gated form: argument checks and the choice of the path."""
+"""RMSNorm and its gated form: argument checks, the choice of the path, and the library op of the Triton kernels."""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.rms_norm.cpu import rms_norm_cpu
+
+MAX_TRITON_WIDTH = 65536  # a row of channels is held in registers
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467, eq. 4).
 
     Computed in fp32 (fp64 for fp64 inputs), the product with the weight included; rounded once, to the output's dtype.
-    Deterministic for a fixed number of threads.
+    Deterministic from run to run, on a CPU for a fixed number of threads.
 
     Args:
         x: (..., D), any float dtype: a residual stream in fp32, say.
         weight: (D,), or more dims that broadcast to the tail of x, such as (S, D) for (..., S, D); None for ones.
         eps: added to the mean square.
         out_dtype: dtype of the output; None for that of x.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         y of the shape of x.
 
     Raises:
-        ValueError: x is not a float tensor with a last dim, or the weight does not broadcast to it.
+        ValueError: x is not a float tensor with a last dim, the weight does not broadcast to it, or the backend cannot.
     """
     check_float("x", x)
     check_weight(weight, x)
-    return rms_norm_cpu(x, None, weight, eps, out_dtype or x.dtype)
+    return _normalise(x, None, weight, eps, out_dtype or x.dtype, False, backend)
 
 
 def gated_rms_norm(
@@ -38,6 +49,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Mamba-2's RMSNormGated (arXiv 2405.21060, section 7): rms_norm(x * silu(z)) * weight within groups of channels.
 
@@ -50,12 +62,13 @@ def gated_rms_norm(
         eps: added to the mean square of a group.
         group_size: channels that share a mean square; None for all D.
         norm_before_gate: rms_norm(x) * weight * silu(z) instead.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         y (..., D) in the dtype of x.
 
     Raises:
-        ValueError: shapes differ, or group_size does not divide D.
+        ValueError: shapes differ, group_size does not divide D, or the backend cannot.
     """
     check_float("x", x)
     D = x.shape[-1]
@@ -69,10 +82,71 @@ def gated_rms_norm(
     if group_size < 1 or D % group_size:
         raise ValueError(f"group_size: got {group_size}, expected a divisor of D={D}")
     groups = (D // group_size, group_size)
-    y = rms_norm_cpu(
-        x.unflatten(-1, groups), z.unflatten(-1, groups), weight.view(groups), eps, x.dtype, norm_before_gate
+    x, z = x.unflatten(-1, groups), z.unflatten(-1, groups)
+    return _normalise(x, z, weight.view(groups), eps, x.dtype, norm_before_gate, backend).flatten(-2)
+
+
+def _normalise(
+    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, out_dtype: torch.dtype, norm_before_gate: bool,
+    backend: Backend | None,
+) -> Tensor:  # fmt: skip
+    """Over the last dim of x; the weight broadcasts to x's tail."""
+    if not use_triton(backend, x, f"a width of {x.shape[-1]}" if x.shape[-1] > MAX_TRITON_WIDTH else ""):
+        return rms_norm_cpu(x, z, weight, eps, out_dtype, norm_before_gate)
+    tail = x.shape[-max(1, 0 if weight is None else weight.ndim) :]
+    flat = (-1 if x.numel() else math.prod(x.shape[: x.ndim - len(tail)]), math.prod(tail[:-1]), tail[-1])
+    weight_SD = None if weight is None else weight.expand(tail).reshape(flat[1:])
+    y_MSD, _ = rms_norm_fwd(
+        x.reshape(flat), None if z is None else z.reshape(flat), weight_SD, eps, norm_before_gate, out_dtype
     )
-    return y.flatten(-2)
+    return y_MSD.view(x.shape)
+
+
+@torch.library.custom_op("engramba::rms_norm_fwd", mutates_args=())
+def rms_norm_fwd(
+    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, norm_before_gate: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y (M, S, D) and 1 / rms (M, S) of x, z (M, S, D) and weight (S, D)."""
+    from kernels.rms_norm import triton
+
+    return triton.forward(x, z, weight, eps, norm_before_gate, out_dtype)
+
+
+@torch.library.custom_op("engramba::rms_norm_bwd", mutates_args=())
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, rstd: Tensor, norm_before_gate: bool
+) -> list[Tensor]:
+    """Gradients of x, of z and of the weight (fp32), of those that there are."""
+    from kernels.rms_norm import triton
+
+    return triton.backward(dy, x, z, weight, rstd, norm_before_gate)
+
+
+@rms_norm_fwd.register_fake
+def _(x, z, weight, eps, norm_before_gate, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@rms_norm_bwd.register_fake
+def _(dy, x, z, weight, rstd, norm_before_gate):
+    dweight = [] if weight is None else [weight.new_empty(weight.shape, dtype=torch.float32)]
+    return [x.new_empty(x.shape), *([] if z is None else [z.new_empty(z.shape)]), *dweight]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, z, weight, _, ctx.norm_before_gate, _ = inputs
+    ctx.save_for_backward(x, z, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, z, weight, rstd = ctx.saved_tensors
+    dx, *rest = rms_norm_bwd(dy, x, z, weight, rstd, ctx.norm_before_gate)
+    dweight = None if weight is None else rest.pop().to(weight.dtype)
+    return dx, rest.pop() if rest else None, dweight, None, None, None
+
+
+rms_norm_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def check_float(name: str, x: Tensor) -> None:

@@ -1,0 +1,79 @@
+"""Which implementation of an op runs: PyTorch's operations, or our Triton kernels.
+
+The device decides. Without a GPU, Triton kernels run only where tests interpret them (``TRITON_INTERPRET=1``) or
+``kernels.compile_all`` compiles them for a card that is not there.
+"""
+
+import functools
+import importlib.util
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["torch", "triton"]
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_compiling_only = False
+
+
+def use_triton(backend: Backend | None, tensor: Tensor, unserved: str = "") -> bool:
+    """Whether an op on ``tensor`` goes to its Triton kernels.
+
+    Args:
+        backend: None leaves it to the device: Triton for CUDA tensors that the kernels serve, PyTorch for others.
+        tensor: the op's main input.
+        unserved: what the op's kernels cannot do of this call, such as "a state size of 512"; empty for nothing.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or "triton" where Triton cannot run: asked for by name, it has no stand-in.
+    """
+    if backend is None and not (tensor.is_cuda or _compiling_only):
+        return False
+    if backend == "torch":
+        return False
+    if backend not in (None, "triton"):
+        raise ValueError(f"backend: got {backend!r}, expected 'torch', 'triton' or None (the device decides)")
+    if tensor.dtype not in TRITON_DTYPES:
+        unserved = f"dtype {tensor.dtype}"
+    missing = _missing(tensor) or (f"its kernels do not serve {unserved}" if unserved else "")
+    if missing and backend == "triton":
+        raise ValueError(f"backend: got 'triton', but {missing}; leave it out and the device decides")
+    if missing and tensor.dtype is not torch.float64:
+        _announce(missing)
+    return not missing
+
+
+def cuda_arch() -> int:
+    """The compute capability to configure launches for, as 10 · major + minor: 80 for A100, 90 for H100 and H200."""
+    from triton.runtime.driver import driver
+
+    return 80 if _interpreted() else int(driver.active.get_current_target().arch)
+
+
+def compile_only(enabled: bool) -> None:
+    """Send CPU tensors to Triton launchers; whoever asks catches the launches (``kernels.compile_all``)."""
+    global _compiling_only
+    _compiling_only = enabled
+
+
+def _missing(tensor: Tensor) -> str:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if tensor.is_cuda or _compiling_only or _interpreted():
+        return ""
+    return f"the tensors are on {tensor.device}, not on CUDA"
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _announce(missing: str) -> None:
+    warnings.warn(f"an op runs without its Triton kernels: {missing}", stacklevel=4)

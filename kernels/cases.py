@@ -1,0 +1,98 @@
+"""What the GPU benchmark times, and what ``kernels.compile_all`` compiles: each op on the shapes of real models.
+
+Every op's ``bench.py`` lists its cases in ``gpu_cases()``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.timing import gradients
+
+Op = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Widths of one model: the presets' names, and one like Nemotron 3 Nano (its published config.json)."""
+
+    name: str
+    batch: int
+    """Rows of ``length`` tokens that a step's micro-batch has on one card."""
+    length: int
+    d_model: int
+    heads: int
+    groups: int
+    head_dim: int = 64
+    state: int = 128
+    experts: int
+    top_k: int
+    expert_dim: int
+    vocab: int
+    streams: int = 1
+
+
+SMALL = Size(
+    name="small", batch=8, length=1024, d_model=512, heads=16, groups=2, experts=16, top_k=2, expert_dim=512, vocab=8192
+)
+MOE_3B = Size(
+    name="moe-3b", batch=4, length=4096, d_model=1280, heads=40, groups=4, experts=72, top_k=6, expert_dim=736,
+    vocab=129_280, streams=4,
+)  # fmt: skip
+NEMOTRON = Size(
+    name="nemotron-3-nano", batch=2, length=8192, d_model=2688, heads=64, groups=8, experts=128, top_k=6,
+    expert_dim=1856, vocab=131_072,
+)  # fmt: skip
+SIZES = (SMALL, MOE_3B, NEMOTRON)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op, one set of shapes: the same set-up for speed, memory, the check and the compiler."""
+
+    op: str
+    shapes: str
+    """As the table shows them."""
+    make: Callable[[int, torch.dtype, str], Sequence[Tensor]]
+    """(batch rows or tokens, dtype, device) -> the op's inputs; those that are leaves wanting gradients get them."""
+    full: int
+    """What ``make`` gets on a card."""
+    tiny: int
+    """What it gets where the kernels are interpreted or only compiled."""
+    ours: Op
+    exact: Op
+    """Plain PyTorch on the same inputs: the check's oracle, and a peer once it went through ``torch.compile``."""
+    bytes_moved: tuple[int, int]
+    """Least bytes of device memory that forward, and forward with backward, can move at ``full``."""
+    flops: tuple[int, int]
+    """Floating-point operations of the same."""
+    limit: float = 2e-2
+    """Largest relative RMSE, of the output and every gradient, at which a speed means anything (16-bit inputs)."""
+    peers: dict[str, Callable[[], Op]] = field(default_factory=dict)
+    """Loaders of other people's op with the signature of ``ours``; ImportError where it is not installed."""
+    dtype: torch.dtype = torch.bfloat16
+
+    def forward(self, op: Op, inputs: Sequence[Tensor]) -> Tensor:
+        """The op alone."""
+        with torch.no_grad():
+            return op(*inputs)
+
+    def forward_backward(self, op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Output and gradients of all leaves; the forward alone where there is none."""
+        leaves = [x for x in inputs if x.requires_grad]
+        if not leaves:
+            return (self.forward(op, inputs),)
+        return gradients(lambda *_: op(*inputs), leaves)
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """The tensors on a device, wanting gradients."""
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+def elements(*tensors: Any) -> int:
+    """How many values the tensors hold together."""
+    return sum(tensor.numel() for tensor in tensors)
