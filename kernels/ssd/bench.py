@@ -1,10 +1,13 @@
 """The SSD scan beside transformers' chunked torch path: ``python -m kernels.ssd.bench``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend
+from kernels.cases import SIZES, Case, Size, leaves
 from kernels.ssd.op import ssd
 from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
@@ -21,9 +24,11 @@ def make_inputs(dtype: torch.dtype) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D, dt_bias)]
 
 
-def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+def ours(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: Backend | None = None
+) -> Tensor:
     """One document a row, no final states."""
-    y = ssd(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+    y = ssd(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True, backend=backend)
     assert isinstance(y, Tensor)
     return y
 
@@ -51,6 +56,58 @@ def measure() -> list[Row]:
         case = f"B{BATCH} L{LENGTH} H{HEADS} P{WIDTH} N{STATE}, {str(dtype)[6:]}"
         rows += compare("ssd", case, ours, peers, inputs, limit=limit, dy=dy, error=error)
     return rows
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The scan of each size's Mamba-2 layers, in 16 bits."""
+    for size in SIZES:
+        H, P, N, G, tokens = size.heads, size.head_dim, size.state, size.groups, size.batch * size.length
+        inputs, outputs = 2 * H * P + 4 * G * N + 2 * H, 2 * H * P  # bytes a token: x, B, C, dt; y
+        products = 2 * CHUNK * N + CHUNK * P + 4 * N * P  # of a head and token: C·Bᵀ, half of W·x, C·h, B·xᵀ
+        yield Case(
+            op="ssd",
+            shapes=f"{size.name}: B{size.batch} L{size.length} H{H} P{P} N{N} G{G}",
+            make=partial(_layer, size),
+            full=size.batch,
+            tiny=1,
+            ours=ours,
+            exact=partial(ours, backend="torch"),
+            bytes_moved=(tokens * (inputs + outputs), tokens * (3 * inputs + 2 * outputs)),
+            flops=(tokens * H * products, tokens * H * (3 * products + 2 * N * P)),
+            peers={"mamba_ssm": _mamba_ssm, "fla": _fla},
+        )
+
+
+def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    length = size.length if device == "cuda" else 130
+    shapes = [(size.heads, size.head_dim), (size.heads,), *[(size.groups, size.state)] * 2]
+    x, dt, B, C = leaves(*(torch.randn(batch, length, *shape) for shape in shapes), dtype=dtype, device=device)
+    A, D, bias = -torch.linspace(1, 16, size.heads), torch.ones(size.heads), torch.linspace(-6.9, -2.3, size.heads)
+    A, D, bias = leaves(A, D, bias, dtype=torch.float32, device=device)
+    return [x, dt, A, B, C, D, bias]
+
+
+def _mamba_ssm() -> Callable[..., Tensor]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+        return mamba_chunk_scan_combined(x, dt, A, B, C, PEER_DEFAULT_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+    return scan
+
+
+def _fla() -> Callable[..., Tensor]:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+        step = torch.nn.functional.softplus(dt.float() + dt_bias)
+        heads = x.shape[2] // B.shape[2]
+        k, q = ((t.repeat_interleave(heads, 2)) for t in (B, C))
+        v = (x * step[..., None]).to(x.dtype)
+        y, _ = chunk_simple_gla(q, k, v, g=step * A, scale=1.0)
+        return y + (x * D[:, None]).to(x.dtype)
+
+    return scan
 
 
 def main() -> None:

@@ -1,12 +1,18 @@
-"""The public SSD scan: argument checks, then the implementation for the device.
+"""The public SSD scan: argument checks, the choice of the path, and the library op of the Triton kernels.
 
 Shape suffixes: B batch, L length, H heads, P head width, N state size, G groups.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.ssd.cpu import ssd_chunked
+
+MAX_TRITON_STATE = 256  # a head's state lies in registers
 
 
 def _expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -50,21 +56,27 @@ def _check_shapes(
 def _check_values(
     x: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, chunk_size: int, dt_limit: tuple[float, float]
 ) -> None:
-    """Values of tensors are looked at on the CPU only: on a GPU that would wait for it."""
+    """Values of tensors are looked at on the CPU only: on a GPU that would wait for it; and not while tracing."""
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected that of x, {x.dtype}")
+    for name, other in (("A", A), ("B", B), ("C", C), ("seq_idx", seq_idx)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {other.device}, expected {x.device} as x")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit: got {tuple(dt_limit)}, expected 0 <= lower <= upper")
-    if A.device.type == "cpu" and bool((A > 0).any()):
-        raise ValueError(f"A: got {float(A.max())}, expected no positive value: the state would grow without bound")
+    readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((A >= 0).any()):
+        raise ValueError(f"A: got {float(A.max())}, expected negative values: the state would grow without bound")
     if seq_idx is None:
         return
     if seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seq_idx: got dtype {seq_idx.dtype}, expected torch.int32")
-    if seq_idx.device.type == "cpu" and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+    if readable and bool((seq_idx < 0).any()):
+        raise ValueError(f"seq_idx: got {int(seq_idx.min())}, expected documents numbered from 0")
+    if readable and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
         raise ValueError("seq_idx: got an index that falls along a row, expected rows that never decrease")
 
 
@@ -83,26 +95,28 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's scan h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_tᵀ, y_t = C_t h_t + D x_t (arXiv 2405.21060, section 6).
 
     Names and shapes are those of mamba_ssm's ``mamba_chunk_scan_combined``. Products run in the dtype of x (fp32,
-    bf16, fp64), step sizes, decays and carried states in fp32 at least. Deterministic from run to run.
+    fp16, bf16, fp64), step sizes, decays and carried states in fp32 at least. Deterministic from run to run.
 
     Args:
         x: (B, L, H, P). Views into a wider tensor are fine, here and below.
         dt: (B, L, H), step sizes before bias, softplus and limit; any float dtype.
-        A: (H,), not positive.
+        A: (H,), negative.
         B, C: (B, L, G, N), dtype of x; G divides H, head h uses group h // (H / G).
-        chunk_size: tokens that are handled as one matrix; no effect on the result.
+        chunk_size: tokens that are handled as one matrix, on a GPU 64 at most; no effect on the result.
         D: (H,) or (H, P), skip connection.
         z: (B, L, H, P), gate: y becomes y silu(z).
         dt_bias: (H,), added to dt before softplus.
         initial_states: (B, H, P, N), state before the first token; belongs to the first sequence of its row.
-        seq_idx: (B, L) int32, never decreasing along a row: the state is zeroed where it changes.
+        seq_idx: (B, L) int32 from 0, never decreasing along a row: the state is zeroed where it changes.
         dt_softplus: apply softplus (linear past 20) to dt.
         dt_limit: clamp for Δ, after softplus.
         return_final_states: also return the state after the last token.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         y (B, L, H, P) in the dtype of x; with ``return_final_states`` also (B, H, P, N) in fp32 (fp64 for fp64),
@@ -113,5 +127,64 @@ def ssd(
     """
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     _check_values(x, A, B, C, seq_idx, chunk_size, dt_limit)
-    y, final = ssd_chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit)
+    if use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
+        D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])
+        A, D_HP, dt_bias, initial_states = (t if t is None else t.float() for t in (A, D_HP, dt_bias, initial_states))
+        limit = [float(bound) for bound in dt_limit]
+        y, final = ssd_fwd(x, dt, A, B, C, D_HP, dt_bias, initial_states, seq_idx, dt_softplus, limit, chunk_size)
+        y = y if z is None else (y * F.silu(z.float())).to(x.dtype)
+    else:
+        y, final = ssd_chunked(
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit
+        )
     return (y, final) if return_final_states else y
+
+
+@torch.library.custom_op("engramba::ssd_fwd", mutates_args=())
+def ssd_fwd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: list[float], chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and final states; D is (H, P), and A, D, dt_bias and initial states are fp32."""
+    from kernels.ssd import triton
+
+    return triton.forward(x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size)
+
+
+@torch.library.custom_op("engramba::ssd_bwd", mutates_args=())
+def ssd_bwd(
+    dy: Tensor, dfinal: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: list[float], chunk_size: int,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, and of D, dt_bias and the initial states as far as they exist."""
+    from kernels.ssd import triton
+
+    return triton.backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size)
+
+
+@ssd_fwd.register_fake
+def _(x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size):
+    final = (x.shape[0], *x.shape[2:], B.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(final, dtype=torch.float32)
+
+
+@ssd_bwd.register_fake
+def _(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size):
+    return [t.new_empty(t.shape) for t in (x, dt, A, B, C, D, dt_bias, initial) if t is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.dt_softplus, ctx.dt_limit, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    found = iter(ssd_bwd(dy, dfinal, *tensors, ctx.dt_softplus, ctx.dt_limit, ctx.chunk_size))
+    return *(None if t is None else next(found) for t in tensors[:-1]), None, None, None, None
+
+
+ssd_fwd.register_autograd(_backward, setup_context=_save)
