@@ -129,9 +129,9 @@ def ssd(
     _check_values(x, A, B, C, seq_idx, chunk_size, dt_limit)
     if use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
         D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])
-        A, D_HP, dt_bias, initial_states = (t if t is None else t.float() for t in (A, D_HP, dt_bias, initial_states))
+        fp32 = [t if t is None else t.float() for t in (D_HP, dt_bias, initial_states)]
         limit = [float(bound) for bound in dt_limit]
-        y, final = ssd_fwd(x, dt, A, B, C, D_HP, dt_bias, initial_states, seq_idx, dt_softplus, limit, chunk_size)
+        y, final = ssd_fwd(x, dt, A.float(), B, C, *fp32, seq_idx, dt_softplus, limit, chunk_size)
         y = y if z is None else (y * F.silu(z.float())).to(x.dtype)
     else:
         y, final = ssd_chunked(

@@ -17,7 +17,9 @@ Decays are base 2, in fp32, from sums over one chunk that start anew with each d
 Legend: B batch, L length, Q chunk length, H heads, P head width, N state size, G groups; t tokens of a chunk.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -352,7 +354,7 @@ def ssd_bwd_dBC_kernel(
 
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], chunk_size: int,
+    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: Sequence[float], chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, L, H, P) in the dtype of x and the last states (B, H, P, N) in fp32.
 
@@ -378,7 +380,7 @@ def forward(
 def backward(
     dy: Tensor, dfinal: Tensor | None,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], chunk_size: int,
+    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: Sequence[float], chunk_size: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, and of those of D, dt_bias, initial that there are, in the dtype of each."""
     (batch, length, heads, width), (groups, state_size) = x.shape, B.shape[2:]
@@ -391,15 +393,15 @@ def backward(
     x, B, C, dy = _dense(x), _dense(B), _dense(C), dy.contiguous()
     seq_idx = seq_idx if seq_idx is None else seq_idx.contiguous()
     dfinal = dfinal if dfinal is None else dfinal.contiguous()
-    sweep, fp32 = _Sweep(x, B, chunk_size), {"dtype": torch.float32, "device": x.device}
+    sweep, fp32 = _Sweep(x, B, chunk_size), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
     scalars = (seq_idx, dt_softplus, dt_limit)
     sizes = (length, heads, width, state_size, heads // groups)
 
     entering, leaving = sweep.chunk_states(x, dt, A, B, dt_bias, initial, *scalars), sweep.empty_states(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    through_dt, through_into = torch.empty((2, sweep.blocks_of_width, batch, length, heads), **fp32)
-    dD = None if D is None else torch.empty((batch, sweep.segments, heads, width), **fp32)
+    through_dt, through_into = fp32((2, sweep.blocks_of_width, batch, length, heads))
+    dD = None if D is None else fp32((batch, sweep.segments, heads, width))
     dinitial = None if initial is None else torch.empty_like(initial, memory_format=torch.contiguous_format)
     sums = sweep.segment_sums(dy, dt, A, C, dt_bias, *scalars, reverse=True)
     ssd_bwd_dx_kernel[sweep.grid](
@@ -415,7 +417,7 @@ def backward(
     kind = x.dtype if blocks_of_group == 1 else torch.float32
     dB, dC = (torch.empty(parts, dtype=kind, device=x.device) for _ in range(2))
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
-    dA, dbias = torch.empty((2, batch, sweep.chunks, heads), **fp32)
+    dA, dbias = fp32((2, batch, sweep.chunks, heads))
     ssd_bwd_dBC_kernel[(groups * blocks_of_group, sweep.chunks, batch)](
         x, dt, A, B, C, dt_bias, seq_idx, dy, entering, leaving, through_dt, through_into, ddt, dA, dB, dC,
         None if dt_bias is None else dbias, *sizes, sweep.chunks, blocks_of_group, sweep.blocks_of_width, *dt_limit,
@@ -423,7 +425,7 @@ def backward(
     )  # fmt: skip
     if blocks_of_group > 1:
         dB, dC = (part.unflatten(2, (groups, blocks_of_group)).sum(3).to(x.dtype) for part in (dB, dC))
-    optional = [None if D is None else dD.sum((0, 1)), None if dt_bias is None else dbias.sum((0, 1)), dinitial]
+    optional = (dD if dD is None else dD.sum((0, 1)), None if dt_bias is None else dbias.sum((0, 1)), dinitial)
     return [dx, ddt, dA.sum((0, 1)), dB, dC, *(gradient for gradient in optional if gradient is not None)]
 
 
@@ -445,7 +447,7 @@ class _Sweep:
 
     def segment_sums(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, seq_idx: Tensor | None,
-        dt_softplus: bool, dt_limit: tuple[float, float], reverse: bool = False,
+        dt_softplus: bool, dt_limit: Sequence[float], reverse: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """What each segment adds to the state (B, segments, H, N, P), and its decay (B, segments, H), in fp32."""
         if self.segments == 1:
@@ -458,7 +460,7 @@ class _Sweep:
 
     def chunk_states(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, start: Tensor | None,
-        seq_idx: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float],
+        seq_idx: Tensor | None, dt_softplus: bool, dt_limit: Sequence[float],
     ) -> Tensor:  # fmt: skip
         """The state that enters each chunk: (B, chunks, H, N, P) in the dtype of x."""
         sums = self.segment_sums(x, dt, A, B, dt_bias, seq_idx, dt_softplus, dt_limit)
@@ -474,7 +476,7 @@ class _Sweep:
     def _carry(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, start: Tensor | None,
         seq_idx: Tensor | None, sums: Tensor | None, decays: Tensor | None, states: Tensor | None,
-        dt_softplus: bool, dt_limit: tuple[float, float], reverse: bool,
+        dt_softplus: bool, dt_limit: Sequence[float], reverse: bool,
     ) -> None:  # fmt: skip
         ssd_states_kernel[self.grid](
             x, dt, A, B, dt_bias, start, seq_idx, sums, decays, states,
