@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
 
-.PHONY: train test lint format bench parity clean-venv
+.PHONY: train test lint format bench bench-gpu compile-kernels parity clean-venv
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,14 @@ bench: $(VENV)/installed data/stdlib/dataset.json
 	$(BIN)/python -m kernels.bench_all
 	$(BIN)/python -m parallel.engram_table.bench
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.checkpoint.bench
+
+# On a card, with whatever python has torch and triton: make bench-gpu BENCH_PYTHON=python3
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed)
+	$(BENCH_PYTHON) -m kernels.bench_gpu $(ARGS)
+
+compile-kernels: $(VENV)/installed
+	$(BIN)/python -m kernels.compile_all $(ARGS)
 
 parity: $(VENV)/installed
 	$(BIN)/python -m tests.parity

@@ -16,7 +16,7 @@ Backend = Literal["torch", "triton"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_compiling_only = False
+_serves_cpu_tensors = False
 
 
 def use_triton(backend: Backend | None, tensor: Tensor, unserved: str = "") -> bool:
@@ -30,7 +30,7 @@ def use_triton(backend: Backend | None, tensor: Tensor, unserved: str = "") -> b
     Raises:
         ValueError: ``backend`` is unknown, or "triton" where Triton cannot run: asked for by name, it has no stand-in.
     """
-    if backend is None and not (tensor.is_cuda or _compiling_only):
+    if backend is None and not (tensor.is_cuda or _serves_cpu_tensors):
         return False
     if backend == "torch":
         return False
@@ -53,16 +53,16 @@ def cuda_arch() -> int:
     return 80 if _interpreted() else int(driver.active.get_current_target().arch)
 
 
-def compile_only(enabled: bool) -> None:
-    """Send CPU tensors to Triton launchers; whoever asks catches the launches (``kernels.compile_all``)."""
-    global _compiling_only
-    _compiling_only = enabled
+def serve_cpu_tensors(enabled: bool) -> None:
+    """Send CPU tensors to Triton launchers too, where these are interpreted or caught (``kernels.compile_all``)."""
+    global _serves_cpu_tensors
+    _serves_cpu_tensors = enabled
 
 
 def _missing(tensor: Tensor) -> str:
     if not _HAS_TRITON:
         return "triton is not installed"
-    if tensor.is_cuda or _compiling_only or _interpreted():
+    if tensor.is_cuda or _serves_cpu_tensors or _interpreted():
         return ""
     return f"the tensors are on {tensor.device}, not on CUDA"
 

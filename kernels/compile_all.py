@@ -88,13 +88,13 @@ def caught_launches(arch: int) -> Iterator[list[Any]]:
         return caught[-1]
 
     driver.set_active(_Target(arch))
-    backend.compile_only(True)
+    backend.serve_cpu_tensors(True)
     JITFunction.run = run
     try:
         yield caught
     finally:
         JITFunction.run = launch
-        backend.compile_only(False)
+        backend.serve_cpu_tensors(False)
         driver._active = None
 
 

@@ -1,5 +1,18 @@
-"""The SSD scan beside transformers' chunked torch path: ``python -m kernels.ssd.bench``."""
+"""The SSD scan beside transformers' chunked torch path: ``python -m kernels.ssd.bench``; ``sweep`` tries launch options.
 
+On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of 64:
+- forward moves x, y, B, C and dt once: 4HP + 4GN + 2H bytes, 12.3 KB at moe-3b's 40 heads and 4 groups (2.6 us a
+  thousand tokens at 4.8 TB/s), where five kernels move about 2.5 times that (states and C·Bᵀ in fp32). Its products are
+  2QN + QP + 4NP a head: 53 KFLOP, and with two blocks of P each repeating C·Bᵀ, 69.
+- backward moves x three times, dy twice, dx once and two states a chunk, each written and read in 16 bits: 8NP/Q a head.
+  12HP + 16HP = 28HP bytes, 72 KB at 40 heads.
+- the compiler's report on sm_90 (``make compile-kernels``): the sweeps take 223 to 250 registers at 8 warps without
+  spills and 84 KiB of shared memory, so an SM holds one block, and loads are fetched a chunk ahead (2 stages); the
+  chunk-parallel kernel spills 120 bytes a thread.
+"""
+
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -79,7 +92,7 @@ def gpu_cases() -> Iterator[Case]:
 
 
 def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    length = size.length if device == "cuda" else 130
+    length = size.length if device == "cuda" else 70
     shapes = [(size.heads, size.head_dim), (size.heads,), *[(size.groups, size.state)] * 2]
     x, dt, B, C = leaves(*(torch.randn(batch, length, *shape) for shape in shapes), dtype=dtype, device=device)
     A, D, bias = -torch.linspace(1, 16, size.heads), torch.ones(size.heads), torch.linspace(-6.9, -2.3, size.heads)
@@ -110,8 +123,34 @@ def _fla() -> Callable[..., Tensor]:
     return scan
 
 
+def sweep() -> None:
+    """Time launch options on this card, forward and forward with backward, best first."""
+    from triton.testing import do_bench
+
+    from kernels.ssd import triton
+
+    for case in gpu_cases():
+        inputs, taken = case.make(case.full, case.dtype, "cuda"), []
+        for chunk, block, warps, stages in itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3)):
+            triton.trial.update(CHUNK=chunk, BLOCK_P=block, num_warps=warps, num_stages=stages)
+            try:
+                both = [do_bench(partial(run, ours, inputs)) for run in (case.forward, case.forward_backward)]
+            except Exception as error:  # too much shared memory, say: the next one may fit
+                print(f"{triton.trial}: {type(error).__name__}")
+                continue
+            taken.append((*both, dict(triton.trial)))
+        triton.trial.clear()
+        print(
+            case.shapes,
+            *(f"{a:.3f} {b:.3f} ms {options}" for a, b, options in sorted(taken, key=lambda row: row[1])),
+            sep="\n",
+        )
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -34,6 +34,8 @@ PROGRAMS = 512  # that a sweep should have at least: about two an SM of an H200,
 MIN_SEGMENT = 4  # chunks
 HEADS_OF_PROGRAM = 16  # that a program of the backward sums dB and dC over, at most
 
+trial: dict[str, Any] = {}  # launch options that ``kernels.ssd.bench.sweep`` tries in place of the fixed ones
+
 
 @triton.jit
 def _step_size(dt_ptr, bias_ptr, h, i, left, stride_l, stride_h, low, high, SOFTPLUS: tl.constexpr):
@@ -425,8 +427,8 @@ def backward(
     )  # fmt: skip
     if blocks_of_group > 1:
         dB, dC = (part.unflatten(2, (groups, blocks_of_group)).sum(3).to(x.dtype) for part in (dB, dC))
-    optional = (dD if dD is None else dD.sum((0, 1)), None if dt_bias is None else dbias.sum((0, 1)), dinitial)
-    return [dx, ddt, dA.sum((0, 1)), dB, dC, *(gradient for gradient in optional if gradient is not None)]
+    rest = (dD if dD is None else dD.sum((0, 1)), None if dt_bias is None else dbias.sum((0, 1)), dinitial)
+    return [dx, ddt, dA.sum((0, 1)), dB, dC, *(gradient for gradient in rest if gradient is not None)]
 
 
 class _Sweep:
@@ -500,6 +502,7 @@ def _sweep_options(x: Tensor, B: Tensor, chunk_size: int) -> dict[str, Any]:
         "PRECISION": "ieee",
         "num_warps": 8 if exact or large or hopper else 4,
         "num_stages": 1 if exact or large else 2,
+        **trial,
     }
 
 
