@@ -1,11 +1,11 @@
-"""The SSD scan beside transformers' chunked torch path: ``python -m kernels.ssd.bench``; ``sweep`` tries launch options.
+"""The SSD scan beside transformers' torch path: ``python -m kernels.ssd.bench``; ``sweep`` tries launch options.
 
-On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of 64:
-- forward moves x, y, B, C and dt once: 4HP + 4GN + 2H bytes, 12.3 KB at moe-3b's 40 heads and 4 groups (2.6 us a
+On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of Q = 64:
+- forward moves x, y, B, C and dt once: 4HP + 4GN + 2H bytes, 12.4 KB at moe-3b's 40 heads and 4 groups (2.6 us a
   thousand tokens at 4.8 TB/s), where five kernels move about 2.5 times that (states and C·Bᵀ in fp32). Its products are
-  2QN + QP + 4NP a head: 53 KFLOP, and with two blocks of P each repeating C·Bᵀ, 69.
-- backward moves x three times, dy twice, dx once and two states a chunk, each written and read in 16 bits: 8NP/Q a head.
-  12HP + 16HP = 28HP bytes, 72 KB at 40 heads.
+  2QN + 2QP + 4NP a head, 57 KFLOP, or 74 with two blocks of P that each repeat C·Bᵀ.
+- backward reads x three times and dy twice, writes dx once, and writes and reads two states a chunk in 16 bits:
+  12HP + 8HPN/Q = 28HP bytes, 72 KB at 40 heads.
 - the compiler's report on sm_90 (``make compile-kernels``): the sweeps take 223 to 250 registers at 8 warps without
   spills and 84 KiB of shared memory, so an SM holds one block, and loads are fetched a chunk ahead (2 stages); the
   chunk-parallel kernel spills 120 bytes a thread.
