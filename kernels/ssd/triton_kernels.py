@@ -1,7 +1,7 @@
 """The kernels of the SSD scan; what they are for and why they are these is said in ``triton.py``.
 
-Decays are base 2, in fp32, from sums over one chunk that start anew with each document, as in ``cpu.py``. Offsets inside
-a chunk are 32 bits, those of a chunk 64.
+Decays are base 2, in fp32, from sums over one chunk that start anew with each document, as in ``cpu.py``. Offsets in
+a chunk have 32 bits, offsets of a chunk 64.
 
 Legend: B batch, L length, Q chunk length, H heads, P head width, N state size, G groups; i and j tokens of a chunk.
 """
