@@ -139,6 +139,7 @@ def run_steps(
                 speed.pause()
             if last or stopping or done % settings.save_every == 0:
                 saver.save(done)
+                metrics.write({"step": done, **saver.poll()}, echo=False)
                 speed.pause()
             if last or stopping:
                 saver.finish()

@@ -5,16 +5,20 @@ DCP leaves four holes that are closed here: it checks coverage neither when it l
 misses a name that no rank has, and casts dtypes in silence.
 """
 
+import io
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -34,23 +38,47 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from parallel.errors import RunError
 from training.checkpoint.boxes import Box, cover_problem
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
+from training.checkpoint.storage import SummedFile
 from training.checkpoint.trust import TrustedReader
 
 # A stored chunk is read whole even where one row of it is needed.
 MAX_CHUNK_BYTES = 8 * 2**20
 
 
-def write_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
+class SummedFiles(FileSystem):
+    """The file system as DCP uses it, with a record of each file that is written."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """A file; what is written is summed on the way."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with SummedFile(Path(path)) as file:
+            yield file
+        self.records[Path(path).name] = file.record()
+
+
+def write_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
     """Save what this rank ``writes`` of ``tensors`` into a fresh directory, synced to disk. Collective over ``group``.
+
+    Returns:
+        Size and checksum of each data file of this rank.
 
     Raises:
         CheckpointException: on every rank; its failures are those of single ranks.
     """
     writer = dcp.FileSystemWriter(path, sync_files=True, overwrite=False)
+    writer.fs = files = SummedFiles()
     with _alone(group):
         dcp.save(
             {}, storage_writer=writer, planner=ChunkSavePlanner(tensors), process_group=group, no_dist=group is None
         )
+    return {name: record for name, record in files.records.items() if name.endswith(".distcp")}
 
 
 def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:

@@ -135,14 +135,12 @@ def write(
 
 def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files: Mapping[str, bytes]) -> Path:
     with told_for(path, "written"):
-        write_tensors(path, tensors, comm.group)
+        written = write_tensors(path, tensors, comm.group)
 
     def mine() -> Manifest:
-        own = [file.name for file in path.glob(f"__{comm.rank}_*.distcp")]
         with told_for(path, "written"):
-            if comm.rank == 0:
-                own += [".metadata", *storage.attach(path, files)]
-            return storage.file_records(path, own)
+            others = [".metadata", *storage.attach(path, files)] if comm.rank == 0 else []
+            return written | storage.file_records(path, others)
 
     shares = comm.allgather(on_every_rank(comm, mine))
     record = record | {

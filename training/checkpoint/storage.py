@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PARTIAL = re.compile(r"step-\d{8,}(\.old)?\.tmp")
 ATTACHED = ("run.json", "metrics.jsonl", "tokenizer.json", "token_map.json", "engram_hash.json")
 WRITTEN = re.compile("|".join([r"__\d+_\d+\.distcp", r"\.metadata(\.tmp)?", *map(re.escape, (MANIFEST, *ATTACHED))]))
 BLOCK_BYTES = 4 * 2**20
+MIN_BESIDE_BYTES = 256 * 2**10  # below, handing a sum to another thread takes longer than the sum
 
 Manifest = dict[str, Any]
 
@@ -89,6 +91,56 @@ def attach(path: Path, files: Mapping[str, bytes]) -> list[str]:
             file.flush()
             os.fsync(file.fileno())
     return list(files)
+
+
+class SummedFile(io.RawIOBase):
+    """A file for writing that sums what passes: beside the write itself, so that nothing is read again.
+
+    The checksum is that of the bytes in memory: what the way to the disk damages, shows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.size, self.checksum = path.open("wb"), 0, 0
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="checksum")
+
+    def write(self, data: Any) -> int:
+        """All of ``data``, a buffer."""
+        size = memoryview(data).nbytes
+        if size < MIN_BESIDE_BYTES:
+            self.checksum = zlib.crc32(data, self.checksum)
+            self.file.write(data)
+        else:
+            checksum = self.beside.submit(zlib.crc32, data, self.checksum)
+            try:
+                self.file.write(data)
+            finally:
+                self.checksum = checksum.result()  # nobody else may change the buffer before
+        self.size += size
+        return size
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.size
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        if not self.file.closed:
+            self.file.flush()
+
+    def fileno(self) -> int:
+        """For fsync, which would miss what is still buffered here."""
+        self.file.flush()
+        return self.file.fileno()
+
+    def close(self) -> None:
+        """End the thread, too."""
+        self.beside.shutdown()
+        self.file.close()
+        super().close()
+
+    def record(self) -> dict[str, Any]:
+        """As ``file_records`` has it."""
+        return {"bytes": self.size, "crc32": f"{self.checksum:08x}"}
 
 
 def file_records(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
