@@ -2,6 +2,12 @@
 
 Fixed routing would hide what new shapes cost. ``python -m kernels.grouped_matmul.bench``.
 
+On a card a product of M rows takes 2 M D F operations and at least 2 (M D + E D F + M F) bytes in 16 bits: 256, 456 and
+515 FLOPs a byte at the three sizes, 1,365 with 8 experts of 4,096 rows. An A100's tensor cores bind from 153 up, an
+H200's from 206. The ceiling is cuBLAS' batched product of experts with equally many rows. Compiled for sm_90, a program
+of our kernels (128 x 256, 8 warps, 144 KiB of shared memory) fills an SM, for sm_80 two do (128 x 128, 4 warps and
+64 KiB each); ``sweep`` times other tiles.
+
 Legend: T tokens, K chosen experts, D model width, E experts, F inner width.
 """
 
@@ -10,10 +16,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kernels.grouped_matmul.op import grouped_mlp
-from kernels.grouped_matmul.reference import reference_grouped_mlp
+from kernels.backend import Backend
+from kernels.cases import SIZES, SMALL, Case
+from kernels.grouped_matmul.op import grouped_matmul, grouped_mlp
+from kernels.grouped_matmul.reference import reference_grouped_matmul, reference_grouped_mlp
 from kernels.moe_permute import permute, unpermute
+from kernels.swiglu import bench as swiglu
 from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
 T, K, D, E, INNER = 2048, 2, 256, 8, 256
@@ -98,6 +108,124 @@ def largest_error(candidates: list[Experts], routed: tuple, inputs: tuple) -> fl
         y = fn(inputs[0], ids_TK, weights_TK, *inputs[1:])
         errors.append(relative_error((y.detach(), torch.autograd.grad(y.square().sum(), inputs[0])[0]), expected))
     return max(errors)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Gate and up of the presets' experts, evenly used and not; large experts; whole MLPs; their activation."""
+    for size in SIZES:
+        rows, shares = size.batch * size.length * size.top_k, ("even", "skewed", "one takes all")
+        shape = (size.experts, size.d_model, 2 * size.expert_dim)
+        for share in shares if size is not SMALL else ("even",):
+            yield _matmul_case(f"{size.name}, {share}", share, shape, rows)
+    yield _matmul_case("8 experts of 4096 rows", "even", (8, 4096, 4096), 8 * 4096)
+    yield _matmul_case("small in float32", "even", (16, 512, 1024), 16384, torch.float32)
+    for size in SIZES:
+        yield _mlp_case(size.name, (size.experts, size.d_model, size.expert_dim), size.batch * size.length * size.top_k)
+    yield from swiglu.gpu_cases()
+
+
+def sweep() -> None:
+    """Times of our kernels' tiles on this card, for the product and the weights' gradient."""
+    from triton.testing import do_bench
+
+    from kernels.grouped_matmul import triton
+
+    for shape, rows in (((72, 1280, 1472), 98304), ((8, 4096, 4096), 32768)):
+        x_MD, weight_EDF, counts_E = _operands(shape, "even", rows, torch.bfloat16, "cuda")
+        ends_E = counts_E.cumsum(0).int()
+        dy_MF = torch.randn(x_MD.shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+        for tile in (
+            triton.Tile(height, width, step, warps, stages)
+            for height, width in ((128, 256), (256, 128), (128, 128))
+            for step, stages in ((64, 3), (32, 4), (64, 4))
+            for warps in (4, 8)
+        ):
+            groups = triton.groups(x_MD, ends_E, tile=tile)
+            times = []
+            for run in (
+                partial(triton.product, x_MD, weight_EDF, groups),
+                partial(triton.weight_gradient, x_MD, dy_MF, groups, tile),
+            ):
+                try:
+                    times.append(f"{do_bench(run):.3f} ms")
+                except Exception as error:  # a tile that does not fit is a result too
+                    times.append(type(error).__name__)
+            print(shape, rows, tile, "product", times[0], "weights", times[1], flush=True)
+
+
+def _matmul_case(
+    name: str, share: str, shape: tuple[int, int, int], rows: int, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    (E, D, F), M, size = shape, rows // shape[0] * shape[0], dtype.itemsize
+    values = M * D + M * F + E * D * F
+    return Case(
+        op="grouped_matmul",
+        shapes=f"{name}: {M} x {D} x {F}, {E} experts",
+        make=partial(_operands, shape, share),
+        full=rows,
+        tiny=384,
+        ours=grouped_matmul,
+        exact=reference_grouped_matmul,
+        bytes_moved=(size * values, size * (3 * values - M * F)),
+        flops=(2 * M * D * F, 6 * M * D * F),
+        peers={
+            "our Triton kernels": lambda: partial(grouped_matmul, backend="triton"),
+            "loop over experts": lambda: reference_grouped_matmul,
+            "dense: bmm of even experts": lambda: _dense,
+        },
+        dtype=dtype,
+        limit=2e-2 if dtype is torch.bfloat16 else 1e-5,
+    )
+
+
+def _mlp_case(name: str, shape: tuple[int, int, int], rows: int) -> Case:
+    (E, D, F), M = shape, rows // shape[0] * shape[0]
+
+    def loop(x_MD: Tensor, gate_up: Tensor, down: Tensor, counts_E: Tensor) -> Tensor:
+        return reference_grouped_mlp(x_MD, counts_E, gate_up, down)
+
+    def mlp(x_MD: Tensor, gate_up: Tensor, down: Tensor, counts_E: Tensor, backend: Backend | None = None) -> Tensor:
+        return grouped_mlp(x_MD, counts_E, gate_up, down, backend=backend)
+
+    return Case(
+        op="grouped_mlp",
+        shapes=f"{name}: {M} x {D} x {F}, {E} experts",
+        make=partial(_mlp_operands, shape),
+        full=rows,
+        tiny=384,
+        ours=mlp,
+        exact=loop,
+        bytes_moved=(2 * (2 * M * D + 3 * E * D * F), 2 * (5 * M * D + 9 * E * D * F)),
+        flops=(6 * M * D * F, 18 * M * D * F),
+        peers={"our Triton kernels": lambda: partial(mlp, backend="triton"), "loop over experts": lambda: loop},
+    )
+
+
+def _dense(x_MD: Tensor, weight_EDF: Tensor, _: Tensor) -> Tensor:
+    """The same FLOPs whatever the routing; the same result where it is even."""
+    return torch.bmm(x_MD.view(weight_EDF.shape[0], -1, x_MD.shape[1]), weight_EDF).flatten(0, 1)
+
+
+def _operands(shape: tuple[int, int, int], share: str, rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """x, weights and counts, which are equal, fall like 1 / (1 + expert), or are all of the last expert.
+
+    Fewer experts where there are too few rows for 128 each: then the tiles that compile are those of the full size.
+    """
+    E = min(shape[0], rows // 128)
+    M = rows // E * E
+    parts = {"even": torch.ones(E), "skewed": 1 / torch.arange(1, E + 1), "one takes all": torch.arange(E) == E - 1}
+    ends_E = (parts[share].double().cumsum(0) / parts[share].sum() * M).round().long()
+    x_MD = torch.randn(M, shape[1], device=device, dtype=dtype)
+    weight_EDF = torch.randn(E, *shape[1:], device=device, dtype=dtype) / shape[1] ** 0.5
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(device)
+    return [x_MD.requires_grad_(), weight_EDF.requires_grad_(), counts_E]
+
+
+def _mlp_operands(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    E, D, F = shape
+    x_MD, gate_up, counts_E = _operands((E, D, 2 * F), "even", rows, dtype, device)
+    down = torch.randn(gate_up.shape[0], F, D, device=device, dtype=dtype) / F**0.5
+    return [x_MD, gate_up, down.requires_grad_(), counts_E]
 
 
 def main() -> None:

@@ -1,68 +1,51 @@
-"""Products by `torch._grouped_mm`: one kernel for all experts, row counts stay on the card.
+"""Products by `torch._grouped_mm`: one CUTLASS kernel for all experts, row counts stay on the card.
 
-It takes bf16 rows whose strides are multiples of 16 bytes. It also runs on CPU tensors, which is how it is tested.
+It is that kernel for bf16 on compute capability 9.x and 10.x, with rows whose strides and addresses are multiples of 16
+bytes and fewer than 1,024 experts. Elsewhere it loops over the experts and waits for the counts (ATen/native/
+GroupedMMUtils.h), so there our Triton kernels take over. It also runs on CPU tensors, which is how it is tested. Rows
+beyond the last expert's are left unwritten.
 
 Legend: M rows sorted by expert, D model width, E experts, F inner width; 2F is gate then up.
 """
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from kernels.grouped_matmul.swiglu import swiglu, swiglu_backward
+from kernels.backend import cuda_arch
 
 
-def takes(x_MD: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether `torch._grouped_mm` exists and takes these operands."""
+def takes(x_MD: Tensor, *weights: Tensor) -> bool:
+    """Whether `torch._grouped_mm` exists and runs one kernel for these operands."""
     aligned = all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
-    return hasattr(torch, "_grouped_mm") and x_MD.dtype == torch.bfloat16 and aligned and x_MD.shape[0] > 0
+    aligned &= all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights)
+    fits = x_MD.dtype == torch.bfloat16 and x_MD.shape[0] > 0 and weights[0].shape[0] < 1024
+    return hasattr(torch, "_grouped_mm") and aligned and fits and (not x_MD.is_cuda or cuda_arch() // 10 in (9, 10))
 
 
-def weight_gradient(x_MD: torch.Tensor, dy_MF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+    """Where each expert's rows lie: ends_E, the running sum of the counts, int32."""
+    return ends_E
+
+
+def product(x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """y_MF: the rows of expert e times weight_EDF[e], which may be a transposed view."""
+    return torch._grouped_mm(_aligned(x_MD), weight_EDF, offs=ends_E)
+
+
+def weight_gradient(x_MD: Tensor, dy_MF: Tensor, ends_E: Tensor) -> Tensor:
     """dweight_EDF = x^T dy within each expert; zero for an expert without rows.
 
     Those are filled here: on sm_100 the kernel leaves them unwritten (pytorch/pytorch#172439).
     """
-    dweight_EDF = torch._grouped_mm(x_MD.t(), dy_MF, offs=ends_E)
+    dweight_EDF = torch._grouped_mm(_aligned(x_MD).t(), _aligned(dy_MF), offs=ends_E)
+    if dweight_EDF.is_cuda:
+        from kernels.grouped_matmul import triton
+
+        return triton.zero_empty(dweight_EDF, ends_E)
     empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
     return dweight_EDF.masked_fill_(empty_E[:, None, None], 0)
 
 
-class GroupedMatmulCuda(torch.autograd.Function):
-    """y_MF: the rows of expert e times weight_EDF[e]; ends_E is the running sum of the counts, int32."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: torch.Tensor, weight_EDF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_MD, weight_EDF, ends_E)
-        return torch._grouped_mm(x_MD, weight_EDF, offs=ends_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x_MD, weight_EDF, ends_E = ctx.saved_tensors
-        dy_MF = dy_MF.contiguous()
-        dx_MD = torch._grouped_mm(dy_MF, weight_EDF.transpose(1, 2), offs=ends_E)
-        return dx_MD, weight_gradient(x_MD, dy_MF, ends_E), None
-
-
-class GroupedMLPCuda(torch.autograd.Function):
-    """y_MD = swiglu(x gate_up) down. Saves x and the inputs of the activation; the activation is computed again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_MD: torch.Tensor, gate_up_ED2F: torch.Tensor, down_EFD: torch.Tensor, ends_E: torch.Tensor
-    ) -> torch.Tensor:
-        h_M2F = torch._grouped_mm(x_MD, gate_up_ED2F, offs=ends_E)
-        ctx.save_for_backward(x_MD, h_M2F, gate_up_ED2F, down_EFD, ends_E)
-        return torch._grouped_mm(swiglu(h_M2F), down_EFD, offs=ends_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        x_MD, h_M2F, gate_up_ED2F, down_EFD, ends_E = ctx.saved_tensors
-        dy_MD = dy_MD.contiguous()
-        da_MF = torch._grouped_mm(dy_MD, down_EFD.transpose(1, 2), offs=ends_E)
-        act_MF, dh_M2F = swiglu_backward(h_M2F, da_MF)
-        dx_MD = torch._grouped_mm(dh_M2F, gate_up_ED2F.transpose(1, 2), offs=ends_E)
-        return dx_MD, weight_gradient(x_MD, dh_M2F, ends_E), weight_gradient(act_MF, dy_MD, ends_E), None
+def _aligned(x_MD: Tensor) -> Tensor:
+    x_MD = x_MD.contiguous()
+    return x_MD if x_MD.data_ptr() % 16 == 0 else x_MD.clone()

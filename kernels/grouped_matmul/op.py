@@ -7,38 +7,49 @@ Legend: M rows sorted by expert, D model width, E experts, F inner width.
 Determinism: bitwise from run to run.
 """
 
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from kernels.backend import Backend, use_triton
+from kernels.grouped_matmul import cuda
 from kernels.grouped_matmul.cpu import GroupedMatmul, GroupedMLP
-from kernels.grouped_matmul.cuda import GroupedMatmulCuda, GroupedMLPCuda, takes
+from kernels.grouped_matmul.swiglu import swiglu, swiglu_backward
+
+MAX_TRITON_EXPERTS = 4096  # the look-up of tiles holds a value an expert in registers
 
 
-def grouped_matmul(x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: Backend | None = None) -> Tensor:
     """y_MF: the first counts_E[0] rows times weight_EDF[0], the next counts_E[1] times weight_EDF[1], and so on.
+
+    A card is not waited for: the counts stay there.
 
     Args:
         x_MD: rows sorted by expert; bf16, fp16, fp32 or fp64.
         weight_EDF: (E, D, F), same dtype.
         counts_E: int64, rows of each expert; they sum to M (checked where they are in host memory).
+        backend: "torch" or "triton"; None for what suits the device: on a card `torch._grouped_mm` where it has a
+            kernel, ours elsewhere.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or the backend cannot.
     """
     _check(x_MD, counts_E, ("weight_EDF", weight_EDF, x_MD.shape[-1], None))
-    if x_MD.device.type == "cuda" and takes(x_MD, weight_EDF):
-        return GroupedMatmulCuda.apply(x_MD.contiguous(), weight_EDF, _ends(counts_E, x_MD))
+    if use_triton(backend, x_MD, _unserved(counts_E)):
+        return grouped_matmul_fwd(x_MD, weight_EDF, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda)
     return GroupedMatmul.apply(x_MD, weight_EDF, counts_E.tolist())
 
 
 def grouped_mlp(
-    x_MD: torch.Tensor,
-    counts_E: torch.Tensor,
-    gate_up_ED2F: torch.Tensor,
-    down_EFD: torch.Tensor,
+    x_MD: Tensor,
+    counts_E: Tensor,
+    gate_up_ED2F: Tensor,
+    down_EFD: Tensor,
     activation: Literal["swiglu"] = "swiglu",
-) -> torch.Tensor:
+    backend: Backend | None = None,
+) -> Tensor:
     """y_MD = (silu(x W_gate) * (x W_up)) W_down with the weights of each row's expert (SwiGLU, arXiv 2002.05202 eq. 6).
 
     The backward pass computes the activation again; x and the products with gate and up are kept for it.
@@ -49,9 +60,10 @@ def grouped_mlp(
         gate_up_ED2F: (E, D, 2F), same dtype; gate is [..., :F], up is [..., F:].
         down_EFD: (E, F, D), same dtype.
         activation: "swiglu".
+        backend: as in `grouped_matmul`.
 
     Raises:
-        ValueError: an unknown activation, or shapes or dtypes that do not fit.
+        ValueError: an unknown activation, shapes or dtypes that do not fit, or the backend cannot.
     """
     if activation != "swiglu":
         raise ValueError(f"activation is {activation!r}, expected 'swiglu'")
@@ -60,23 +72,140 @@ def grouped_mlp(
     _check(
         x_MD, counts_E, ("gate_up_ED2F", gate_up_ED2F, width, inner and 2 * inner), ("down_EFD", down_EFD, inner, width)
     )
-    if x_MD.device.type == "cuda" and takes(x_MD, gate_up_ED2F, down_EFD):
-        return GroupedMLPCuda.apply(x_MD.contiguous(), gate_up_ED2F, down_EFD, _ends(counts_E, x_MD))
+    if use_triton(backend, x_MD, _unserved(counts_E)):
+        return grouped_mlp_fwd(x_MD, gate_up_ED2F, down_EFD, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda)[0]
     return GroupedMLP.apply(x_MD, gate_up_ED2F, down_EFD, counts_E.tolist())
 
 
-def _ends(counts_E: torch.Tensor, x_MD: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("engramba::grouped_matmul_fwd", mutates_args=())
+def grouped_matmul_fwd(x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library: bool) -> Tensor:
+    """y_MF. ends_E: running sum of the counts, int32; ``library``: by `torch._grouped_mm` where it has a kernel."""
+    by = _products(library, x_MD, weight_EDF)
+    return by.product(x_MD, weight_EDF, by.groups(x_MD, ends_E, weight_EDF))
+
+
+@torch.library.custom_op("engramba::grouped_matmul_bwd", mutates_args=())
+def grouped_matmul_bwd(
+    dy_MF: Tensor, x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weights."""
+    by = _products(library, x_MD, weight_EDF)
+    rows = by.groups(x_MD, ends_E, weight_EDF)
+    return by.product(dy_MF, weight_EDF.mT, rows), by.weight_gradient(x_MD, dy_MF, rows)
+
+
+@torch.library.custom_op("engramba::grouped_mlp_fwd", mutates_args=())
+def grouped_mlp_fwd(
+    x_MD: Tensor, gate_up_ED2F: Tensor, down_EFD: Tensor, ends_E: Tensor, library: bool
+) -> tuple[Tensor, Tensor]:
+    """y_MD, and h_M2F, the inputs of the activation."""
+    by = _products(library, x_MD, gate_up_ED2F, down_EFD)
+    rows = by.groups(x_MD, ends_E, gate_up_ED2F, down_EFD)
+    h_M2F = by.product(x_MD, gate_up_ED2F, rows)
+    return by.product(_swiglu(h_M2F, library), down_EFD, rows), h_M2F
+
+
+@torch.library.custom_op("engramba::grouped_mlp_bwd", mutates_args=())
+def grouped_mlp_bwd(
+    dy_MD: Tensor, x_MD: Tensor, h_M2F: Tensor, gate_up_ED2F: Tensor, down_EFD: Tensor, ends_E: Tensor, library: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up and down."""
+    by = _products(library, x_MD, gate_up_ED2F, down_EFD)
+    rows = by.groups(x_MD, ends_E, gate_up_ED2F, down_EFD)
+    dh_M2F, a_MF = _swiglu_backward(h_M2F, by.product(dy_MD, down_EFD.mT, rows), library)
+    ddown_EFD = by.weight_gradient(a_MF, dy_MD, rows)
+    del a_MF
+    return by.product(dh_M2F, gate_up_ED2F.mT, rows), by.weight_gradient(x_MD, dh_M2F, rows), ddown_EFD
+
+
+@grouped_matmul_fwd.register_fake
+def _(x_MD, weight_EDF, ends_E, library):
+    return x_MD.new_empty(x_MD.shape[0], weight_EDF.shape[2])
+
+
+@grouped_matmul_bwd.register_fake
+def _(dy_MF, x_MD, weight_EDF, ends_E, library):
+    return x_MD.new_empty(x_MD.shape), weight_EDF.new_empty(weight_EDF.shape)
+
+
+@grouped_mlp_fwd.register_fake
+def _(x_MD, gate_up_ED2F, down_EFD, ends_E, library):
+    return x_MD.new_empty(x_MD.shape), x_MD.new_empty(x_MD.shape[0], gate_up_ED2F.shape[2])
+
+
+@grouped_mlp_bwd.register_fake
+def _(dy_MD, x_MD, h_M2F, gate_up_ED2F, down_EFD, ends_E, library):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x_MD, gate_up_ED2F, down_EFD))
+
+
+def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.library = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_matmul(ctx: Any, dy_MF: Tensor) -> tuple[Tensor | None, ...]:
+    return *grouped_matmul_bwd(dy_MF, *ctx.saved_tensors, ctx.library), None, None
+
+
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_MD, *weights_and_ends, ctx.library = inputs
+    ctx.save_for_backward(x_MD, output[1], *weights_and_ends)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_mlp(ctx: Any, dy_MD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *grouped_mlp_bwd(dy_MD, *ctx.saved_tensors, ctx.library), None, None
+
+
+grouped_matmul_fwd.register_autograd(_backward_matmul, setup_context=_save_matmul)
+grouped_mlp_fwd.register_autograd(_backward_mlp, setup_context=_save_mlp)
+
+
+def _products(library: bool, x_MD: Tensor, *weights: Tensor) -> ModuleType:
+    """Who multiplies: `groups`, `product` and `weight_gradient` of ``cuda`` or ``triton``.
+
+    With ``library`` on CPU tensors, which only tests ask for, nothing of Triton's runs.
+    """
+    if library and cuda.takes(x_MD, *weights):
+        return cuda
+    from kernels.grouped_matmul import triton
+
+    return triton
+
+
+def _swiglu(h_M2F: Tensor, library: bool) -> Tensor:
+    if library and not h_M2F.is_cuda:
+        return swiglu(h_M2F)
+    from kernels.swiglu import triton
+
+    return triton.forward(h_M2F)
+
+
+def _swiglu_backward(h_M2F: Tensor, da_MF: Tensor, library: bool) -> tuple[Tensor, Tensor]:
+    if library and not h_M2F.is_cuda:
+        a_MF, dh_M2F = swiglu_backward(h_M2F, da_MF)
+        return dh_M2F, a_MF
+    from kernels.swiglu import triton
+
+    dh_M2F, a_MF = triton.backward(h_M2F, da_MF, write_a=True)
+    return dh_M2F, a_MF
+
+
+def _unserved(counts_E: Tensor) -> str:
+    return f"{counts_E.numel()} experts" if counts_E.numel() > MAX_TRITON_EXPERTS else ""
+
+
+def _ends(counts_E: Tensor, x_MD: Tensor) -> Tensor:
     return counts_E.to(x_MD.device).cumsum(0).to(torch.int32)
 
 
-def _check(
-    x_MD: torch.Tensor, counts_E: torch.Tensor, *weights: tuple[str, torch.Tensor, int | None, int | None]
-) -> None:
+def _check(x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, int | None, int | None]) -> None:
     if x_MD.dim() != 2:
         raise ValueError(f"x_MD has shape {tuple(x_MD.shape)}, expected (M, D)")
     if counts_E.dim() != 1 or counts_E.dtype != torch.int64:
         raise ValueError(f"counts_E is {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64")
-    if counts_E.device.type == "cpu" and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
+    readable = counts_E.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
         raise ValueError(
             f"counts_E is {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} rows of x_MD"
         )

@@ -1,23 +1,28 @@
 """Router scores, the choice of experts, and their weights (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
 
-Plain PyTorch on every device: the tensors are small.
-
 Legend: T tokens, E experts, K chosen experts.
 Determinism: bitwise from run to run; of equal scores the lower expert wins, on every device.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from kernels.backend import Backend, use_triton
+
+MAX_TRITON_EXPERTS = 4096  # a row of experts is held in registers
+MAX_TRITON_TOP_K = 64  # each choice is a pass over that row
 
 
 def route(
-    logits_TE: torch.Tensor,
+    logits_TE: Tensor,
     top_k: int,
     scores: Literal["sigmoid", "softmax"] = "sigmoid",
-    bias_E: torch.Tensor | None = None,
+    bias_E: Tensor | None = None,
     route_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score every expert, choose ``top_k`` by score plus bias, weigh the chosen by their unbiased scores.
 
     weights = route_scale * s / sum(s over the chosen); eq. 12 to 16. The bias decides who is chosen and nothing else.
@@ -28,20 +33,26 @@ def route(
         scores: sigmoid (V3) or softmax over all experts.
         bias_E: fp32 balancing bias (`update_bias`); None for none.
         route_scale: factor on the normalised weights.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         expert_ids_TK int64 by falling biased score, weights_TK and scores_TE in the dtype of the logits, both
         differentiable in the logits.
 
     Raises:
-        ValueError: shapes, dtypes or names that do not fit.
+        ValueError: shapes, dtypes, devices or names that do not fit, or the backend cannot.
     """
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits_TE is {tuple(logits_TE.shape)} {logits_TE.dtype}, expected (T, E) float32 or float64")
     if scores not in ("sigmoid", "softmax"):
         raise ValueError(f"scores is {scores!r}, expected 'sigmoid' or 'softmax'")
+    _check_choice(logits_TE, top_k, bias_E)
+    if use_triton(backend, logits_TE, _unserved(logits_TE, top_k, bias_E)):
+        bias_E = None if bias_E is None else bias_E.detach()
+        weights_TK, scores_TE, expert_ids_TK = route_fwd(logits_TE, bias_E, top_k, scores, route_scale)
+        return expert_ids_TK, weights_TK, scores_TE
     scores_TE = torch.sigmoid(logits_TE) if scores == "sigmoid" else torch.softmax(logits_TE, -1)
-    expert_ids_TK = choose_experts(scores_TE, top_k, bias_E)
+    expert_ids_TK = choose_experts(scores_TE, top_k, bias_E, "torch")
     chosen_TK = scores_TE.gather(1, expert_ids_TK)
     # All chosen sigmoids can underflow to zero; then every weight is zero.
     weights_TK = chosen_TK * (route_scale / chosen_TK.sum(1, keepdim=True).clamp_min(torch.finfo(chosen_TK.dtype).tiny))
@@ -49,20 +60,21 @@ def route(
 
 
 @torch.no_grad()
-def choose_experts(scores_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+def choose_experts(
+    scores_TE: Tensor, top_k: int, bias_E: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
     """expert_ids_TK int64: the ``top_k`` experts of the largest score plus bias; of equal ones the lower expert.
 
-    Compared in fp32.
+    Compared in fp32. ``backend`` as in `route`.
 
     Raises:
-        ValueError: ``top_k`` or the bias does not fit the scores.
+        ValueError: ``top_k`` or the bias does not fit the scores, or the backend cannot.
     """
+    _check_choice(scores_TE, top_k, bias_E)
     num_experts = scores_TE.shape[1]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}, expected 1 to the {num_experts} experts")
+    if use_triton(backend, scores_TE, _unserved(scores_TE, top_k, bias_E)):
+        return choose_experts_fwd(scores_TE, bias_E, top_k)
     if bias_E is not None:
-        if tuple(bias_E.shape) != (num_experts,) or bias_E.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"bias_E is {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32")
         scores_TE = scores_TE + bias_E
     # topk leaves the order of equal values open, and a stable sort takes 5 times as long at 256 experts (CPU). So topk
     # of distinct integers: the bits of an fp32 in an order that is that of the numbers, then the lower expert first.
@@ -70,3 +82,89 @@ def choose_experts(scores_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | N
     ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
     keys_TE = ordered_TE.long() * 2**32 - torch.arange(num_experts, device=scores_TE.device)
     return keys_TE.topk(top_k, dim=1).indices
+
+
+@torch.library.custom_op("engramba::route_fwd", mutates_args=())
+def route_fwd(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, scores: str, route_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights_TK, scores_TE and expert_ids_TK."""
+    from kernels.route import triton
+
+    return triton.forward(logits_TE, bias_E, top_k, scores, route_scale)
+
+
+@torch.library.custom_op("engramba::route_bwd", mutates_args=())
+def route_bwd(
+    dweights_TK: Tensor | None, dscores_TE: Tensor | None, ids_TK: Tensor, scores_TE: Tensor, scores: str,
+    route_scale: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits."""
+    from kernels.route import triton
+
+    return triton.backward(dweights_TK, dscores_TE, ids_TK, scores_TE, scores, route_scale)
+
+
+@torch.library.custom_op("engramba::choose_experts", mutates_args=())
+def choose_experts_fwd(scores_TE: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
+    """expert_ids_TK."""
+    from kernels.route import triton
+
+    return triton.forward(scores_TE, bias_E, top_k, "given", 1.0)[2]
+
+
+@route_fwd.register_fake
+def _(logits_TE, bias_E, top_k, scores, route_scale):
+    shape = (logits_TE.shape[0], top_k)
+    ids_TK = logits_TE.new_empty(shape, dtype=torch.int64)
+    return logits_TE.new_empty(shape), logits_TE.new_empty(logits_TE.shape), ids_TK
+
+
+@route_bwd.register_fake
+def _(dweights_TK, dscores_TE, ids_TK, scores_TE, scores, route_scale):
+    return scores_TE.new_empty(scores_TE.shape)
+
+
+@choose_experts_fwd.register_fake
+def _(scores_TE, bias_E, top_k):
+    return scores_TE.new_empty((scores_TE.shape[0], top_k), dtype=torch.int64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, ctx.scores, ctx.route_scale = inputs
+    _, scores_TE, ids_TK = output
+    ctx.save_for_backward(ids_TK, scores_TE)
+    ctx.mark_non_differentiable(ids_TK)
+    ctx.set_materialize_grads(False)  # without auxiliary losses the scores have no gradient to read
+
+
+def _backward(ctx: Any, dweights_TK: Tensor | None, dscores_TE: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dweights_TK is None and dscores_TE is None:
+        return None, None, None, None, None
+    dlogits_TE = route_bwd(dweights_TK, dscores_TE, *ctx.saved_tensors, ctx.scores, ctx.route_scale)
+    return dlogits_TE, None, None, None, None
+
+
+route_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def _check_choice(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> None:
+    if scores_TE.dim() != 2:
+        raise ValueError(f"scores_TE has shape {tuple(scores_TE.shape)}, expected (T, E)")
+    num_experts = scores_TE.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}, expected 1 to the {num_experts} experts")
+    if bias_E is None:
+        return
+    if tuple(bias_E.shape) != (num_experts,) or bias_E.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"bias_E is {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32")
+    if bias_E.device != scores_TE.device:
+        raise ValueError(f"bias_E is on {bias_E.device}, expected {scores_TE.device}")
+
+
+def _unserved(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> str:
+    if scores_TE.shape[1] > MAX_TRITON_EXPERTS:
+        return f"{scores_TE.shape[1]} experts"
+    if top_k > MAX_TRITON_TOP_K:
+        return f"a top_k of {top_k}"
+    return "" if bias_E is None or bias_E.dtype is torch.float32 else f"a bias of {bias_E.dtype}"

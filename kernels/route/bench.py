@@ -1,0 +1,74 @@
+"""Routing beside the plain formula: ``python -m kernels.route.bench``.
+
+On a card small tensors cost launches, not bytes: forward reads and writes 4E bytes a token and writes 12K, backward
+reads and writes 4E and reads 12K. The PyTorch path is about 15 launches forward.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.cases import SIZES, Case, Op
+from kernels.route.op import route
+from kernels.timing import Row, compare, machine, print_rows
+
+TOKENS, K = 2048, 6
+
+
+def first_weight(logits_TE: Tensor, bias_E: Tensor, top_k: int = K, scores: str = "sigmoid") -> Tensor:
+    """The first expert's weight: those of all sum to 1, so under a gradient of ones theirs would vanish."""
+    return route(logits_TE, top_k, "sigmoid" if scores == "sigmoid" else "softmax", bias_E)[1][:, 0]
+
+
+def plain(logits_TE: Tensor, bias_E: Tensor, top_k: int = K, scores: str = "sigmoid") -> Tensor:
+    """As most models write it: the order of ties is left open."""
+    scores_TE = logits_TE.sigmoid() if scores == "sigmoid" else logits_TE.softmax(-1)
+    chosen_TK = scores_TE.gather(1, (scores_TE + bias_E).topk(top_k, -1).indices)
+    return (chosen_TK / chosen_TK.sum(-1, keepdim=True))[:, 0]
+
+
+def measure() -> list[Row]:
+    """fp32 on the CPU."""
+    rows = []
+    for E in (64, 128):
+        logits_TE, bias_E = _logits(E, TOKENS, torch.float32, "cpu")
+        ours = partial(first_weight, bias_E=bias_E)
+        peers: dict[str, Op] = {"topk, ties open": partial(plain, bias_E=bias_E)}
+        rows += compare("route", f"{TOKENS} tokens top-{K} of {E}", ours, peers, [logits_TE], limit=1e-5)
+    return rows
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Sigmoid and softmax scores at the presets' sizes."""
+    for size in SIZES:
+        T, E, top_k = size.batch * size.length, size.experts, size.top_k
+        for scores in ("sigmoid", "softmax"):
+            yield Case(
+                op="route",
+                shapes=f"{size.name}: {T} tokens, top-{top_k} of {E}, {scores}",
+                make=partial(_logits, E),
+                full=T,
+                tiny=64,
+                ours=partial(first_weight, top_k=top_k, scores=scores),
+                exact=partial(plain, top_k=top_k, scores=scores),
+                bytes_moved=(T * (8 * E + 12 * top_k), T * (16 * E + 24 * top_k)),
+                flops=(10 * T * E, 14 * T * E),
+                limit=1e-4,
+                dtype=torch.float32,
+            )
+
+
+def _logits(E: int, T: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [torch.randn(T, E, device=device).requires_grad_(), 0.1 * torch.randn(E, device=device)]
+
+
+def main() -> None:
+    """Print the table."""
+    print(machine())
+    print_rows(measure())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The activation of gated MLPs."""
+
+from kernels.swiglu.op import swiglu
+
+__all__ = ["swiglu"]

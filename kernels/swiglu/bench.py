@@ -1,0 +1,49 @@
+"""SwiGLU of packed gate and up beside PyTorch's operations, on a card: cases of ``kernels.bench_gpu``.
+
+Bound by bytes: a value of the activation, forward reads 2 and writes 1, backward reads 3 and writes 2 values.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cases import SIZES, Case, Op, leaves
+from kernels.swiglu.op import swiglu
+
+
+def plain(h: Tensor) -> Tensor:
+    """As most models write it."""
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def liger() -> Op:
+    """Liger's, which takes gate and up as two tensors."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda h: LigerSiLUMulFunction.apply(*(half.contiguous() for half in h.chunk(2, -1)))
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The experts' inner width, a row for every routed copy."""
+    for size in SIZES:
+        rows, inner = size.batch * size.length * size.top_k, size.expert_dim
+        yield Case(
+            op="swiglu",
+            shapes=f"{size.name}: {rows} x {inner}",
+            make=partial(_rows, inner),
+            full=rows,
+            tiny=64,
+            ours=swiglu,
+            exact=plain,
+            bytes_moved=(6 * rows * inner, 16 * rows * inner),
+            flops=(5 * rows * inner, 16 * rows * inner),
+            peers={"liger-kernel": liger},
+        )
+
+
+def _rows(inner: int, rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return leaves(torch.randn(rows, 2 * inner, device=device, dtype=dtype), dtype=dtype, device=device)
