@@ -1,14 +1,17 @@
-"""Checks and dispatch of the Engram gate.
+"""Checks and dispatch of the Engram gate, and the library op of the Triton kernels.
 
 Shapes: B batch, L length, S residual streams, D model width.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from kernels.backend import TRITON_DTYPES, Backend, use_triton
 from kernels.engram_gate.cpu import EngramGate
+
+MAX_STREAMS = 8  # each is unrolled, and has its sums in registers
 
 
 def _check(
@@ -30,21 +33,25 @@ def _check(
     for name, tensor in {"h_BLSD": h_BLSD, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
+        if tensor.device != h_BLSD.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {h_BLSD.device}, that of h_BLSD")
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
     if dead_BL is not None and (dead_BL.dtype != torch.bool or dead_BL.shape != (batch, length)):
         raise ValueError(f"dead_BL: got {dead_BL.dtype} {tuple(dead_BL.shape)}, expected bool {(batch, length)}")
+    if dead_BL is not None and dead_BL.device != h_BLSD.device:
+        raise ValueError(f"dead_BL: got device {dead_BL.device}, expected {h_BLSD.device}, that of h_BLSD")
 
 
 @overload
 def engram_gate(
     h_BLSD: Tensor, k_BLSD: Tensor, v_BLD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor, eps: float,
-    dead_BL: Tensor | None = None, return_gate: Literal[False] = False,
+    dead_BL: Tensor | None = None, return_gate: Literal[False] = False, backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def engram_gate(
     h_BLSD: Tensor, k_BLSD: Tensor, v_BLD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor, eps: float,
-    dead_BL: Tensor | None = None, *, return_gate: Literal[True],
+    dead_BL: Tensor | None = None, *, return_gate: Literal[True], backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def engram_gate(
     h_BLSD: Tensor,
@@ -55,13 +62,14 @@ def engram_gate(
     eps: float,
     dead_BL: Tensor | None = None,
     return_gate: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Memory values, weighted by how well their keys fit the residual stream (arXiv 2601.07372, eq. 4 to 6).
 
     For each stream: ``s = <RMSNorm(k), RMSNorm(h)> / sqrt(D)``, ``s = sign(s) sqrt(max(|s|, 1e-6))`` (the official
     demo's signed root, which the paper's equation lacks), ``u = sigmoid(s) v``. s = 0 gives a gate of 1/2. The gradient
     with respect to s is 0 where the clamp holds, so it is finite everywhere.
-    The math is fp32, or fp64 when h or k are fp64. Run-to-run deterministic. First derivatives only.
+    The math is fp32, or fp64 when h or k are fp64. Run-to-run deterministic, bitwise. First derivatives only.
 
     Args:
         h_BLSD: residual streams; its dtype may differ from that of k and v.
@@ -72,14 +80,18 @@ def engram_gate(
         dead_BL: bool, positions without memory: they give zero, and zero gradient to every input, even where k and v
             are not finite.
         return_gate: also return the gates (B, L, S) in the math dtype, detached; 0 at dead positions.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         u (B, L, S, D) in v's dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or eps is not positive.
+        ValueError: a shape or dtype does not fit, devices differ, eps is not positive, or the backend cannot.
     """
     _check(h_BLSD, k_BLSD, v_BLD, query_weight_SD, key_weight_SD, eps, dead_BL)
+    if use_triton(backend, h_BLSD, _unserved(h_BLSD, k_BLSD, v_BLD, query_weight_SD, key_weight_SD)):
+        u_BLSD, scalars = engram_gate_fwd(h_BLSD, k_BLSD, v_BLD, query_weight_SD, key_weight_SD, eps, dead_BL)
+        return (u_BLSD, scalars[0]) if return_gate else u_BLSD
     if dead_BL is not None:  # a zero key scores 0, inside the clamp: nothing flows back through the gate either
         k_BLSD = k_BLSD.masked_fill(dead_BL[..., None, None], 0.0)
         v_BLD = v_BLD.masked_fill(dead_BL[..., None], 0.0)
@@ -89,3 +101,58 @@ def engram_gate(
     if not return_gate:
         return u_BLSD
     return u_BLSD, gate_BLS if dead_BL is None else gate_BLS.masked_fill(dead_BL[..., None], 0.0)
+
+
+def _unserved(h_BLSD: Tensor, *others: Tensor) -> str:
+    """What the kernels cannot do of these inputs."""
+    if h_BLSD.shape[2] > MAX_STREAMS:
+        return f"{h_BLSD.shape[2]} streams"
+    wide = [tensor.dtype for tensor in others if tensor.dtype not in TRITON_DTYPES]
+    return f"dtype {wide[0]}" if wide else ""
+
+
+@torch.library.custom_op("engramba::engram_gate_fwd", mutates_args=())
+def engram_gate_fwd(
+    h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, dead: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """u (B, L, S, D), and (4, B, L, S): gate, score, 1 / rms of h and of k."""
+    from kernels.engram_gate import triton
+
+    return triton.forward(h, k, v, query_weight, key_weight, eps, dead)
+
+
+@torch.library.custom_op("engramba::engram_gate_bwd", mutates_args=())
+def engram_gate_bwd(
+    du: Tensor, h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, dead: Tensor | None,
+    scalars: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of h, k, v, and in fp32 (S, D) that of the product of the norms' weights."""
+    from kernels.engram_gate import triton
+
+    return triton.backward(du, h, k, v, query_weight, key_weight, dead, scalars)
+
+
+@engram_gate_fwd.register_fake
+def _(h, k, v, query_weight, key_weight, eps, dead):
+    return v.new_empty(h.shape), v.new_empty((4, *h.shape[:3]), dtype=torch.float32)
+
+
+@engram_gate_bwd.register_fake
+def _(du, h, k, v, query_weight, key_weight, dead, scalars):
+    return *(x.new_empty(x.shape) for x in (h, k, v)), h.new_empty(query_weight.shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    h, k, v, query_weight, key_weight, _, dead = inputs
+    ctx.save_for_backward(h, k, v, query_weight, key_weight, dead, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, du: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, k, v, query_weight, key_weight, dead, scalars = ctx.saved_tensors
+    dh, dk, dv, dweight = engram_gate_bwd(du, h, k, v, query_weight, key_weight, dead, scalars)
+    dquery, dkey = dweight * key_weight.float(), dweight * query_weight.float()
+    return dh, dk, dv, dquery.to(query_weight.dtype), dkey.to(key_weight.dtype), None, None
+
+
+engram_gate_fwd.register_autograd(_backward, setup_context=_save)

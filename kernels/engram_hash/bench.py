@@ -1,12 +1,19 @@
-"""The Engram hash beside numpy, as the paper's demo computes it: ``python -m kernels.engram_hash.bench``."""
+"""The Engram hash beside numpy, as the paper's demo computes it: ``python -m kernels.engram_hash.bench``.
 
+On a GPU: 8 bytes a column to write, and the ids to read. Integer arithmetic only; 56 to 72 registers a thread.
+"""
+
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.engram_hash import NgramHash, engram_hash, ngram_hashes
+from kernels.backend import Backend
+from kernels.cases import SIZES as MODELS
+from kernels.cases import Case
+from kernels.engram_hash import NgramHash, engram_hash, engram_hash_layers, ngram_hashes
 from kernels.engram_hash.reference import engram_hash_reference
 from kernels.timing import Row, machine, print_rows, times_in_turn
 
@@ -57,6 +64,36 @@ def measure() -> list[Row]:
             )
         )
     return result
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Both layers of a model, packed rows, the sizes of the demo and of V4.1."""
+    for model in MODELS:
+        for name, (orders, table_size) in SIZES.items():
+            hashes = ngram_hashes((1, 14), VOCAB, orders, 8, table_size, seed=0, pad_id=2)
+            tokens, columns = model.batch * model.length, sum(hash.num_columns for hash in hashes.values())
+            yield Case(
+                op="engram_hash",
+                shapes=f"{model.name}: {model.batch} x {model.length} ids, 2 layers, {name}",
+                make=partial(_packed, model.length),
+                full=model.batch,
+                tiny=1,
+                ours=partial(_hash, list(hashes.values())),
+                exact=partial(_hash, list(hashes.values()), backend="torch"),
+                bytes_moved=(tokens * (16 + 8 * columns),) * 2,
+                flops=(0, 0),
+                limit=0.0,
+                dtype=torch.int64,
+            )
+
+
+def _packed(length: int, rows: int, _: torch.dtype, device: str) -> list[Tensor]:
+    documents = (torch.rand(rows, length) < 1 / 512).cumsum(1)
+    return [torch.randint(0, VOCAB, (rows, length)).to(device), documents.to(device)]
+
+
+def _hash(hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor, backend: Backend | None = None) -> Tensor:
+    return engram_hash_layers(ids_BL, hashes, seq_idx_BL, backend=backend)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNK = 512  # tokens
 BLOCK_VALUES = 1 << 18
 TAIL_MULTIPLE = 64
 

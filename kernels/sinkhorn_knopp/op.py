@@ -4,12 +4,19 @@ Legend: N residual streams, ... any leading dims (tokens).
 Determinism: bitwise from run to run.
 """
 
+from typing import Any
+
 import torch
 
+from kernels.backend import Backend, use_triton
 from kernels.sinkhorn_knopp.cpu import SinkhornKnopp
 
+MAX_STREAMS, MAX_ITERS = 16, 32  # backward holds a matrix of every step in registers
 
-def sinkhorn_knopp(logits_NN: torch.Tensor, num_iters: int = 20, eps: float = 1e-6) -> torch.Tensor:
+
+def sinkhorn_knopp(
+    logits_NN: torch.Tensor, num_iters: int = 20, eps: float = 1e-6, backend: Backend | None = None
+) -> torch.Tensor:
     """comb[..., j, k], nearly doubly stochastic, with exact columns: stream j goes to stream k with this weight.
 
     Softmax of the rows + eps, columns normalised, then rows and columns ``num_iters - 1`` times, eps in every divisor
@@ -19,12 +26,13 @@ def sinkhorn_knopp(logits_NN: torch.Tensor, num_iters: int = 20, eps: float = 1e
         logits_NN: (..., N, N), any floating dtype; 16-bit is computed in fp32.
         num_iters: at least 1.
         eps: positive.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         (..., N, N) in fp32 (fp64 for fp64), differentiable in the logits; the backward pass computes all steps again.
 
     Raises:
-        ValueError: not square, not floating, or out of range.
+        ValueError: not square, not floating, out of range, or the backend cannot.
     """
     if logits_NN.dim() < 2 or logits_NN.shape[-1] != logits_NN.shape[-2] or logits_NN.shape[-1] == 0:
         raise ValueError(f"logits_NN has shape {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1")
@@ -34,6 +42,54 @@ def sinkhorn_knopp(logits_NN: torch.Tensor, num_iters: int = 20, eps: float = 1e
         raise ValueError(f"num_iters is {num_iters}, expected at least 1")
     if eps <= 0:
         raise ValueError(f"eps is {eps}, expected a positive number")
-    logits_NN = logits_NN.to(torch.promote_types(logits_NN.dtype, torch.float32))
     streams = logits_NN.shape[-1]
+    if use_triton(backend, logits_NN, _unserved(streams, num_iters)):
+        return sinkhorn_knopp_fwd(logits_NN.reshape(-1, streams, streams), num_iters, eps).view(logits_NN.shape)
+    logits_NN = logits_NN.to(torch.promote_types(logits_NN.dtype, torch.float32))
     return SinkhornKnopp.apply(logits_NN.reshape(-1, streams, streams), num_iters, eps).view_as(logits_NN)
+
+
+def _unserved(streams: int, num_iters: int) -> str:
+    """What the kernels cannot do of this call."""
+    if streams > MAX_STREAMS:
+        return f"{streams} streams"
+    return f"{num_iters} iterations" if num_iters > MAX_ITERS else ""
+
+
+@torch.library.custom_op("engramba::sinkhorn_knopp_fwd", mutates_args=())
+def sinkhorn_knopp_fwd(logits: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
+    """comb (T, N, N) in fp32 of logits (T, N, N)."""
+    from kernels.sinkhorn_knopp import triton
+
+    return triton.forward(logits, num_iters, eps)
+
+
+@torch.library.custom_op("engramba::sinkhorn_knopp_bwd", mutates_args=())
+def sinkhorn_knopp_bwd(dcomb: torch.Tensor, logits: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
+    """dlogits (T, N, N)."""
+    from kernels.sinkhorn_knopp import triton
+
+    return triton.backward(dcomb, logits, num_iters, eps)
+
+
+@sinkhorn_knopp_fwd.register_fake
+def _(logits, num_iters, eps):
+    return logits.new_empty(logits.shape, dtype=torch.float32)
+
+
+@sinkhorn_knopp_bwd.register_fake
+def _(dcomb, logits, num_iters, eps):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    logits, ctx.num_iters, ctx.eps = inputs
+    ctx.save_for_backward(logits)
+
+
+def _backward(ctx: Any, dcomb: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    (logits,) = ctx.saved_tensors
+    return sinkhorn_knopp_bwd(dcomb, logits, ctx.num_iters, ctx.eps), None, None
+
+
+sinkhorn_knopp_fwd.register_autograd(_backward, setup_context=_save)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from kernels.segment_sum import sum_sorted
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,6 @@ def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:
 def sum_groups(values_NW: torch.Tensor, groups: Groups) -> torch.Tensor:
     """(U, W) fp32: the sum of each group's rows of ``values_NW``, in the order of their positions.
 
-    An embedding bag is the fastest segment sum of PyTorch on CPUs (2x index_add_) and has no cliff when all ids are
-    one row. It returns its input's dtype, so low precision is cast first. Bitwise reproducible.
+    Bitwise reproducible; on CUDA a row's sum depends on its own values only (``kernels.segment_sum``).
     """
-    if not groups.rows_U.numel():
-        return values_NW.new_zeros((0, values_NW.shape[-1]), dtype=torch.float32)
-    return F.embedding_bag(groups.order, values_NW.float(), groups.starts_U, mode="sum")
+    return sum_sorted(values_NW, groups.order, groups.starts_U)
