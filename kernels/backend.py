@@ -36,7 +36,7 @@ def use_triton(backend: Backend | None, tensor: Tensor, unserved: str = "") -> b
         return False
     if backend not in (None, "triton"):
         raise ValueError(f"backend: got {backend!r}, expected 'torch', 'triton' or None (the device decides)")
-    if tensor.dtype not in TRITON_DTYPES:
+    if tensor.is_floating_point() and tensor.dtype not in TRITON_DTYPES:
         unserved = f"dtype {tensor.dtype}"
     missing = _missing(tensor) or (f"its kernels do not serve {unserved}" if unserved else "")
     if missing and backend == "triton":
@@ -51,6 +51,20 @@ def cuda_arch() -> int:
     from triton.runtime.driver import driver
 
     return 80 if _interpreted() else int(driver.active.get_current_target().arch)
+
+
+def strides_in_units(*tensors: Tensor | None) -> tuple[tuple[int, ...], int]:
+    """Strides of the tensors, all but their last, in units of 8 or fewer values; and the unit. 0 for None.
+
+    Triton makes loads wide where a stride is a multiple of 16, or of a factor that the kernel's text shows. A view into
+    a projection 6,184 wide, say, is neither: passed as 773 and multiplied by 8 in the kernel, its loads are 16 bytes.
+    Every tensor counts as one of as many dims as the first has.
+    """
+    assert tensors[0] is not None
+    dims = tensors[0].ndim - 1
+    strides = [stride for x in tensors for stride in ([0] * dims if x is None else x.stride()[:-1])]
+    unit = next(unit for unit in (8, 4, 2, 1) if all(stride % unit == 0 for stride in strides))
+    return tuple(stride // unit for stride in strides), unit
 
 
 def serve_cpu_tensors(enabled: bool) -> None:

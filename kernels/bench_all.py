@@ -11,8 +11,12 @@ from kernels.engram_hash import bench as engram_hash
 from kernels.grouped_matmul import bench as grouped_matmul
 from kernels.linear_cross_entropy import bench as linear_cross_entropy
 from kernels.lti_conv import bench as lti_conv
+from kernels.moe_permute import bench as moe_permute
 from kernels.rms_norm import bench as rms_norm
+from kernels.route import bench as route
+from kernels.segment_sum import bench as segment_sum
 from kernels.selective_scan import bench as selective_scan
+from kernels.sinkhorn_knopp import bench as sinkhorn_knopp
 from kernels.ssd import bench as ssd
 from kernels.state_update import bench as state_update
 from kernels.timing import machine, print_rows
@@ -23,12 +27,16 @@ OPS = (
     causal_attention,
     causal_conv1d,
     grouped_matmul,
+    moe_permute,
+    route,
     linear_cross_entropy,
     rms_norm,
     lti_conv,
     state_update,
     engram_hash,
     engram_gate,
+    segment_sum,
+    sinkhorn_knopp,
 )
 
 

@@ -32,16 +32,19 @@ class ExpertParallelMLP(ExpertMarker):
         self.down = experts(inner, d_model, init=out_init)
 
     def forward(
-        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, dropless: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts' weighted sum and the exact number of this rank's rows for each of the E experts.
 
         Communicates over ``ep``: counts, rows out, rows back. An id of -1 is a dropped slot and adds nothing.
 
+        Args:
+            dropless: no id is -1: then a card with all experts is never waited for.
+
         Returns:
             y_TD in the dtype of x_TD, counts_E int64.
         """
-        x_MD, sent = permute(x_TD, expert_ids_TK, self.num_experts)
+        x_MD, sent = permute(x_TD, expert_ids_TK, self.num_experts, dropless=dropless)
         if self.ep_size == 1:
             y_MD = grouped_mlp(x_MD, sent.counts_E, self.gate_up, self.down)
         else:
@@ -57,8 +60,9 @@ class ExpertParallelMLP(ExpertMarker):
         arrived = all_to_all_rows(x_MD, send, receive, group)
         self.exchange_s += time.perf_counter() - begin
         # Rows arrive by (source rank, expert); the experts want them by expert.
-        expert_ids = torch.arange(local, device=x_MD.device).repeat(ranks).repeat_interleave(received_counts)
-        sorted_rows, order = permute(arrived, expert_ids[:, None], local)
+        expert_of_block = torch.arange(local, device=x_MD.device).repeat(ranks)
+        expert_ids = expert_of_block.repeat_interleave(received_counts, output_size=sum(receive))
+        sorted_rows, order = permute(arrived, expert_ids[:, None], local, dropless=True)
         y = unpermute(grouped_mlp(sorted_rows, order.counts_E, self.gate_up, self.down), order)
         begin = time.perf_counter()
         back = all_to_all_rows(y, receive, send, group)

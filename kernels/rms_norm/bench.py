@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, leaves
+from kernels.cases import SIZES, Case, Size, leaves
 from kernels.rms_norm.op import gated_rms_norm, rms_norm
 from kernels.timing import Row, compare, machine, print_rows
 
@@ -72,7 +72,7 @@ def gpu_cases() -> Iterator[Case]:
         yield Case(
             op="gated_rms_norm",
             shapes=f"{size.name}: {tokens} x {D} in groups of {group}",
-            make=partial(_pair, D),
+            make=partial(_pair, size),
             full=tokens,
             tiny=64,
             ours=partial(gated_rms_norm, eps=EPS, group_size=group),
@@ -86,9 +86,12 @@ def _stream(D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor
     return leaves(torch.randn(tokens, D), torch.ones(D), dtype=torch.float32, device=device)
 
 
-def _pair(D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    x, z = leaves(torch.randn(tokens, D), torch.randn(tokens, D), dtype=dtype, device=device)
-    return [x, z, *leaves(torch.ones(D), dtype=torch.float32, device=device)]
+def _pair(size: Size, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    D = size.heads * size.head_dim
+    wide = torch.randn(tokens, 2 * D + 2 * size.groups * size.state + size.heads, device=device)
+    x, z = torch.randn(tokens, D, device=device).to(dtype), wide.to(dtype)[:, :D]  # z is a view of the projection
+    weight = torch.ones(D, device=device)
+    return [t.detach().requires_grad_() for t in (x, z, weight)]
 
 
 def main() -> None:

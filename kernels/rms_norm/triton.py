@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import strides_in_units
+
 TILE = 4096  # values of a tile: 32 a thread at 4 warps; half of it in backward, which would take 255 registers
 GRADIENT_PROGRAMS = 1024  # how many parts the weight's gradient is summed in: about 4 waves of an H200
 
@@ -26,16 +28,20 @@ def rms_norm_fwd_kernel(
     x_ptr, z_ptr, weight_ptr, y_ptr, rstd_ptr,
     M, S, D, eps, stride_xm, stride_xs, stride_zm, stride_zs, stride_ws, stride_wd,
     HAS_Z: tl.constexpr, HAS_WEIGHT: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y (M, S, D) and rstd (M, S); grid (blocks of M, S)."""
     s = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (m < M)[:, None] & (d < D)[None, :]
-    u = tl.load(x_ptr + m[:, None] * stride_xm + s * stride_xs + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(x_ptr + m[:, None] * stride_xm * UNIT + s * stride_xs * UNIT + d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     if HAS_Z:
-        z = tl.load(z_ptr + m[:, None] * stride_zm + s * stride_zs + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + m[:, None] * stride_zm * UNIT + s * stride_zs * UNIT + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         if not NORM_BEFORE_GATE:
             u *= _silu(z)
     rstd = tl.rsqrt(tl.sum(u * u, 1) / D + eps)
@@ -53,7 +59,7 @@ def rms_norm_bwd_kernel(
     x_ptr, z_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dz_ptr, dweight_ptr,
     M, S, D, rows_of_program, stride_xm, stride_xs, stride_zm, stride_zs, stride_ws, stride_wd,
     HAS_Z: tl.constexpr, HAS_WEIGHT: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx, dz (M, S, D) and the parts of dweight (programs, S, D); grid (programs, S)."""
     s = tl.program_id(1).to(tl.int64)
@@ -67,12 +73,14 @@ def rms_norm_bwd_kernel(
         m = first + start + tl.arange(0, ROWS)
         mask = (m < M)[:, None] & (d < D)[None, :]
         flat = (m * S + s)[:, None] * D + d[None, :]
-        x = tl.load(x_ptr + m[:, None] * stride_xm + s * stride_xs + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + m[:, None] * stride_xm * UNIT + s * stride_xs * UNIT + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         dy = tl.load(dy_ptr + flat, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + m * S + s, mask=m < M, other=0.0)[:, None]
         u, dnormed = x, dy
         if HAS_Z:
-            z = tl.load(z_ptr + m[:, None] * stride_zm + s * stride_zs + d[None, :], mask=mask, other=0.0)
+            z = tl.load(z_ptr + m[:, None] * stride_zm * UNIT + s * stride_zs * UNIT + d[None, :], mask=mask, other=0.0)
             z = z.to(tl.float32)
             gate = _silu(z)
             slope = tl.sigmoid(z) * (1 + z * (1 - tl.sigmoid(z)))
@@ -102,9 +110,10 @@ def forward(
     x, z = _dense_rows(x), z if z is None else _dense_rows(z)
     y, rstd = torch.empty((M, S, D), dtype=out_dtype, device=x.device), x.new_empty((M, S), dtype=torch.float32)
     rows, options = _tile(D)
+    strides, unit = strides_in_units(x, z)
     if M * S:
         rms_norm_fwd_kernel[(triton.cdiv(M, rows), S)](
-            x, z, weight, y, rstd, M, S, D, eps, *_strides(x, z, weight),
+            x, z, weight, y, rstd, M, S, D, eps, *strides, *_strides(weight), UNIT=unit,
             HAS_Z=z is not None, HAS_WEIGHT=weight is not None, NORM_BEFORE_GATE=norm_before_gate, ROWS=rows, **options,
         )  # fmt: skip
     return y, rstd
@@ -119,12 +128,13 @@ def backward(
     dx = torch.empty((M, S, D), dtype=x.dtype, device=x.device)
     dz = None if z is None else torch.empty((M, S, D), dtype=z.dtype, device=x.device)
     rows, options = _tile(D, TILE // 2)
+    strides, unit = strides_in_units(x, z)
     programs = min(triton.cdiv(M, rows), max(1, GRADIENT_PROGRAMS // max(S, 1)))
     rows_of_program = triton.cdiv(triton.cdiv(M, max(programs, 1)), rows) * rows
     dweight = None if weight is None else x.new_empty((programs, S, D), dtype=torch.float32)
     if M * S:
         rms_norm_bwd_kernel[(programs, S)](
-            x, z, weight, rstd, dy, dx, dz, dweight, M, S, D, rows_of_program, *_strides(x, z, weight),
+            x, z, weight, rstd, dy, dx, dz, dweight, M, S, D, rows_of_program, *strides, *_strides(weight), UNIT=unit,
             HAS_Z=z is not None, HAS_WEIGHT=weight is not None, NORM_BEFORE_GATE=norm_before_gate, ROWS=rows, **options,
         )  # fmt: skip
     return [dx, *([] if dz is None else [dz]), *([] if dweight is None else [dweight.sum(0)])]
@@ -141,9 +151,5 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[int, ...]:
-    return (
-        *x.stride()[:2],
-        *((0, 0) if z is None else z.stride()[:2]),
-        *((0, 0) if weight is None else weight.stride()),
-    )
+def _strides(weight: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if weight is None else weight.stride()

@@ -93,8 +93,11 @@ def gpu_cases() -> Iterator[Case]:
 
 def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     length = size.length if device == "cuda" else 70
-    shapes = [(size.heads, size.head_dim), (size.heads,), *[(size.groups, size.state)] * 2]
-    x, dt, B, C = leaves(*(torch.randn(batch, length, *shape) for shape in shapes), dtype=dtype, device=device)
+    widths = (size.heads * size.head_dim, *[size.groups * size.state] * 2)  # views of the convolution's output
+    x, B, C = torch.randn(batch, length, sum(widths), device=device).to(dtype).split(widths, -1)
+    x, (B, C) = x.unflatten(-1, (size.heads, -1)), (t.unflatten(-1, (size.groups, -1)) for t in (B, C))
+    dt = torch.randn(batch, length, size.heads, device=device).to(dtype)
+    x, dt, B, C = (t.detach().requires_grad_() for t in (x, dt, B, C))
     A, D, bias = -torch.linspace(1, 16, size.heads), torch.ones(size.heads), torch.linspace(-6.9, -2.3, size.heads)
     A, D, bias = leaves(A, D, bias, dtype=torch.float32, device=device)
     return [x, dt, A, B, C, D, bias]

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import cuda_arch
+from kernels.backend import cuda_arch, strides_in_units
 from kernels.ssd.triton_kernels import ssd_bwd_dBC_kernel, ssd_bwd_dx_kernel, ssd_fwd_kernel, ssd_states_kernel
 
 PROGRAMS = 512  # that a sweep should have at least: about two an SM of an H200, with some to spare
@@ -49,11 +49,11 @@ def forward(
     x, B, C, seq_idx = _dense(x), _dense(B), _dense(C), seq_idx if seq_idx is None else seq_idx.contiguous()
     sweep = _Sweep(x, B, chunk_size)
     sums, decays = sweep.segment_sums(x, dt, A, B, dt_bias, seq_idx, dt_softplus, dt_limit)
+    strides, unit = _strides_of(x, dt, B, C)
     ssd_fwd_kernel[sweep.grid](
         x, dt, A, B, C, D, dt_bias, initial, seq_idx, sums, decays, y, final,
         length, heads, width, state_size, heads // groups, *sweep.cut, *dt_limit,
-        *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *_strides(D), SOFTPLUS=dt_softplus,
-        **sweep.options,
+        *strides, *_strides(D), SOFTPLUS=dt_softplus, UNIT=unit, **sweep.options,
     )  # fmt: skip
     return y, final
 
@@ -75,7 +75,7 @@ def backward(
     seq_idx = seq_idx if seq_idx is None else seq_idx.contiguous()
     dfinal = dfinal if dfinal is None else dfinal.contiguous()
     sweep, fp32 = _Sweep(x, B, chunk_size), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
+    strides, unit = _strides_of(x, dt, B, C)
     scalars = (seq_idx, dt_softplus, dt_limit)
     sizes = (length, heads, width, state_size, heads // groups)
 
@@ -88,7 +88,7 @@ def backward(
     ssd_bwd_dx_kernel[sweep.grid](
         x, dt, A, B, C, D, dt_bias, dfinal, seq_idx, dy, *sums,
         dx, through_dt, through_into, dD, leaving, dinitial, *sizes, *sweep.cut, *dt_limit, *strides, *_strides(D),
-        SOFTPLUS=dt_softplus, **sweep.options,
+        SOFTPLUS=dt_softplus, UNIT=unit, **sweep.options,
     )  # fmt: skip
 
     options = _gradient_options(sweep.options)
@@ -102,7 +102,7 @@ def backward(
     ssd_bwd_dBC_kernel[(groups * blocks_of_group, sweep.chunks, batch)](
         x, dt, A, B, C, dt_bias, seq_idx, dy, entering, leaving, through_dt, through_into, ddt, dA, dB, dC,
         None if dt_bias is None else dbias, *sizes, sweep.chunks, blocks_of_group, sweep.blocks_of_width, *dt_limit,
-        *strides, SOFTPLUS=dt_softplus, **options,
+        *strides, SOFTPLUS=dt_softplus, UNIT=unit, **options,
     )  # fmt: skip
     if blocks_of_group > 1:
         dB, dC = (part.unflatten(2, (groups, blocks_of_group)).sum(3).to(x.dtype) for part in (dB, dC))
@@ -159,10 +159,11 @@ class _Sweep:
         seq_idx: Tensor | None, sums: Tensor | None, decays: Tensor | None, states: Tensor | None,
         dt_softplus: bool, dt_limit: Sequence[float], reverse: bool,
     ) -> None:  # fmt: skip
+        strides, unit = _strides_of(x, dt, B)
         ssd_states_kernel[self.grid](
             x, dt, A, B, dt_bias, start, seq_idx, sums, decays, states,
             self.length, self.heads, self.width, self.state, self.heads // self.groups, *self.cut, *dt_limit,
-            *x.stride()[:3], *dt.stride(), *B.stride()[:3], SOFTPLUS=dt_softplus, REVERSE=reverse, **self.options,
+            *strides, SOFTPLUS=dt_softplus, REVERSE=reverse, UNIT=unit, **self.options,
         )  # fmt: skip
 
 
@@ -197,6 +198,12 @@ def _chunk(asked: int, most: int) -> int:
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides_of(x: Tensor, dt: Tensor, *others: Tensor) -> tuple[tuple[int, ...], int]:
+    """Strides of x, dt and the others, in the order in which kernels take them; those of dt in values."""
+    strides, unit = strides_in_units(x, *others)
+    return (*strides[:3], *dt.stride(), *strides[3:]), unit
 
 
 def _strides(D: Tensor | None) -> tuple[int, ...]:

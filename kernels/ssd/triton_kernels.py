@@ -1,7 +1,7 @@
 """The kernels of the SSD scan; what they are for and why they are these is said in ``triton.py``.
 
 Decays are base 2, in fp32, from sums over one chunk that start anew with each document, as in ``cpu.py``. Offsets in
-a chunk have 32 bits, offsets of a chunk 64.
+a chunk have 32 bits, offsets of a chunk 64. Strides of x, B and C come in units of ``UNIT`` values.
 
 Legend: B batch, L length, Q chunk length, H heads, P head width, N state size, G groups; i and j tokens of a chunk.
 """
@@ -67,7 +67,7 @@ def ssd_states_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, start_ptr, seq_ptr, sums_ptr, decays_ptr, chunks_ptr,
     L, H, P: tl.constexpr, N: tl.constexpr, heads_of_group, chunks, chunks_of_segment, segments, low, high,
     stride_xb, stride_xl, stride_xh, stride_db, stride_dl, stride_dh, stride_Bb, stride_Bl, stride_Bg,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Carry a state over the chunks of a segment; grid (H x blocks of P, segments, B).
@@ -81,9 +81,9 @@ def ssd_states_kernel(
     segment, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    x_ptr += b * stride_xb + h * stride_xh
+    x_ptr += b * stride_xb * UNIT + h * stride_xh * UNIT
     dt_ptr += b * stride_db
-    B_ptr += b * stride_Bb + (h // heads_of_group) * stride_Bg
+    B_ptr += b * stride_Bb * UNIT + (h // heads_of_group) * stride_Bg * UNIT
     if seq_ptr is not None:
         seq_ptr += b * L
     log2_decay = tl.load(A_ptr + h) * LOG2E
@@ -106,8 +106,8 @@ def ssd_states_kernel(
             whole *= over
         else:
             tl.store(chunks_ptr + ((b * chunks + c) * H + h) * N * P + by_np, state, mask=state_mask)
-        x = _tokens(x_ptr + t * stride_xl, i, left, stride_xl, p, P)
-        B = _tokens(B_ptr + t * stride_Bl, i, left, stride_Bl, n, N)
+        x = _tokens(x_ptr + t * stride_xl * UNIT, i, left, stride_xl * UNIT, p, P)
+        B = _tokens(B_ptr + t * stride_Bl * UNIT, i, left, stride_Bl * UNIT, n, N)
         scale = out if REVERSE else dt * into
         state = tl.dot(tl.trans(B), (x * scale[:, None]).to(B.dtype), acc=over * state, input_precision=PRECISION)
     if chunks_ptr is None:
@@ -139,7 +139,7 @@ def ssd_fwd_kernel(
     L, H, P: tl.constexpr, N: tl.constexpr, heads_of_group, chunks, chunks_of_segment, segments, low, high,
     stride_xb, stride_xl, stride_xh, stride_db, stride_dl, stride_dh,
     stride_Bb, stride_Bl, stride_Bg, stride_Cb, stride_Cl, stride_Cg, stride_Dh, stride_Dp,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y (B, L, H, P) and the last states (B, H, P, N); grid (H x blocks of P, segments, B)."""
@@ -148,10 +148,10 @@ def ssd_fwd_kernel(
     segment, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    x_ptr += b * stride_xb + h * stride_xh
+    x_ptr += b * stride_xb * UNIT + h * stride_xh * UNIT
     dt_ptr += b * stride_db
-    B_ptr += b * stride_Bb + (h // heads_of_group) * stride_Bg
-    C_ptr += b * stride_Cb + (h // heads_of_group) * stride_Cg
+    B_ptr += b * stride_Bb * UNIT + (h // heads_of_group) * stride_Bg * UNIT
+    C_ptr += b * stride_Cb * UNIT + (h // heads_of_group) * stride_Cg * UNIT
     y_ptr += (b * L * H + h) * P
     if seq_ptr is not None:
         seq_ptr += b * L
@@ -164,9 +164,9 @@ def ssd_fwd_kernel(
         visible, enters, leaves, crosses = _visible(seq_ptr, t, left, CHUNK)
         dt, _ = _step_size(dt_ptr + t * stride_dl, bias_ptr, h, i, left, stride_dl, stride_dh, low, high, SOFTPLUS)
         cum, into, out, over = _decays(dt, log2_decay, visible, enters, leaves, crosses, seq_ptr is not None)
-        x = _tokens(x_ptr + t * stride_xl, i, left, stride_xl, p, P)
-        B = _tokens(B_ptr + t * stride_Bl, i, left, stride_Bl, n, N)
-        C = _tokens(C_ptr + t * stride_Cl, i, left, stride_Cl, n, N)
+        x = _tokens(x_ptr + t * stride_xl * UNIT, i, left, stride_xl * UNIT, p, P)
+        B = _tokens(B_ptr + t * stride_Bl * UNIT, i, left, stride_Bl * UNIT, n, N)
+        C = _tokens(C_ptr + t * stride_Cl * UNIT, i, left, stride_Cl * UNIT, n, N)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         decay = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0))
         weights = tl.where(visible, scores * decay * dt[None, :], 0.0)
@@ -190,7 +190,7 @@ def ssd_bwd_dx_kernel(
     L, H, P: tl.constexpr, N: tl.constexpr, heads_of_group, chunks, chunks_of_segment, segments, low, high,
     stride_xb, stride_xl, stride_xh, stride_db, stride_dl, stride_dh,
     stride_Bb, stride_Bl, stride_Bg, stride_Cb, stride_Cl, stride_Cg, stride_Dh, stride_Dp,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The forward's mirror image, from the last chunk to the first; grid (H x blocks of P, segments, B).
@@ -204,10 +204,10 @@ def ssd_bwd_dx_kernel(
     segment, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    x_ptr += b * stride_xb + h * stride_xh
+    x_ptr += b * stride_xb * UNIT + h * stride_xh * UNIT
     dt_ptr += b * stride_db
-    B_ptr += b * stride_Bb + (h // heads_of_group) * stride_Bg
-    C_ptr += b * stride_Cb + (h // heads_of_group) * stride_Cg
+    B_ptr += b * stride_Bb * UNIT + (h // heads_of_group) * stride_Bg * UNIT
+    C_ptr += b * stride_Cb * UNIT + (h // heads_of_group) * stride_Cg * UNIT
     dy_ptr += (b * L * H + h) * P
     dx_ptr += (b * L * H + h) * P
     through = (block * tl.num_programs(2) + b) * L * H + h
@@ -230,15 +230,15 @@ def ssd_bwd_dx_kernel(
         cum, into, out, over = _decays(dt, log2_decay, visible, enters, leaves, crosses, seq_ptr is not None)
         tile = ((b * chunks + c) * H + h) * N * P
         tl.store(chunks_ptr + tile + n[:, None] * P + p[None, :], state, mask=state_mask)
-        B = _tokens(B_ptr + t * stride_Bl, i, left, stride_Bl, n, N)
-        C = _tokens(C_ptr + t * stride_Cl, i, left, stride_Cl, n, N)
+        B = _tokens(B_ptr + t * stride_Bl * UNIT, i, left, stride_Bl * UNIT, n, N)
+        C = _tokens(C_ptr + t * stride_Cl * UNIT, i, left, stride_Cl * UNIT, n, N)
         dy = _tokens(dy_ptr + t * H * P, i, left, H * P, p, P)
         scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # (j, i): its product with dy needs no transposing
         decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
         weights = tl.where(tl.trans(visible), scores * decay, 0.0)
         dx_dt = tl.dot(weights.to(dy.dtype), dy, input_precision=PRECISION)
         dx_into = into[:, None] * tl.dot(B, state.to(B.dtype), input_precision=PRECISION)
-        x = _tokens(x_ptr + t * stride_xl, i, left, stride_xl, p, P).to(tl.float32)
+        x = _tokens(x_ptr + t * stride_xl * UNIT, i, left, stride_xl * UNIT, p, P).to(tl.float32)
         at = through + t * H + i * H
         tl.store(through_dt_ptr + at, tl.sum(dx_dt * x, 1), mask=i < left)
         tl.store(through_into_ptr + at, tl.sum(dx_into * x, 1), mask=i < left)
@@ -262,7 +262,7 @@ def ssd_bwd_dBC_kernel(
     L, H, P: tl.constexpr, N: tl.constexpr, heads_of_group, chunks, blocks_of_group, blocks_of_width, low, high,
     stride_xb, stride_xl, stride_xh, stride_db, stride_dl, stride_dh,
     stride_Bb, stride_Bl, stride_Bg, stride_Cb, stride_Cl, stride_Cg,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, HEADS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dB, dC and dt of one chunk, for up to ``HEADS`` heads of one group; grid (groups x head blocks, chunks, B).
@@ -274,12 +274,13 @@ def ssd_bwd_dBC_kernel(
     n, i = tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
     t = c * CHUNK
     left = tl.minimum(L - t, CHUNK).to(tl.int32)
-    x_ptr += b * stride_xb + t * stride_xl
+    x_ptr += b * stride_xb * UNIT + t * stride_xl * UNIT
     dt_ptr += b * stride_db + t * stride_dl
     if seq_ptr is not None:
         seq_ptr += b * L
-    B = _tokens(B_ptr + b * stride_Bb + g * stride_Bg + t * stride_Bl, i, left, stride_Bl, n, N)
-    C = _tokens(C_ptr + b * stride_Cb + g * stride_Cg + t * stride_Cl, i, left, stride_Cl, n, N)
+    B_ptr += b * stride_Bb * UNIT + g * stride_Bg * UNIT + t * stride_Bl * UNIT
+    C_ptr += b * stride_Cb * UNIT + g * stride_Cg * UNIT + t * stride_Cl * UNIT
+    B, C = _tokens(B_ptr, i, left, stride_Bl * UNIT, n, N), _tokens(C_ptr, i, left, stride_Cl * UNIT, n, N)
     visible, enters, leaves, crosses = _visible(seq_ptr, t, left, CHUNK)
     scores = tl.where(visible, tl.dot(C, tl.trans(B), input_precision=PRECISION), 0.0)
     dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -293,7 +294,7 @@ def ssd_bwd_dBC_kernel(
         through_out, through_over = tl.zeros((CHUNK,), tl.float32), 0.0
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            x = _tokens(x_ptr + h * stride_xh, i, left, stride_xl, p, P)
+            x = _tokens(x_ptr + h * stride_xh * UNIT, i, left, stride_xl * UNIT, p, P)
             dy = _tokens(dy_ptr + ((b * L + t) * H + h) * P, i, left, H * P, p, P)
             tile, mask = n[:, None] * P + p[None, :], (n < N)[:, None] & (p < P)[None, :]
             entering = tl.load(entering_ptr + ((b * chunks + c) * H + h) * N * P + tile, mask=mask, other=0.0)

@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from kernels.swiglu import swiglu
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part
@@ -25,5 +25,4 @@ class SwiGLU(nn.Module):
         self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
-        gate, up = self.gate_up.split(self.gate_up(x_BLD))
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x_BLD)))

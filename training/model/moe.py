@@ -58,13 +58,15 @@ class MoE(nn.Module):
         ids_TK, weights_TK, scores_TE = route(
             logits_TE, self.config.top_k, self.config.scores, self.bias, self.config.route_scale
         )
-        # Set, not added: recomputation in backward leaves the same value. The step collects it after each backward.
-        self.counts_E = torch.bincount(ids_TK.flatten(), minlength=self.config.num_experts)
         auxiliary = self._auxiliary_losses(logits_TE, scores_TE, num_sequences=x_BLD.shape[0])
-        if self.config.capacity_factor:
+        wanted_E, dropless = None, not self.config.capacity_factor
+        if not dropless:
+            wanted_E = torch.bincount(ids_TK.flatten(), minlength=self.config.num_experts)
             capacity = -(-self.config.capacity_factor * ids_TK.numel() // self.config.num_experts)
             ids_TK = drop_over_capacity(ids_TK, int(capacity))
-        y_TD, _ = self.experts(x_TD, ids_TK, weights_TK)
+        y_TD, counts_E = self.experts(x_TD, ids_TK, weights_TK, dropless)
+        # Set, not added: recomputation in backward leaves the same value. The step collects it after each backward.
+        self.counts_E = counts_E if wanted_E is None else wanted_E
         y_BLD = give_token_share(y_TD.view_as(mine), self.mesh)
         return (y_BLD if self.shared is None else y_BLD + self.shared(x_BLD)), auxiliary
 
