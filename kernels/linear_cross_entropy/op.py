@@ -3,10 +3,12 @@
 Legend: T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import Backend, use_triton
 from kernels.linear_cross_entropy.cpu import CHUNK, LinearCrossEntropy, loss_only
@@ -54,6 +56,53 @@ def linear_cross_entropy(
         )[0]
     arguments = (hidden_TD, weight_VD, targets_T.long(), ignore_index, chunk_size or CHUNK, vocab_size)
     return LinearCrossEntropy.apply(*arguments) if need_hidden or need_weight else loss_only(*arguments)
+
+
+def sharded_linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, first: int, vocab_size: int,
+    merge: Callable[[Tensor], Tensor], ignore_index: int = -100,
+) -> Tensor:  # fmt: skip
+    """``linear_cross_entropy`` of a vocabulary of which each rank has some rows of the weight. Triton's path only.
+
+    Args:
+        hidden_TD: (T, D), the same on all ranks.
+        weight_VD: this rank's rows; those past ``vocab_size`` are padding.
+        first: token of its first row.
+        vocab_size: tokens of the whole vocabulary.
+        merge: collective, called once a chunk: (2, Q) fp32, log-sum-exp over a rank's own tokens and the target's
+            logit, 0 where another rank has it -> (2, Q), log-sum-exp over all tokens, and the target's logit.
+
+    Returns:
+        The sum over the whole vocabulary, fp32, on every rank. The gradient of hidden is this rank's part.
+
+    Raises:
+        ValueError: as ``linear_cross_entropy``.
+    """
+    own = max(0, min(vocab_size - first, len(weight_VD)))
+    check_inputs(hidden_TD, weight_VD, targets_T, None, max(1, own))
+    use_triton("triton", hidden_TD)
+    return _Sharded.apply(hidden_TD, weight_VD, targets_T, ignore_index, first, own, vocab_size, merge)
+
+
+class _Sharded(torch.autograd.Function):
+    """No library op: it communicates in its forward pass, by a function that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, targets, ignore_index, first, own, vocab_size, merge):  # type: ignore[override]
+        from kernels.linear_cross_entropy import triton
+
+        needed = ctx.needs_input_grad
+        ctx.need_hidden, ctx.need_weight = needed[0], needed[1]
+        shard = triton.Shard(first, vocab_size, merge)
+        loss, *grads = triton.forward(hidden, weight, targets, ignore_index, None, own, needed[0], needed[1], shard)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dloss)
 
 
 @torch.library.custom_op("engramba::linear_cross_entropy_fwd", mutates_args=())

@@ -37,7 +37,10 @@ class Shard:
     total: int
     """Tokens of the whole vocabulary."""
     merge: Callable[[Tensor], Tensor]
-    """(2, Q), log-sum-exp and target's logit (0 where it is another rank's) of the own part -> of the whole."""
+    """(2, Q), log-sum-exp and target's logit (0 where it is another rank's) of the own part -> of the whole.
+
+    What it makes of ignored tokens has no effect.
+    """
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def forward(
             softmax_(logits_QV, targets[part], stats_2Q, ignore_index, gradient=gradient)
         else:
             softmax_(logits_QV, targets[part], stats_2Q, ignore_index, shard, gradient=False)
-            stats_2Q.copy_(shard.merge(stats_2Q))
+            stats_2Q.copy_(shard.merge(stats_2Q).masked_fill_(targets[part] == ignore_index, 0.0))
             if gradient:
                 softmax_(logits_QV, targets[part], stats_2Q, ignore_index, shard, sum_given=True)
         if need_hidden:

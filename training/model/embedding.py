@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.backend import use_triton
+from kernels.linear_cross_entropy import linear_cross_entropy, sharded_linear_cross_entropy
 from parallel.collectives import copy_to, gather_tokens, split_tokens
 from parallel.mesh import Mesh
 from parallel.placement import Placement, declare
@@ -80,12 +81,24 @@ class Head(nn.Module):
                 h_BLD.flatten(0, 1), self.weight, targets_BL.flatten(), IGNORE, vocab_size=self.vocab_size
             )
         h_TD, targets_T = self._whole(h_BLD).flatten(0, 1), targets_BL.flatten()
+        if use_triton(None, h_TD):
+            first = self.mesh.rank("tp") * self.weight.shape[0]
+            return sharded_linear_cross_entropy(
+                h_TD, self.weight, targets_T, first, self.vocab_size, self._merge, IGNORE
+            )
         total = h_TD.new_zeros((), dtype=torch.float32)
         for h, targets in zip(h_TD.split(LOSS_CHUNK), targets_T.split(LOSS_CHUNK), strict=True):
             total = total + torch.utils.checkpoint.checkpoint(
                 self._vocab_parallel_loss, h, targets, use_reentrant=False
             )
         return total
+
+    def _merge(self, stats_2T: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp and target's logit of all tensor ranks, from those of their parts of the vocabulary."""
+        parts = [torch.empty_like(stats_2T) for _ in range(self.mesh.size("tp"))]
+        torch.distributed.all_gather(parts, stats_2T.contiguous(), group=self.mesh.group("tp"))
+        log_sums, logits = torch.stack(parts, 1)
+        return torch.stack((log_sums.logsumexp(0), logits.sum(0)))
 
     def _whole(self, h_BLD: torch.Tensor) -> torch.Tensor:
         group = self.mesh.group("tp")
