@@ -1,20 +1,41 @@
-"""Speed of the selective scan, forward and backward, beside mambapy's parallel scan and two loops over time.
+"""Speed of the selective scan: ``python -m kernels.selective_scan.bench``; ``sweep`` tries launch options on a card.
 
-All candidates take the same channels-last inputs, with D, softplus and gate; each round runs all, one after another.
+On a CPU beside mambapy's parallel scan and two loops over time; all candidates take the same channels-last inputs, with
+D, softplus and gate; each round runs all, one after another.
+
+On a GPU (``gpu_cases``) a Mamba-1 layer's scan, all of which is bound by instructions rather than bytes. The compiler's
+report for sm_90 (``make compile-kernels``) and its instructions, in bf16 with z, at 16 elements (token, channel, state)
+a thread and turn of the innermost loop:
+
+- forward: 128 registers at 8 warps, two programs an SM; 196 instructions, of which 102 multiply and add, 18 exp2, 20
+  shuffles, 20 loads of B and C. An SM issues 4 a clock: 12 an element are 3.1 clocks for 32, where its 16 exp2 units
+  take 2.2, and the bytes, 8 for the 16 elements of a token and channel at N = 16, take 0.6 at 4.8 TB/s.
+- backward: 254 registers at 4 warps, two programs an SM; 526 instructions, 320 of them multiply and add, 50 shuffles, 8
+  barriers: 33 an element. Three programs an SM would need 168 registers and spill 240 bytes, 50 of these moves in the
+  innermost loop: ``sweep`` has that too. Parts of dB and dC add 2 x 128 / 16 bytes a token and channel to the floor's
+  14, at the 16 channels a program that the shapes below get.
+
+Packed rows (seq_idx) cost forward one multiplication an element, backward none that shows. Widths that are no multiple
+of 16 lose 16-byte loads and spill outside the innermost loop.
 """
 
-from collections.abc import Callable
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cases import SIZES, Case, Size, leaves
 from kernels.selective_scan.op import selective_scan
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
 BATCH, LENGTH, CHANNELS, STATES = 2, 1024, 512, 16
 ROUNDS = 5
+EXPAND, GPU_STATES = 2, 16  # as Mamba-1 is published
 
 
 def scan_ours(u_BLD: Tensor, raw_dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor):
@@ -93,8 +114,83 @@ def measure() -> list[Row]:
     return compare("selective_scan", case, scan_ours, peers, inputs, limit=1e-5, error=_error(), rounds=ROUNDS)
 
 
+def of_layer(
+    u_BLD: Tensor, dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor, bias: Tensor,
+    scan: Callable[..., Tensor | tuple[Tensor, Tensor]] = selective_scan,
+) -> Tensor:  # fmt: skip
+    """As a Mamba-1 layer calls it, on views of channels-last tensors: (B, L, D)."""
+    u, dt, B, C, z = (x.transpose(1, 2) for x in (u_BLD, dt_BLD, B_BLN, C_BLN, z_BLD))
+    y = scan(u, dt, A, B, C, D, z, bias, delta_softplus=True)
+    assert isinstance(y, Tensor)
+    return y.transpose(1, 2)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The scan of a Mamba-1 layer of each size's model width, in 16 bits."""
+    for size in SIZES:
+        D, N, tokens = EXPAND * size.d_model, GPU_STATES, size.batch * size.length
+        yield Case(
+            op="selective_scan",
+            shapes=f"{size.name}: B{size.batch} L{size.length} D{D} N{N}",
+            make=partial(_layer, size),
+            full=size.batch,
+            tiny=1,
+            ours=of_layer,
+            exact=partial(of_layer, scan=partial(selective_scan, backend="torch")),
+            bytes_moved=(tokens * (8 * D + 4 * N), tokens * (22 * D + 12 * N)),
+            flops=(7 * tokens * D * N, 26 * tokens * D * N),
+            peers={"mamba_ssm": _mamba_ssm},
+        )
+
+
+def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    on_a_card = device == "cuda"  # elsewhere as many tokens as fill a lane, and channels: more compile alike
+    length, D, N = size.length if on_a_card else 130, EXPAND * size.d_model if on_a_card else 64, GPU_STATES
+    u, dt, B, C, z = leaves(
+        *(torch.randn(batch, length, width) for width in (D, D, N, N, D)), dtype=dtype, device=device
+    )
+    A, skip, bias = -torch.arange(1.0, N + 1).repeat(D, 1), torch.ones(D), torch.linspace(-6.9, -2.3, D)
+    A, skip, bias = leaves(A, skip, bias, dtype=torch.float32, device=device)
+    return [u, dt, A, B, C, skip, z, bias]
+
+
+def _mamba_ssm() -> Callable[..., Tensor]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return partial(of_layer, scan=selective_scan_fn)
+
+
+def sweep() -> None:
+    """Time launch options of both kernels on this card, each size's best first."""
+    from triton.testing import do_bench
+
+    from kernels.selective_scan import op, triton
+
+    fixed, fixed_backward, fixed_programs = dict(triton.FORWARD), dict(triton.BACKWARD), triton.MIN_PROGRAMS
+    forward = [(16, 8, 128), (16, 8, None), (8, 4, 128), (8, 4, 168), (32, 16, 128)]
+    backward = [(8, 4, None), (8, 4, 168), (8, 4, 128), (16, 8, None), (4, 4, 128)]
+    for case in gpu_cases():
+        inputs = case.make(case.full, case.dtype, "cuda")
+        taken: list[tuple[float, str, int, tuple[int | None, ...]]] = []
+        for lane_tokens, options in itertools.product((4, 8), forward):
+            op.LANE_TOKENS = lane_tokens
+            triton.FORWARD.update(zip(("CHANNELS", "num_warps", "maxnreg"), options, strict=True))
+            taken.append((do_bench(partial(case.forward, case.ours, inputs)), "forward", lane_tokens, options))
+        triton.FORWARD.update(fixed)
+        for lane_tokens, options, programs in itertools.product((4, 8), backward, (256, 512, 1024)):
+            op.LANE_TOKENS, triton.MIN_PROGRAMS = lane_tokens, programs
+            triton.BACKWARD.update(zip(("CHANNELS", "num_warps", "maxnreg"), options, strict=True))
+            run = partial(case.forward_backward, case.ours, inputs)
+            taken.append((do_bench(run), "forward+backward", lane_tokens, (*options, programs)))
+        triton.BACKWARD.update(fixed_backward)
+        op.LANE_TOKENS, triton.MIN_PROGRAMS = 8, fixed_programs
+        print(case.shapes, *(f"{ms:.3f} ms {rest}" for ms, *rest in sorted(taken, key=lambda row: row[0])), sep="\n")
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -1,14 +1,19 @@
-"""The selective scan of Mamba-1: argument checks, and the way to the implementation for the tensors' device.
+"""The selective scan of Mamba-1: argument checks, the choice of the path, and the library op of the Triton kernels.
 
-Shapes: B batch, D channels, L length, N state size, G groups of B and C, P channels of a group.
+Shapes: B batch, D channels, L length, N state size, G groups of B and C, P channels of a group, K blocks of tokens.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.selective_scan.chunked import chunked_scan
 from kernels.selective_scan.cpu import looped_scan
+
+LANE_TOKENS = 8  # successive tokens of a thread of the Triton kernels, a power of two; 32 threads make a block
 
 
 def selective_scan(
@@ -24,6 +29,7 @@ def selective_scan(
     return_last_state: bool = False,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = (C_t · h_t + D u_t) silu(z_t) (Gu & Dao 2023, section 3.3).
 
@@ -40,17 +46,25 @@ def selective_scan(
         delta_softplus: whether delta is softplus(delta + delta_bias).
         initial_state: (B, D, N), the state before each row's first document; zero by default.
         seq_idx: (B, L) integers, the document of every position, in any order; the state is forgotten where it changes.
+        backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         y (B, D, L) in u's dtype; with ``return_last_state`` also the state after the last position (B, D, N) in fp32
         (fp64 for fp64 ``u``), which carries gradient as ``initial_state`` does.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or the backend cannot.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    dtype = torch.promote_types(u.dtype, torch.float32)
     B_BGNL, C_BGNL = (x[:, None] if x.dim() == 3 else x for x in (B, C))
+    if use_triton(backend, u):
+        y_BLD, state_BDN, _ = selective_scan_fwd(
+            u, delta, A, B_BGNL, C_BGNL, D, z, delta_bias, delta_softplus, initial_state, seq_idx,
+            _lane_tokens(u.shape[2]),
+        )  # fmt: skip
+        y = y_BLD.transpose(1, 2)
+        return (y, state_BDN) if return_last_state else y
+    dtype = torch.promote_types(u.dtype, torch.float32)
     u_BLD, dt_BLD = u.transpose(1, 2).to(dtype), delta.transpose(1, 2).to(dtype)
     dt_BLD = dt_BLD if delta_bias is None else dt_BLD + delta_bias.to(dtype)
     dt_BLD = F.softplus(dt_BLD) if delta_softplus else dt_BLD
@@ -68,6 +82,88 @@ def selective_scan(
     y_BLD = y_BLD if z is None else y_BLD * F.silu(z.transpose(1, 2).to(dtype))
     y = y_BLD.to(u.dtype).transpose(1, 2)
     return (y, state_BND.mT) if return_last_state else y
+
+
+def _lane_tokens(length: int) -> int:
+    """LANE_TOKENS, or fewer where 32 lanes of fewer hold the whole row."""
+    tokens = 1
+    while tokens < LANE_TOKENS and 32 * tokens < length:
+        tokens *= 2
+    return tokens
+
+
+@torch.library.custom_op("engramba::selective_scan_fwd", mutates_args=())
+def selective_scan_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    delta_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, lane_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (B, L, D), the last state (B, D, N), and the states (B, K + 1, D, N) that enter and leave blocks of tokens.
+
+    A block has 32 ``lane_tokens``.
+
+    Arguments as ``selective_scan``, B and C always (B, G, N, L).
+    """
+    from kernels.selective_scan import triton
+
+    return triton.forward(u, delta, A, B, C, D, z, bias, delta_softplus, initial_state, seq_idx, lane_tokens)
+
+
+@torch.library.custom_op("engramba::selective_scan_bwd", mutates_args=())
+def selective_scan_bwd(
+    dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, delta_softplus: bool, seq_idx: Tensor | None, states: Tensor,
+    lane_tokens: int,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, the initial state, and of D, z and the bias, of those that there are.
+
+    dy is (B, L, D), as are the gradients of u, delta and z; those of the parameters are fp32.
+    """
+    from kernels.selective_scan import triton
+
+    return triton.backward(dy, dlast, u, delta, A, B, C, D, z, bias, delta_softplus, seq_idx, states, lane_tokens)
+
+
+@selective_scan_fwd.register_fake
+def _(u, delta, A, B, C, D, z, bias, delta_softplus, initial_state, seq_idx, lane_tokens):
+    blocks = -(-u.shape[2] // (32 * lane_tokens))
+    states = [u.new_empty((u.shape[0], *k, *A.shape), dtype=torch.float32) for k in ((), (blocks + 1,))]
+    return u.new_empty(u.mT.shape), *states
+
+
+@selective_scan_bwd.register_fake
+def _(dy, dlast, u, delta, A, B, C, D, z, bias, delta_softplus, seq_idx, states, lane_tokens):
+    sequences = [None if x is None else x.new_empty(u.mT.shape) for x in (u, delta, z)]
+    dA, dB, dC, dD, dbias = (
+        None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, B, C, D, bias)
+    )
+    dinitial = u.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
+    all_dx = (*sequences[:2], dA, dB, dC, dinitial, dD, sequences[2], dbias)
+    return [dx for dx in all_dx if dx is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, delta, A, B, C, D, z, bias, ctx.delta_softplus, initial_state, seq_idx, ctx.lane_tokens = inputs
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(u, delta, A, B, C, D, z, bias, seq_idx, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # zeros for the states would take as long to write as the states
+
+
+def _backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    u, delta, A, B, C, D, z, bias, seq_idx, states = ctx.saved_tensors
+    dy = u.new_zeros(u.mT.shape) if dy is None else dy
+    du, ddelta, dA, dB, dC, dinitial, *rest = selective_scan_bwd(
+        dy, dlast, u, delta, A, B, C, D, z, bias, ctx.delta_softplus, seq_idx, states, ctx.lane_tokens
+    )
+    dD, dz, dbias = (None if x is None else rest.pop(0) for x in (D, z, bias))
+    dD, dbias = (None if dx is None else dx.to(x.dtype) for dx, x in ((dD, D), (dbias, bias)))
+    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+    dz = None if dz is None else dz.mT
+    dA, dB, dC = dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype)
+    return du.mT, ddelta.mT, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None
+
+
+selective_scan_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def _initial(initial_state: Tensor | None, u: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,30 @@
-"""The public decoding step: argument checks, then the implementation for the device."""
+"""The public decoding step: argument checks, the choice of the path, and the library op of the Triton kernel."""
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, use_triton
 from kernels.state_update.cpu import step_in_place
 
 
 def _expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) not in shapes:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
+
+
+def _check_state(state: Tensor, **tensors: Tensor | None) -> None:
+    """What both forms ask for: dims and dtype of the state, memory that it alone has, and its device for all."""
+    if state.ndim not in (3, 4):
+        raise ValueError(f"state: got shape {tuple(state.shape)}, expected (B, D, N) or (B, H, P, N)")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state: got dtype {state.dtype}, expected torch.float32: 16 bits freeze slow heads")
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        raise ValueError(f"state: got strides {state.stride()}, expected none of 0: it is changed in place")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != state.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {state.device} as state")
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating one")
 
 
 def _check_mamba1(state: Tensor, **tensors: Tensor | None) -> None:
@@ -51,6 +67,7 @@ def state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
     """One decoding step h <- exp(Δ A) h + Δ B x, y = C h + D x (arXiv 2312.00752 section 3.2, 2405.21060 section 6).
 
@@ -63,22 +80,49 @@ def state_update(
         A: (H, P, N) or (H,), or (D, N).
         B, C: (B, G, N) with G dividing H, or (B, N).
         D, dt_bias: (H, P) or (H,), or (D,).
+        backend: "torch" or "triton"; None for what suits the device.
 
     Raises:
-        ValueError: a shape or dtype does not fit; names the argument, what it got and what is expected.
+        ValueError: a shape, dtype or device does not fit, or the backend cannot; names the argument, what it got and
+            what is expected.
     """
-    if state.ndim not in (3, 4):
-        raise ValueError(f"state: got shape {tuple(state.shape)}, expected (B, D, N) or (B, H, P, N)")
-    if state.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"state: got dtype {state.dtype}, expected torch.float32: 16 bits freeze slow heads")
+    _check_state(state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    step = _triton_step if use_triton(backend, state) else step_in_place
     if state.ndim == 3:
         _check_mamba1(state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
         state, x, dt, B, C = (t[:, None] for t in (state, x, dt, B, C))
         z = None if z is None else z[:, None]
         A, D, dt_bias = A[None], None if D is None else D[None], None if dt_bias is None else dt_bias[None]
-        return step_in_place(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)[:, 0]
+        return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)[:, 0]
     _check_mamba2(state, B, x=x, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias)
     dt = dt if dt.ndim == 3 else dt[..., None]
     A = A if A.ndim == 3 else A[:, None, None]
     D, dt_bias = (t[:, None] if t is not None and t.ndim == 1 else t for t in (D, dt_bias))
-    return step_in_place(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _triton_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> Tensor:  # fmt: skip
+    """As ``step_in_place``."""
+    per_head = state.shape[1:3]
+    dt, A = dt.expand(x.shape), A.expand(state.shape[1:])
+    D, dt_bias = (t if t is None else t.expand(per_head) for t in (D, dt_bias))
+    return state_update_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@torch.library.custom_op("engramba::state_update", mutates_args={"state"})
+def state_update_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> Tensor:  # fmt: skip
+    """y (B, H, P) of a state (B, H, P, N) that it advances; the rest in full: dt (B, H, P), A (H, P, N), D (H, P)."""
+    from kernels.state_update import triton
+
+    return triton.step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@state_update_step.register_fake
+def _(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    return x.new_empty(x.shape)
