@@ -9,6 +9,8 @@ PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
+# As launch/env.py has it: Triton may fuse multiplies and adds.
+export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .PHONY: train test lint format bench bench-gpu compile-kernels parity clean-venv
 

@@ -1,8 +1,8 @@
-"""Compile every Triton kernel for cards that are not here: ``python -m kernels.compile_all [arch ...]``.
+"""Compile every Triton kernel for cards that are not here: ``python -m kernels.compile_all [--cases] [arch ...]``.
 
 Launchers run as they are, on small CPU tensors whose widths are those of real models, with a driver that only knows the
 target. So what is compiled is what would be launched: same tiles, same types, same options. The table says for each
-kernel what the compiler made of it; a type or layout error ends the run with exit code 1.
+kernel what the compiler made of it over all cases, or with ``--cases`` for each. A type or layout error ends the run.
 """
 
 import importlib.util
@@ -50,10 +50,15 @@ class Report:
         by_shared = (SHARED_LIMIT[self.arch] + 1024) // (self.shared + 1024)
         return min(by_registers, by_shared, 64 // self.warps, 32)
 
+    @property
+    def occupancy(self) -> int:
+        """Warps that an SM holds, in percent of the 64 that it can."""
+        return 100 * self.blocks * self.warps // 64
+
     def cells(self) -> list[str]:
-        """The row of the table."""
-        occupancy = 100 * self.blocks * self.warps // 64
-        sizes = (self.warps, self.stages, f"{self.shared / 1024:.1f}", self.registers, self.spilled, f"{occupancy}%")
+        """The row of the table of all cases."""
+        shared = f"{self.shared / 1024:.1f}"
+        sizes = (self.warps, self.stages, shared, self.registers, self.spilled, f"{self.occupancy}%")
         return [self.kernel, self.case, f"sm_{self.arch}", *map(str, sizes)]
 
 
@@ -132,14 +137,34 @@ def report(kernel: Any, case: str, arch: int) -> Report:
     )
 
 
+def summary(reports: list[Report]) -> Iterator[list[str]]:
+    """One row a kernel and target: least and most registers, and the worst of spills, shared memory and occupancy."""
+    for kernel, arch in dict.fromkeys((report.kernel, report.arch) for report in reports):
+        ways = [report for report in reports if (report.kernel, report.arch) == (kernel, arch)]
+        registers = sorted(way.registers for way in ways)
+        span = f"{registers[0]}-{registers[-1]}" if registers[0] < registers[-1] else str(registers[0])
+        shared, spilled = max(way.shared for way in ways), max(way.spilled for way in ways)
+        yield [
+            kernel,
+            f"sm_{arch}",
+            span,
+            str(spilled),
+            f"{shared / 1024:.1f}",
+            f"{min(way.occupancy for way in ways)}%",
+        ]
+
+
 def main() -> None:
     """Compile, print the table, and fail where a kernel would not launch."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("triton is not installed: pip install triton")
-    arches = [int(arg) for arg in sys.argv[1:]] or list(ARCHES)
-    reports = [compiled for arch in arches for compiled in compile_cases(arch)]
-    head = ["kernel", "case", "target", "warps", "stages", "shared KiB", "registers", "spilled B", "occupancy"]
-    print_table([head, *(compiled.cells() for compiled in reports)])
+    every_case, arches = "--cases" in sys.argv[1:], [int(arg) for arg in sys.argv[1:] if arg != "--cases"]
+    reports = [compiled for arch in arches or ARCHES for compiled in compile_cases(arch)]
+    if every_case:
+        head = ["kernel", "case", "target", "warps", "stages", "shared KiB", "registers", "spilled B", "occupancy"]
+        print_table([head, *(compiled.cells() for compiled in reports)])
+    else:
+        print_table([["kernel", "target", "registers", "spilled B", "shared KiB", "occupancy"], *summary(reports)])
     too_large = [compiled for compiled in reports if compiled.shared > SHARED_LIMIT.get(compiled.arch, 1 << 30)]
     for compiled in too_large:
         print(f"{compiled.kernel} ({compiled.case}) asks for more shared memory than sm_{compiled.arch} has")

@@ -257,6 +257,8 @@ def _export(process: Process) -> None:
     )
     if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Said because Triton's default is about to change; fused multiply-adds are what the kernels were tested with.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     # srun binds each task to its own cores; elsewhere the node's cores are shared by its processes.
     share = cores() if "SLURM_CPUS_PER_TASK" in os.environ else cores() // process.local_world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

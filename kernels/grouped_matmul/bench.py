@@ -11,6 +11,7 @@ of our kernels (128 x 256, 8 warps, 144 KiB of shared memory) fills an SM, for s
 Legend: T tokens, K chosen experts, D model width, E experts, F inner width.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -229,7 +230,9 @@ def _mlp_operands(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, de
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table; with ``sweep``, time tiles on a card instead."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -11,6 +11,8 @@ import math
 import triton
 import triton.language as tl
 
+from kernels.triton_math import softplus
+
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -22,10 +24,7 @@ def _step_size(dt_ptr, bias_ptr, h, i, left, stride_l, stride_h, low, high, SOFT
         dt += tl.load(bias_ptr + h).to(tl.float32)
     slope = tl.full(dt.shape, 1.0, tl.float32)
     if SOFTPLUS:
-        u = tl.exp(tl.minimum(dt, 20.0))
-        w = 1.0 + u  # log(1 + u) as Kahan rounds it: small step sizes keep their digits
-        slope = tl.where(dt > 20.0, 1.0, u / w)
-        dt = tl.where(dt > 20.0, dt, tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0))))
+        slope, dt = tl.sigmoid(dt), softplus(dt)
     slope = tl.where((dt >= low) & (dt <= high) & (i < left), slope, 0.0)
     return tl.where(i < left, tl.minimum(tl.maximum(dt, low), high), 0.0), slope
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.selective_scan.triton_kernels import softplus
+from kernels.triton_math import softplus
 
 LOG2E = tl.constexpr(math.log2(math.e))
 TILE, MAX_N = 2048, 256  # elements of a program, 16 a thread: half its instructions are on the tile, not around it
