@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.selective_scan import loops
 from kernels.threads import for_each
 
 BLOCK_CHANNELS = 128  # of one call: its states and decays of 16 tokens take 270 KB at N = 16, in L2 cache
@@ -43,6 +42,8 @@ def looped_scan(
 class _LoopedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u, dt, A, B, C, state, reset):
+        from kernels.selective_scan import loops  # numba: not needed where only cards are
+
         y, state = torch.empty_like(u), state.clone()
         starts = u.new_empty(len(u), -(-u.shape[1] // loops.CHUNK_LEN), *A.shape)
         arrays = _arrays(u, dt, A, B, C, reset, state, y, starts)
@@ -53,6 +54,8 @@ class _LoopedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dstate):
+        from kernels.selective_scan import loops
+
         u, dt, A, B, C, reset, starts = ctx.saved_tensors
         du, ddt, dstate = torch.empty_like(u), torch.empty_like(dt), dstate.clone(memory_format=torch.contiguous_format)
         dA = A.new_empty(len(u), *A.shape)
