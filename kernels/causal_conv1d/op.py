@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, use_triton
 from kernels.causal_conv1d.cpu import causal_conv1d_cpu
+from kernels.checks import check_documents
 
 MAX_WIDTH = 8
 Activation = Literal["silu"] | None
@@ -37,7 +38,7 @@ def causal_conv1d(
         x_BLD: (B, L, D), any float dtype and strides; D contiguous is fast (a view into a wide projection is).
         weight_DK: (D, K), K from 1 to 8; the last tap meets the present input.
         bias: (D,) or None.
-        seq_idx: (B, L) int32: a new document starts wherever it changes; taps never cross.
+        seq_idx: (B, L) int32 from 0, never decreasing along a row: taps never cross from a document into the next.
         initial_states: (B, Z, D), the inputs before the row; they belong to the row's first document.
         return_final_states: also return (B, Z, D), the last inputs, zero where they belong to an earlier document.
         activation: None or "silu".
@@ -56,6 +57,7 @@ def causal_conv1d(
     B, L, D = x_BLD.shape
     if seq_idx is not None and (seq_idx.shape != (B, L) or seq_idx.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"seq_idx: got {seq_idx.dtype} {tuple(seq_idx.shape)}, expected int32 of shape {(B, L)}")
+    check_documents(seq_idx)
     check_states("initial_states", initial_states, (B, (weight_DK.shape[1] - 1) * dilation, D))
     check_devices(x_BLD, weight=weight_DK, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
     silu = activation == "silu"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_decay, check_documents
 from kernels.selective_scan.chunked import chunked_scan
 from kernels.selective_scan.cpu import looped_scan
 
@@ -40,12 +41,12 @@ def selective_scan(
 
     Args:
         u, delta, z: (B, D, L).
-        A: (D, N), real; meant to be <= 0.
+        A: (D, N), real, negative.
         B, C: (B, N, L), or (B, G, N, L) with G dividing D.
         D, delta_bias: (D,).
         delta_softplus: whether delta is softplus(delta + delta_bias).
         initial_state: (B, D, N), the state before each row's first document; zero by default.
-        seq_idx: (B, L) integers, the document of every position, in any order; the state is forgotten where it changes.
+        seq_idx: (B, L) integers from 0, never decreasing along a row: the state is forgotten where they change.
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
@@ -218,3 +219,5 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx) -> None:
         raise ValueError(f"u has dtype {u.dtype}, expected a floating one")
     if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.is_complex()):
         raise ValueError(f"seq_idx has dtype {seq_idx.dtype}, expected integers")
+    check_decay(A)
+    check_documents(seq_idx)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_decay, check_documents
 from kernels.ssd.cpu import ssd_chunked
 
 MAX_TRITON_STATE = 256  # a head's state lies in registers
@@ -56,7 +57,6 @@ def _check_shapes(
 def _check_values(
     x: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, chunk_size: int, dt_limit: tuple[float, float]
 ) -> None:
-    """Values of tensors are looked at on the CPU only: on a GPU that would wait for it; and not while tracing."""
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected that of x, {x.dtype}")
@@ -67,17 +67,10 @@ def _check_values(
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit: got {tuple(dt_limit)}, expected 0 <= lower <= upper")
-    readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((A >= 0).any()):
-        raise ValueError(f"A: got {float(A.max())}, expected negative values: the state would grow without bound")
-    if seq_idx is None:
-        return
-    if seq_idx.dtype not in (torch.int32, torch.int64):
+    check_decay(A)
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seq_idx: got dtype {seq_idx.dtype}, expected torch.int32")
-    if readable and bool((seq_idx < 0).any()):
-        raise ValueError(f"seq_idx: got {int(seq_idx.min())}, expected documents numbered from 0")
-    if readable and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
-        raise ValueError("seq_idx: got an index that falls along a row, expected rows that never decrease")
+    check_documents(seq_idx)
 
 
 def ssd(

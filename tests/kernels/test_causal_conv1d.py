@@ -112,10 +112,11 @@ def test_packed_equals_separate(lengths):
         assert_close(name, a, b, kind="gradient")
 
 
-def test_a_document_number_that_returns_is_a_new_document():
-    x, weight, bias, _ = make_inputs(1, 6, 2, 4, 1)
-    y = causal_conv1d(x, weight, bias, torch.tensor([[0, 0, 1, 0, 0, 0]]).int())
-    assert_close("y", y, causal_conv1d(x, weight, bias, torch.tensor([[0, 0, 1, 2, 2, 2]]).int()))
+@pytest.mark.parametrize(("numbers", "message"), [([0, 1, 0], "falls along a row"), ([-1, 0, 1], "got -1, expected")])
+def test_documents_are_numbered_upwards(numbers, message):
+    x, weight, bias, _ = make_inputs(1, 3, 2, 4, 1)
+    with pytest.raises(ValueError, match=f"seq_idx: .*{message}"):
+        causal_conv1d(x, weight, bias, torch.tensor([numbers]).int())
 
 
 @pytest.mark.parametrize("split", [1, 2, 20, 39])

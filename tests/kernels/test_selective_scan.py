@@ -175,7 +175,7 @@ def test_packed_equals_separate():
     """Documents packed in a row give what they give alone; only the first reads the initial state."""
     lengths = [1, 17, 40, 5]
     inputs = make_inputs(batch=1, length=sum(lengths), dtype=torch.float64)
-    seq_idx = torch.repeat_interleave(torch.tensor([3, 0, 7, -1]), torch.tensor(lengths))[None].int()
+    seq_idx = torch.repeat_interleave(torch.tensor([0, 3, 7, 8]), torch.tensor(lengths))[None].int()
     packed = selective_scan(**inputs, **FLAGS, seq_idx=seq_idx)
     pieces = {name: inputs[name].split(lengths, dim=-1) for name in ("u", "delta", "B", "C", "z")}
     shared = {name: inputs[name] for name in ("A", "D", "delta_bias")}
@@ -257,6 +257,9 @@ def test_empty_batch():
 
 
 BAD = {
+    "A, not negative": (lambda x: -x["A"], "A: got .*, expected negative values"),
+    "seq_idx, falling": (lambda x: torch.arange(62, -1, -1).expand(2, -1), "seq_idx: got an index that falls"),
+    "seq_idx, negative": (lambda x: torch.full((2, 63), -1), "seq_idx: got -1, expected documents numbered from 0"),
     "u": (lambda x: x["u"][0], "u has shape"),
     "delta": (lambda x: x["delta"][..., :-1], "delta has shape"),
     "A": (lambda x: x["A"] + 0j, "A has shape"),
@@ -274,4 +277,4 @@ def test_bad_inputs(name):
     inputs = make_inputs()
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        selective_scan(**{**inputs, name: make(inputs)})
+        selective_scan(**{**inputs, name.partition(",")[0]: make(inputs)})
