@@ -279,13 +279,15 @@ def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tm
 
 
 def small_files_from_step_5(rank: int) -> None:
-    """From step 5 on, rank 1 may write no file above 64 KB: the disk's quota, say."""
+    """From step 5 on, when the save of step 4 has ended, rank 1 may write no file above 64 KB: a quota, say."""
     from training import loop
 
     step = loop.train_step
 
     def limited(trainer, batches, rate, index, upcoming):
         if rank == 1 and index == 5:
+            while not Path("runs/full/checkpoints/step-00000004").exists():
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
         return step(trainer, batches, rate, index, upcoming)
 
