@@ -1,9 +1,13 @@
-"""Fixtures that every test shares: one thread a process, the environment as it was, memory poisoned by NaN."""
+"""What every test shares: one thread a process, the environment as it was, memory poisoned by NaN."""
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -94,7 +94,7 @@ def test_gated_peer(groups):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
+@given(st.lists(st.integers(0, 5), max_size=3), st.integers(2, 20), st.booleans(), st.integers(0, 2**31))
 def test_any_leading_shape(leading, D, gated, seed):
     torch.manual_seed(seed)
     tensors = [torch.randn(*leading, D).double() for _ in range(1 + gated)]
