@@ -53,6 +53,11 @@ def cuda_arch() -> int:
     return 80 if _interpreted() else int(driver.active.get_current_target().arch)
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dim, as kernels want it: x itself where it is, and any view into a wider tensor."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def strides_in_units(*tensors: Tensor | None) -> tuple[tuple[int, ...], int]:
     """Strides of the tensors, all but their last, in units of 8 or fewer values; and the unit. 0 for None.
 

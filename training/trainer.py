@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernels.compiled import compile_pieces
-from kernels.engram_hash import NgramHash, engram_hash, ngram_hashes
+from kernels.engram_hash import NgramHash, engram_hash_layers, ngram_hashes
 from parallel.deepspeed_bridge import GradientScale, start_engine
 from parallel.engram_table import EngramTables, Rows, TableShape
 from parallel.mesh import Mesh
@@ -38,7 +38,8 @@ class EngramMemory:
         if self.mesh.size("tp") > 1:
             length = ids_BL.shape[1] // self.mesh.size("tp")
             share = slice(self.mesh.rank("tp") * length, (self.mesh.rank("tp") + 1) * length)
-        return {layer: engram_hash(compressed, spec, seq_idx_BL)[:, share] for layer, spec in self.hashes.items()}
+        rows_YBLO = engram_hash_layers(compressed, list(self.hashes.values()), seq_idx_BL)
+        return dict(zip(self.hashes, rows_YBLO[:, :, share], strict=True))
 
     def fetch(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, Rows]:
         """The rows of these tokens; collective over ``engram``."""

@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import dense_rows
+
 WALKS = 3000  # warps that a launch should have at least: 1.4 times what an H200 holds of the backward at a time
 MIN_ROWS, MAX_ROWS = 32, 256  # of a walk: few make the K - 1 rows before it costly, many leave no parallelism
 APPROX = tl.constexpr("approx" in inspect.signature(tl.math.fdiv).parameters)  # from 3.9 on
@@ -309,7 +311,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, L, D), the final states (B, Z, D) if wanted, age (B, L) if there are documents; else empty tensors."""
     (B, L, D), K = x.shape, weight.shape[1]
-    x, before = dense(x), None if before is None else dense(before)
+    x, before = dense_rows(x), None if before is None else dense_rows(before)
     y = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
     age = torch.empty((B, L) if seq_idx is not None else 0, dtype=torch.int32, device=x.device)
     if B * L and seq_idx is not None:
@@ -337,7 +339,7 @@ def backward(
     """[dx, dweight in fp32, dbias in fp32 if there is a bias, dbefore if there are initial states]."""
     (B, L, D), K = x.shape, weight.shape[1]
     halo = (K - 1) * dilation
-    x, dy, before = dense(x), dense(dy), None if before is None else dense(before)
+    x, dy, before = dense_rows(x), dense_rows(dy), None if before is None else dense_rows(before)
     if dfinal is not None and age is not None and L:
         dfinal = dfinal.masked_fill(_forgotten(age, halo), 0)
     dx = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
@@ -406,8 +408,3 @@ def alignment(*strides: int) -> int:
 def strides_in(align: int, x: Tensor | None) -> tuple[int, int]:
     """Of the first two dims, in units of ``align`` values."""
     return (0, 0) if x is None else (x.stride(0) // align, x.stride(1) // align)
-
-
-def dense(x: Tensor) -> Tensor:
-    """With contiguous channels; the same tensor where they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.causal_conv1d.triton import alignment, dense, load_taps, sigmoid, strides_in
+from kernels.backend import dense_rows
+from kernels.causal_conv1d.triton import alignment, load_taps, sigmoid, strides_in
 
 BLOCK_D, WARPS = 256, 2
 
@@ -46,7 +47,7 @@ def causal_conv1d_step_kernel(
 def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, silu: bool) -> Tensor:
     """y (B, D); the state (B, Z, D), whose channels are contiguous, moves on in place."""
     B, D = x.shape
-    x, y = dense(x), torch.empty((B, D), dtype=x.dtype, device=x.device)
+    x, y = dense_rows(x), torch.empty((B, D), dtype=x.dtype, device=x.device)
     align = alignment(D, x.stride(0), *state.stride()[:2])
     blocks = triton.cdiv(D, BLOCK_D)
     if y.numel():

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import dense_rows
 from kernels.engram_gate import reference
 
 CLAMP = tl.constexpr(reference.CLAMP)
@@ -161,7 +162,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u (B, L, S, D) in v's dtype and the scalars (4, B, L, S) in fp32 of h, k (B, L, S, D) and v (B, L, D)."""
     B, L, S, D = h.shape
-    h, k, v = (_dense_rows(x) for x in (h, k, v))
+    h, k, v = (dense_rows(x) for x in (h, k, v))
     u = torch.empty((B, L, S, D), dtype=v.dtype, device=v.device)
     scalars = torch.empty((4, B, L, S), dtype=torch.float32, device=v.device)
     rows, block = _tile(D, values)
@@ -180,7 +181,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dh, dk, dv, and the gradient (S, D) of the product of the norms' weights, in fp32."""
     B, L, S, D = h.shape
-    du, h, k, v = (_dense_rows(x) for x in (du, h, k, v))
+    du, h, k, v = (dense_rows(x) for x in (du, h, k, v))
     dh, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (h, k, v))
     if not scalars.numel():
         return dh, dk, dv, torch.zeros((S, D), dtype=torch.float32, device=h.device)
@@ -216,7 +217,3 @@ def _weight(query_weight: Tensor, key_weight: Tensor) -> Tensor:
 
 def _flags(dead: Tensor | None) -> Tensor | None:
     return None if dead is None else dead.contiguous().view(torch.uint8)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -81,7 +81,7 @@ def engram_hash_layers(
             raise ValueError(f"{name}: got device {tensor.device}, expected {ids_BL.device}, that of ids_BL")
     orders, heads = list(first.orders), _heads(first)
     many = f"{sum(heads)} columns" if sum(heads) > MAX_COLUMNS else ""
-    if use_triton(backend, ids_BL.new_empty(0, dtype=torch.float32), many):  # it serves every integer dtype
+    if use_triton(backend, ids_BL, many):
         multipliers = [factor for hash in hashes for factor in hash.multipliers]
         primes = [prime for hash in hashes for prime in chain(*hash.primes)]
         return engram_hash_fwd(ids_BL, seq_idx, history_BK, orders, heads, multipliers, primes, first.pad_id)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.grouped_matmul.swiglu import swiglu, swiglu_backward
+from kernels.swiglu.cpu import swiglu, swiglu_backward
 
 
 def padded_counts(counts: list[int], x: torch.Tensor) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.backend import Backend, use_triton
 from kernels.grouped_matmul import cuda
 from kernels.grouped_matmul.cpu import GroupedMatmul, GroupedMLP
-from kernels.grouped_matmul.swiglu import swiglu, swiglu_backward
+from kernels.swiglu.cpu import swiglu, swiglu_backward
 
 MAX_TRITON_EXPERTS = 4096  # the look-up of tiles holds a value an expert in registers
 

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import dense_rows
+
 TILE = 2048  # values of a tile: 16 a thread, two 16-byte loads of 16-bit values
 SORT_SLOTS = 256  # slots that a program of the sort ranks
 SORT_EXPERTS = 16  # for so many experts at a time: 32 values a thread
@@ -128,7 +130,7 @@ def spread(
 ) -> tuple[Tensor, Tensor | None]:
     """Each token's row, times its weights, at its copies' rows (M, D); with weights also <x, y> of each slot."""
     (T, D), K = x_TD.shape, inverse_TK.shape[1]
-    x_TD, y_MD = _dense_rows(x_TD), y_MD if y_MD is None else _dense_rows(y_MD)
+    x_TD, y_MD = dense_rows(x_TD), y_MD if y_MD is None else dense_rows(y_MD)
     out_MD = torch.empty((num_rows, D), dtype=x_TD.dtype, device=x_TD.device)
     dots_TK = weights_TK if weights_TK is None else torch.empty((T, K), dtype=weights_TK.dtype, device=x_TD.device)
     rows, block_D = _tile(D)
@@ -143,7 +145,7 @@ def spread(
 
 def sum_copies(y_MD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """y_TD[t] = sum_k weights[t, k] * y_MD[inverse[t, k]]; -1 adds nothing."""
-    (T, K), D, y_MD = inverse_TK.shape, y_MD.shape[1], _dense_rows(y_MD)
+    (T, K), D, y_MD = inverse_TK.shape, y_MD.shape[1], dense_rows(y_MD)
     out_TD = torch.empty((T, D), dtype=y_MD.dtype, device=y_MD.device)
     rows, block_D = _tile(D)
     if out_TD.numel():
@@ -158,7 +160,3 @@ def sum_copies(y_MD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None) -> T
 def _tile(D: int) -> tuple[int, int]:
     block_D = min(256, triton.next_power_of_2(max(D, 1)))
     return min(64, TILE // block_D), block_D
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import strides_in_units
+from kernels.backend import dense_rows, strides_in_units
 
 TILE = 4096  # values of a tile: 32 a thread at 4 warps; half of it in backward, which would take 255 registers
 GRADIENT_PROGRAMS = 1024  # how many parts the weight's gradient is summed in: about 4 waves of an H200
@@ -107,7 +107,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, S, D) in ``out_dtype`` and 1 / rms (M, S) of x (M, S, D); the weight is (S, D)."""
     M, S, D = x.shape
-    x, z = _dense_rows(x), z if z is None else _dense_rows(z)
+    x, z = dense_rows(x), z if z is None else dense_rows(z)
     y, rstd = torch.empty((M, S, D), dtype=out_dtype, device=x.device), x.new_empty((M, S), dtype=torch.float32)
     rows, options = _tile(D)
     strides, unit = strides_in_units(x, z)
@@ -124,7 +124,7 @@ def backward(
 ) -> list[Tensor]:
     """[dx, dz if there is a z, dweight (S, D) in fp32 if there is a weight]."""
     M, S, D = x.shape
-    x, z, dy = _dense_rows(x), z if z is None else _dense_rows(z), dy.contiguous()
+    x, z, dy = dense_rows(x), z if z is None else dense_rows(z), dy.contiguous()
     dx = torch.empty((M, S, D), dtype=x.dtype, device=x.device)
     dz = None if z is None else torch.empty((M, S, D), dtype=z.dtype, device=x.device)
     rows, options = _tile(D, TILE // 2)
@@ -145,10 +145,6 @@ def _tile(D: int, values: int = TILE) -> tuple[int, dict[str, int]]:
     block = triton.next_power_of_2(D)
     rows = max(1, min(values // block, 16))
     return rows, {"BLOCK_D": block, "num_warps": min(16, max(4, block // 1024))}
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(weight: Tensor | None) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import cuda_arch, strides_in_units
+from kernels.backend import cuda_arch, dense_rows, strides_in_units
 from kernels.ssd.triton_kernels import ssd_bwd_dBC_kernel, ssd_bwd_dx_kernel, ssd_fwd_kernel, ssd_states_kernel
 
 PROGRAMS = 512  # that a sweep should have at least: about two an SM of an H200, with some to spare
@@ -46,7 +46,7 @@ def forward(
     final = torch.empty((batch, heads, width, state_size), dtype=torch.float32, device=x.device)
     if x.numel() == 0 or state_size == 0:
         return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
-    x, B, C, seq_idx = _dense(x), _dense(B), _dense(C), seq_idx if seq_idx is None else seq_idx.contiguous()
+    x, B, C, seq_idx = dense_rows(x), dense_rows(B), dense_rows(C), seq_idx if seq_idx is None else seq_idx.contiguous()
     sweep = _Sweep(x, B, chunk_size)
     sums, decays = sweep.segment_sums(x, dt, A, B, dt_bias, seq_idx, dt_softplus, dt_limit)
     strides, unit = _strides_of(x, dt, B, C)
@@ -71,7 +71,7 @@ def backward(
         if initial is not None and dfinal is not None:
             zeros[-1] = dfinal.clone()
         return zeros
-    x, B, C, dy = _dense(x), _dense(B), _dense(C), dy.contiguous()
+    x, B, C, dy = dense_rows(x), dense_rows(B), dense_rows(C), dy.contiguous()
     seq_idx = seq_idx if seq_idx is None else seq_idx.contiguous()
     dfinal = dfinal if dfinal is None else dfinal.contiguous()
     sweep, fp32 = _Sweep(x, B, chunk_size), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -194,10 +194,6 @@ def _gradient_options(of_sweep: dict[str, Any]) -> dict[str, Any]:
 def _chunk(asked: int, most: int) -> int:
     """The power of two nearest below what was asked for, of those that the tensor cores and registers allow."""
     return max(16, min(most, 1 << (max(1, asked).bit_length() - 1)))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides_of(x: Tensor, dt: Tensor, *others: Tensor) -> tuple[tuple[int, ...], int]:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import dense_rows
+
 TILE = 2048  # values of a tile: 16 a thread, two 16-byte loads of 16-bit values
 
 
@@ -50,7 +52,7 @@ def swiglu_bwd_kernel(
 
 def forward(h_M2F: Tensor) -> Tensor:
     """silu(gate) * up: (M, F)."""
-    h_M2F, (M, F) = _dense_rows(h_M2F), (h_M2F.shape[0], h_M2F.shape[1] // 2)
+    h_M2F, (M, F) = dense_rows(h_M2F), (h_M2F.shape[0], h_M2F.shape[1] // 2)
     a_MF = torch.empty((M, F), dtype=h_M2F.dtype, device=h_M2F.device)
     if a_MF.numel():
         grid, blocks = _blocks(M, F)
@@ -60,7 +62,7 @@ def forward(h_M2F: Tensor) -> Tensor:
 
 def backward(h_M2F: Tensor, da_MF: Tensor, write_a: bool) -> list[Tensor]:
     """[dh (M, 2F), the activation (M, F) if asked]."""
-    h_M2F, da_MF, (M, F) = _dense_rows(h_M2F), _dense_rows(da_MF), da_MF.shape
+    h_M2F, da_MF, (M, F) = dense_rows(h_M2F), dense_rows(da_MF), da_MF.shape
     dh_M2F = torch.empty((M, 2 * F), dtype=h_M2F.dtype, device=h_M2F.device)
     a_MF = torch.empty((M, F), dtype=h_M2F.dtype, device=h_M2F.device) if write_a else None
     if da_MF.numel():
@@ -76,7 +78,3 @@ def _blocks(M: int, F: int) -> tuple[tuple[int, int], dict[str, int]]:
     block_F = min(256, triton.next_power_of_2(F))
     rows = TILE // block_F
     return (triton.cdiv(M, rows), triton.cdiv(F, block_F)), {"ROWS": rows, "BLOCK_F": block_F}
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

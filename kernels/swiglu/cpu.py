@@ -1,4 +1,4 @@
-"""The experts' activation and its gradient, written into given memory.
+"""SwiGLU and its gradient in PyTorch's operations, written into given memory.
 
 Legend: M rows, F inner width; 2F is gate then up.
 """
