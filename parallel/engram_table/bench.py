@@ -4,9 +4,10 @@ A step: look rows up, backward, gradient norm, update the touched rows. Ids foll
 as a hash would; id sets rotate.
 
 First beside PyTorch's own sparse path, ``nn.EmbeddingBag(sparse=True)`` (one row a bag) with
-``torch.optim.SparseAdam``, for each row format and optimizer. Then at growing numbers of rows beside the memory itself:
-loops that only read, or only read and write, the very bytes that a gather or an update must touch, on the same memory
-in the same run.
+``torch.optim.SparseAdam``, for each row format and optimizer; where ``fbgemm_gpu`` is installed (1.8.0 loads beside
+torch 2.13), beside its tables too, with what it has on CPUs: Adagrad with one value of state a row. Then at growing
+numbers of rows beside the memory itself: loops that only read, or only read and write, the very bytes that a gather or
+an update must touch, as many at a time, on the same memory in the same run.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 
 import numba
 import numpy as np
 import torch
 from torch import nn
 
+from kernels.prefetch import AHEAD, prefetch_row
 from kernels.timing import machine, print_table
 from parallel.engram_table.grouping import group_rows
 from parallel.engram_table.layout import TableShape
@@ -36,6 +39,7 @@ CANDIDATES = {
     "Adam, fp8": TableConfig(prefetch=0, rows="fp8"),
     "row-wise Adam, fp32": TableConfig(prefetch=0, optimizer="rowwise_adam"),
     "row-wise Adam, bf16": TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"),
+    "momentum + Sinkhorn, fp32": TableConfig(prefetch=0, optimizer="momentum_sinkhorn"),
 }
 
 
@@ -81,13 +85,39 @@ class Peer:
         self.adam.zero_grad()
 
 
+class Fbgemm:
+    """FBGEMM's table-batched embedding, one row a bag; the update is part of backward. Holds R rows and R values."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            EmbeddingLocation,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+
+        self.bag = SplitTableBatchedEmbeddingBagsCodegen(
+            [(*weight.shape, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=LEARNING_RATE,
+        )
+        self.bag.split_embedding_weights()[0].copy_(weight)
+
+    def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
+        """One whole step."""
+        self.bag(ids.view(-1), torch.arange(ids.numel() + 1)).view(grad.shape).backward(grad)
+
+
 def rounds_of(calls: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first ID_SETS rounds warm up."""
+    """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first ID_SETS rounds warm up.
+
+    Calls of a round take different id sets: none finds rows in the caches that the call before it has brought there.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(ID_SETS + rounds):
-        for name, call in calls.items():
+        for turn, (name, call) in enumerate(calls.items()):
             begin = time.perf_counter()
-            call(index % ID_SETS)
+            call((index + turn) % ID_SETS)
             if index >= ID_SETS:
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return times
@@ -107,7 +137,9 @@ def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
         side.step(*batches[0])
     error = (exact.weight - peer.bag.weight).norm() / peer.bag.weight.norm()
     assert error < 1e-6, f"rows after one step differ from SparseAdam's: relative RMSE {error:.1e}"
-    sides: dict[str, Ours | Peer] = {**ours, "EmbeddingBag + SparseAdam": peer}
+    sides: dict[str, Ours | Peer | Fbgemm] = {**ours, "EmbeddingBag + SparseAdam": peer}
+    if find_spec("fbgemm_gpu"):
+        sides["fbgemm, row-wise Adagrad"] = Fbgemm(exact.weight)
     calls = {name: partial(lambda side, i: side.step(*batches[i]), side) for name, side in sides.items()}
     times = rounds_of(calls, rounds)
     distinct = statistics.mean(len(ids.unique()) / ids.numel() for ids, _ in batches)
@@ -115,7 +147,8 @@ def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
     table = [["", "B a row, with state", "ms: median (best)", "faster than SparseAdam"]]
     for name, milliseconds in times.items():
         config = CANDIDATES.get(name, TableConfig())
-        size = row_bytes(config.rows, width) + (state_bytes(config.optimizer, width) if name in ours else 8 * width)
+        state = state_bytes(config.optimizer, width) if name in ours else {"f": 4}.get(name[0], 8 * width)
+        size = row_bytes(config.rows, width) + state
         ratios = [theirs / mine for theirs, mine in zip(times["EmbeddingBag + SparseAdam"], milliseconds, strict=True)]
         row = [name, str(size), f"{statistics.median(milliseconds):.1f} ({min(milliseconds):.1f})"]
         table.append([*row, f"{statistics.median(ratios):.1f}x"])
@@ -127,6 +160,7 @@ def read_only(table_RX, rows_U):
     """Sum of the rows' words: a gather's reads without its output."""
     total = 0
     for u in range(rows_U.size):
+        prefetch_row(table_RX, rows_U[min(u + AHEAD, rows_U.size - 1)])
         for x in range(table_RX.shape[1]):
             total += table_RX[rows_U[u], x]
     return total
@@ -136,6 +170,7 @@ def read_only(table_RX, rows_U):
 def read_write(table_RX, rows_U):
     """Flip a bit of each word of the rows: an update's memory traffic without its arithmetic."""
     for u in range(rows_U.size):
+        prefetch_row(table_RX, rows_U[min(u + AHEAD, rows_U.size - 1)])
         for x in range(table_RX.shape[1]):
             table_RX[rows_U[u], x] ^= 1
 

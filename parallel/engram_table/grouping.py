@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kernels.segment_sum import sum_sorted
+from parallel.engram_table.row_loops import split_keys
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,26 @@ class Groups:
         rows_U: (U,) int64, the distinct ids, ascending, without dead ones.
         order: int64, the positions of live ids in the flat input, row after row, ascending inside a row.
         starts_U: (U,) int64, where each row's positions begin in ``order``.
-        num_ids: N, dead ids included.
+        inverse_N: (N,) int64, for each id the number of its row in ``rows_U``; U for dead ids.
     """
 
     rows_U: torch.Tensor
     order: torch.Tensor
     starts_U: torch.Tensor
-    num_ids: int
+    inverse_N: torch.Tensor
+
+    @property
+    def num_ids(self) -> int:
+        """N, dead ids included."""
+        return self.inverse_N.numel()
 
     def positions(self, slot_U: torch.Tensor, dead: int) -> torch.Tensor:
         """(N,) int64: for each id the slot of its row, ``dead`` for dead ids."""
-        counts_U = torch.diff(self.starts_U, append=self.starts_U.new_tensor([self.order.numel()]))
-        slots_N = torch.full((self.num_ids,), dead)
-        return slots_N.scatter_(0, self.order, slot_U.repeat_interleave(counts_U))
+        return torch.cat([slot_U, slot_U.new_tensor([dead])]).index_select(0, self.inverse_N)
 
     def to(self, device: torch.device) -> "Groups":
         """The same on ``device``."""
-        return Groups(self.rows_U.to(device), self.order.to(device), self.starts_U.to(device), self.num_ids)
+        return Groups(*(tensor.to(device) for tensor in (self.rows_U, self.order, self.starts_U, self.inverse_N)))
 
 
 def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:
@@ -61,12 +65,14 @@ def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:
         raise ValueError(f"{name}: ids must be -1 (dead) or rows 0 to {num_rows - 1}, got {low} to {high}")
     keys = (flat_N << bits) | np.arange(flat_N.size)
     keys.sort()
-    if low < 0:  # dead ids come first
-        keys = keys[np.searchsorted(keys, 0) :]
-    rows = keys >> bits
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))
-    order = keys & ((1 << bits) - 1)
-    return Groups(torch.from_numpy(rows[starts]), torch.from_numpy(order), torch.from_numpy(starts), flat_N.size)
+    keys = keys[np.searchsorted(keys, 0) :] if low < 0 else keys  # dead ids come first
+    rows, order, starts = (np.empty(keys.size, np.int64) for _ in range(3))
+    inverse_N = np.empty(flat_N.size, np.int64)
+    num_distinct = split_keys(keys, bits, rows, order, starts, inverse_N)
+    if low < 0:
+        inverse_N[flat_N < 0] = num_distinct
+    rows_U, starts_U = (torch.from_numpy(values[:num_distinct]) for values in (rows, starts))
+    return Groups(rows_U, torch.from_numpy(order), starts_U, torch.from_numpy(inverse_N))
 
 
 def sum_groups(values_NW: torch.Tensor, groups: Groups) -> torch.Tensor:

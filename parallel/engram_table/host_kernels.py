@@ -1,26 +1,27 @@
-"""Adam on touched rows in host memory, one pass over each row, in as many threads as PyTorch uses.
+"""Touched rows in host memory, one pass over each row, in as many threads as PyTorch uses.
 
-Tensor operations (``LazyAdam.update_block``) move a row ten times through buffers; the compiled loops move it once.
+Tensor operations (``LazyAdam.update_block``) move a row ten times through buffers; the compiled loops move it once, and
+ask memory for it some rows ahead.
 
 Shape suffixes: R rows of this rank, U touched rows, W row width.
 """
 
 from functools import lru_cache
-from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kernels.threads import for_each
+from kernels.threads import for_ranges
 from parallel.engram_table import row_loops
-from parallel.engram_table.store import RowStore
 from parallel.table_config import TableConfig
 
-FEW_ROWS = 512  # fewer are not worth a second thread
+if TYPE_CHECKING:
+    from parallel.engram_table.store import RowStore
 
 
 def adam(
-    store: RowStore,
+    store: "RowStore",
     state: dict[str, torch.Tensor],
     rows_U: torch.Tensor,
     grad_UW: torch.Tensor,
@@ -46,12 +47,18 @@ def adam(
             *stored(store), *moments, *(values[part] for values in touched), corrections.numpy(), rate, *constants
         )
 
-    threads = torch.get_num_threads() if len(rows_U) > FEW_ROWS else 1
-    bounds = [len(rows_U) * i // threads for i in range(threads + 1)]
-    for_each(run, [slice(low, high) for low, high in pairwise(bounds)])
+    for_ranges(run, len(rows_U))
 
 
-def stored(store: RowStore) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def read_fp8(codes_RW: torch.Tensor, exponents_RK: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
+    """(U, W) fp32: ``formats.from_fp8`` of the rows."""
+    out_UW = torch.empty((len(rows_U), codes_RW.shape[1]))
+    tables, rows, out = (codes_RW.numpy(), exponents_RK.numpy(), _e4m3_values()), rows_U.numpy(), out_UW.numpy()
+    for_ranges(lambda part: row_loops.read_fp8(*tables, rows[part], out[part]), len(rows))
+    return out_UW
+
+
+def stored(store: "RowStore") -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The format's number, the weight as fp32, as the bits of bf16 and of fp8, fp8's exponents, and e4m3's values.
 
     Arrays that the format does not use are empty: one compiled loop serves all formats.

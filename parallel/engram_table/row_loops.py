@@ -1,7 +1,7 @@
 """Loops over rows in host memory, compiled by numba: decode, Adam, encode, one row after the other.
 
-``host_kernels.adam`` calls them. The arithmetic is that of ``LazyAdam.update_block`` up to the last bit; equal values
-are stored as the same bits as by ``formats.py``. All of it runs without the interpreter lock.
+``host_kernels`` and ``grouping`` call them. The arithmetic is that of ``LazyAdam.update_block`` to the last bit; equal
+values are stored as the same bits as by ``formats.py``. All of it runs without the interpreter lock.
 """
 
 # numba has types of its own
@@ -9,6 +9,8 @@ are stored as the same bits as by ``formats.py``. All of it runs without the int
 
 import numba
 import numpy as np
+
+from kernels.prefetch import AHEAD, prefetch_row
 
 FP32, BF16, FP8 = range(3)
 _FP8_BLOCK = 32
@@ -99,28 +101,33 @@ def decode_fp8(codes, exponents, values256, w, scale, scale_bits):
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _square_sum(g, grad_scale):
+def _square_sum(g, u, grad_scale):
     total = np.float32(0)
-    for c in range(g.size):
-        total += (g[c] * grad_scale) * (g[c] * grad_scale)
+    for c in range(g.shape[1]):
+        total += (g[u, c] * grad_scale) * (g[u, c] * grad_scale)
     return total
 
 
 @_compile
-def _adam_row(w, m, v, g, factor, floor, grad_scale, new1, beta2, new2, keep):
-    """``v`` has one value where there is one second moment a row."""
-    if v.size == 1:
-        v[0] = v[0] * beta2 + _square_sum(g, grad_scale) / np.float32(w.size) * new2
-        denominator = np.sqrt(v[0]) + floor
-        for c in range(w.size):
-            m[c] += (g[c] * grad_scale - m[c]) * new1
-            w[c] = w[c] * keep - m[c] * factor / denominator
+def _adam_row(w, i, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
+    """Row i of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised, on views not.
+
+    ``v`` has one column where there is one second moment a row.
+    """
+    width = w.shape[1]
+    if v.shape[1] == 1:
+        v[r, 0] = v[r, 0] * beta2 + _square_sum(g, u, grad_scale) / np.float32(width) * new2
+        denominator = np.sqrt(v[r, 0]) + floor
+        for c in range(width):
+            m[r, c] += (g[u, c] * grad_scale - m[r, c]) * new1
+            w[i, c] = w[i, c] * keep - m[r, c] * factor / denominator
         return
-    for c in range(w.size):
-        x = g[c] * grad_scale
-        m[c] += (x - m[c]) * new1
-        v[c] = v[c] * beta2 + x * x * new2
-        w[c] = w[c] * keep - m[c] * factor / (np.sqrt(v[c]) + floor)
+    for c in range(width):
+        x = g[u, c] * grad_scale
+        mean = m[r, c] + (x - m[r, c]) * new1
+        square = v[r, c] * beta2 + x * x * new2
+        m[r, c], v[r, c] = mean, square
+        w[i, c] = w[i, c] * keep - mean * factor / (np.sqrt(square) + floor)
 
 
 @_compile
@@ -129,27 +136,64 @@ def adam_rows(
     mean, square, step, rows, ids, grads, corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
 ):  # fmt: skip
     """One step; see ``LazyAdam``. ``square`` has one column where there is one second moment a row."""
-    width, last, constants = mean.shape[1], corrections.shape[1] - 1, (grad_scale, new1, beta2, new2, keep)
-    w, scaled, inverse = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    width, last = mean.shape[1], corrections.shape[1] - 1
+    w = np.empty((1, width), np.float32)
+    scaled, inverse = np.empty(width, np.float32), np.empty(width, np.float32)
     noise = np.empty(width, np.uint32)
     # the same memory seen as bits: a view made inside a loop over columns would keep it from being vectorised
-    w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+    w_bits, scaled_bits, inverse_bits = w[0].view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
     for u in range(rows.size):
+        ahead = rows[min(u + AHEAD, rows.size - 1)]
+        prefetch_row(mean, ahead)
+        prefetch_row(square, ahead)
+        prefetch_row(step, ahead)
+        if form == FP32:
+            prefetch_row(weight32, ahead)
+        elif form == BF16:
+            prefetch_row(weight16, ahead)
+        else:
+            prefetch_row(weight8, ahead)
+            prefetch_row(exponents, ahead)
         r = rows[u]
         step[r] += 1
         t = min(np.int64(step[r]), last)
         factor = np.float32(rate * corrections[1, t] / corrections[0, t])
         floor = np.float32(eps * corrections[1, t])
         if form == FP32:
-            _adam_row(weight32[r], mean[r], square[r], grads[u], factor, floor, *constants)
+            _adam_row(weight32, r, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
             continue
         key = row_key(ids[u], step[r], seed)
         if form == BF16:
             decode_bf16(weight16[r], w_bits)
         else:
-            decode_fp8(weight8[r], exponents[r], values256, w, scaled, scaled_bits)
-        _adam_row(w, mean[r], square[r], grads[u], factor, floor, *constants)
+            decode_fp8(weight8[r], exponents[r], values256, w[0], scaled, scaled_bits)
+        _adam_row(w, 0, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
         if form == BF16:
             encode_bf16(w_bits, key, weight16[r], noise)
         else:
-            encode_fp8(w, key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+            encode_fp8(w[0], key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+
+
+@_compile
+def read_fp8(codes, exponents, values256, rows, out):
+    """out[u] = the fp32 values of row rows[u]."""
+    scale = np.empty(1, np.float32)
+    scale_bits = scale.view(np.uint32)
+    for u in range(rows.size):
+        ahead = rows[min(u + AHEAD, rows.size - 1)]
+        prefetch_row(codes, ahead)
+        prefetch_row(exponents, ahead)
+        decode_fp8(codes[rows[u]], exponents[rows[u]], values256, out[u], scale, scale_bits)
+
+
+@_compile
+def split_keys(keys, bits, rows, order, starts, inverse):
+    """Sorted keys, row << bits | position, to ``Groups``' arrays; returns the number of distinct rows."""
+    last, count, mask = np.int64(-1), 0, (np.int64(1) << bits) - 1
+    for j in range(keys.size):
+        row, position = keys[j] >> bits, keys[j] & mask
+        if row != last:
+            rows[count], starts[count], last = row, j, row
+            count += 1
+        order[j], inverse[position] = position, count - 1
+    return count

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from kernels.gather_rows import gather_rows
+from parallel.engram_table import host_kernels
 from parallel.engram_table.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
 from parallel.table_config import RowFormat
 
@@ -46,10 +48,12 @@ class RowStore:
 
     def read(self, rows_U: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(U, W) in ``dtype``, a copy."""
-        values = self.weight.index_select(0, rows_U)
-        if self.form == "fp8":
-            return from_fp8(values, self.tensors["weight_scale"].index_select(0, rows_U), dtype)
-        return values.to(dtype)
+        if self.form != "fp8":
+            return gather_rows(self.weight, rows_U).to(dtype)
+        if rows_U.device.type == "cpu":
+            return host_kernels.read_fp8(self.weight, self.tensors["weight_scale"], rows_U).to(dtype)
+        codes_UW, exponents_UK = (tensor.index_select(0, rows_U) for tensor in self.tensors.values())
+        return from_fp8(codes_UW, exponents_UK, dtype)
 
     def write(self, rows_U: torch.Tensor, values_UW: torch.Tensor, updates_U: torch.Tensor) -> None:
         """Encode fp32 values into distinct rows; ``updates_U`` numbers each row's updates and seeds its rounding."""

@@ -130,6 +130,17 @@ def test_host_kernels_store_the_same_bits():
         assert np.array_equal(scale, exponents[i].numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMATS)
+def test_host_kernels_read_the_same_bits(form, dtype):
+    store = make_store(form, num_rows=30)
+    store.write(torch.arange(30), awkward_values(), torch.arange(30))
+    rows = torch.randint(0, 30, (600,), generator=torch.Generator().manual_seed(1))
+    weight = store.weight[rows]
+    expected = from_fp8(weight, store.tensors["weight_scale"][rows], dtype) if form == "fp8" else weight.to(dtype)
+    assert torch.equal(store.read(rows, dtype).view(torch.uint8), expected.view(torch.uint8))
+
+
 # Optimizers
 
 
