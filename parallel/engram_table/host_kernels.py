@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kernels.threads import for_ranges
+from kernels.threads import for_each, for_ranges
 from parallel.engram_table import row_loops
 from parallel.table_config import TableConfig
 
 if TYPE_CHECKING:
     from parallel.engram_table.store import RowStore
+
+
+SUM_BLOCK_ROWS = 8192
 
 
 def adam(
@@ -48,6 +51,33 @@ def adam(
         )
 
     for_ranges(run, len(rows_U))
+
+
+def sinkhorn_sums(g_AW: torch.Tensor, norm_A: torch.Tensor, c2_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``MomentumSinkhorn._sums`` in one pass over g. The order of the sums does not depend on the number of threads."""
+    r2_A, firsts = torch.empty_like(norm_A), range(0, len(g_AW), SUM_BLOCK_ROWS)
+    sums = np.zeros((len(firsts), g_AW.shape[1]))
+    g, norm, c2, r2 = (tensor.numpy() for tensor in (g_AW, norm_A, c2_W, r2_A))
+
+    def run(block: int) -> None:
+        part = slice(firsts[block], firsts[block] + SUM_BLOCK_ROWS)
+        row_loops.sinkhorn_sums(g[part], norm[part], c2, r2[part], sums[block])
+
+    for_each(run, range(len(firsts)))
+    return r2_A, torch.from_numpy(sums.sum(0))
+
+
+def move(
+    store: "RowStore", rows_A: torch.Tensor, g_AW: torch.Tensor, r_A: torch.Tensor, c_W: torch.Tensor, update: int
+) -> None:
+    """Distinct rows of host memory -= diag(r) g diag(c), encoded as their update number ``update``."""
+    ids_A = rows_A if store.form == "fp32" else store.global_ids(rows_A)
+    values, columns = [tensor.numpy() for tensor in (rows_A, ids_A, g_AW, r_A)], c_W.numpy()
+
+    def run(part: slice) -> None:
+        row_loops.move_rows(*stored(store), *(value[part] for value in values), columns, update, store.seed)
+
+    for_ranges(run, len(rows_A))
 
 
 def read_fp8(codes_RW: torch.Tensor, exponents_RK: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from kernels.prefetch import AHEAD, prefetch_row
 
 FP32, BF16, FP8 = range(3)
 _FP8_BLOCK = 32
+_SUM_ROWS = 256
 _u32 = numba.uint32
 _compile = numba.njit(nogil=True, cache=True, error_model="numpy")
 
@@ -172,6 +173,59 @@ def adam_rows(
             encode_bf16(w_bits, key, weight16[r], noise)
         else:
             encode_fp8(w[0], key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def sinkhorn_sums(g, norm, c2, r2, sums):
+    """r2[a] = 1 / sum_w (g / norm)^2 c2, and the sums over rows of r2 (g / norm)^2: one pass. ``sums`` is fp64."""
+    width = g.shape[1]
+    part = np.empty(width, np.float32)  # of few rows, so that fp32 does
+    for first in range(0, g.shape[0], _SUM_ROWS):
+        part[:] = 0
+        for a in range(first, min(first + _SUM_ROWS, g.shape[0])):
+            total = np.float32(0)
+            for c in range(width):
+                x = g[a, c] / norm[a]
+                total += x * x * c2[c]
+            factor = np.float32(1) / total
+            r2[a] = factor
+            for c in range(width):
+                x = g[a, c] / norm[a]
+                part[c] += factor * (x * x)
+        for c in range(width):
+            sums[c] += part[c]
+
+
+@_compile
+def move_rows(
+    form, weight32, weight16, weight8, exponents, values256, rows, ids, g, scale_rows, scale_columns, update, seed
+):  # fmt: skip
+    """Rows -= diag(scale_rows) g diag(scale_columns); ``update`` numbers the update."""
+    width = g.shape[1]
+    w = np.empty(width, np.float32)
+    scaled, inverse, noise = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.uint32)
+    w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+    for u in range(rows.size):
+        r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
+        if form == FP32:
+            prefetch_row(weight32, ahead)
+            for c in range(width):
+                weight32[r, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
+            continue
+        key = row_key(ids[u], update, seed)
+        if form == BF16:
+            prefetch_row(weight16, ahead)
+            decode_bf16(weight16[r], w_bits)
+        else:
+            prefetch_row(weight8, ahead)
+            prefetch_row(exponents, ahead)
+            decode_fp8(weight8[r], exponents[r], values256, w, scaled, scaled_bits)
+        for c in range(width):
+            w[c] -= g[u, c] * scale_rows[u] * scale_columns[c]
+        if form == BF16:
+            encode_bf16(w_bits, key, weight16[r], noise)
+        else:
+            encode_fp8(w, key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
 
 
 @_compile

@@ -20,6 +20,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from kernels.gather_rows import gather_rows
+from parallel.engram_table import host_kernels
 from parallel.engram_table.store import Allocate, RowStore, write_rows
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig
@@ -76,7 +78,7 @@ class MomentumSinkhorn:
         """M <- b^(steps since the last touch) M + (1 - b) G, and remember g = b M + (1 - b) G for this step."""
         beta = self.config.momentum
         since_U1 = (now - self.step.index_select(0, rows_U))[:, None].double()
-        momentum = self.momentum.index_select(0, rows_U) * (beta**since_U1).float()
+        momentum = gather_rows(self.momentum, rows_U) * (beta**since_U1).float()
         fresh = grad_UW * (grad_scale * (1 - beta))
         momentum += fresh
         self._nesterov_UW = momentum * beta + fresh
@@ -108,11 +110,14 @@ class MomentumSinkhorn:
         mean = self._sum(norm_C.sum()) / num_rows
         moves_C = norm_C > self.config.sinkhorn_threshold * mean
         rows_A = rows_C[moves_C]
-        g_AW = self.momentum.index_select(0, rows_A)  # of an untouched row: g up to a factor, which its norm takes out
+        g_AW = gather_rows(self.momentum, rows_A)  # of an untouched row: g up to a factor, which its norm takes out
         kept_U = moves_C[place_U]
         g_AW[torch.searchsorted(rows_A, touched[kept_U])] = nesterov[kept_U]
         r_A, c_W = self._scalings(g_AW)
         step_size = rate * math.sqrt(self.store.width)
+        if g_AW.device.type == "cpu":
+            host_kernels.move(self.store, rows_A, g_AW, r_A, c_W * step_size, now)
+            return rows_A
         for block in range(0, len(rows_A), BLOCK_ROWS):
             some = slice(block, block + BLOCK_ROWS)
             change = g_AW[some] * r_A[some, None] * (c_W * step_size)
@@ -121,14 +126,22 @@ class MomentumSinkhorn:
 
     def _scalings(self, g_AW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """r and c of diag(r) g diag(c): the alternation needs only products of g's squares with a vector."""
-        scale_A1 = torch.linalg.vector_norm(g_AW, dim=1, keepdim=True)  # squares of tiny momenta would underflow
-        squares = (g_AW / scale_A1).square()
+        norm_A = torch.linalg.vector_norm(g_AW, dim=1)  # squares of tiny momenta would underflow
         c_W = torch.ones(g_AW.shape[1], device=g_AW.device)
         for _ in range(self.config.sinkhorn_iterations // 2):
-            r_A = (squares @ c_W.square()).rsqrt()
-            norm_W = self._sum(r_A.square() @ squares).sqrt().float()
+            _, sums_W = self._sums(g_AW, norm_A, c_W.square())
+            norm_W = self._sum(sums_W).sqrt().float()
             c_W = torch.where(norm_W > 0, 1 / norm_W, 1.0)
-        return (squares @ c_W.square()).rsqrt() / scale_A1[:, 0], c_W
+        r2_A, _ = self._sums(g_AW, norm_A, c_W.square())
+        return r2_A.sqrt() / norm_A, c_W
+
+    def _sums(self, g_AW: torch.Tensor, norm_A: torch.Tensor, c2_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """r^2 by a row normalisation of (g / norm) diag(c), and the columns' squares of diag(r) (g / norm)."""
+        if g_AW.device.type == "cpu":
+            return host_kernels.sinkhorn_sums(g_AW, norm_A, c2_W)
+        squares = (g_AW / norm_A[:, None]).square()
+        r2_A = 1 / (squares @ c2_W)
+        return r2_A, r2_A @ squares
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the owners of the table, in fp64."""
