@@ -117,7 +117,7 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
 
 def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Problem]:
     engram = config.model.engram
-    if engram is None or config.table.placement != "host":
+    if engram is None or config.table.placement not in ("host", "pinned"):
         return []
     size = row_bytes(config.table.rows, engram.head_dim) + state_bytes(config.table.optimizer, engram.head_dim)
     heads = len(engram.layers) * len(engram.orders) * engram.num_heads

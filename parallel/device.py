@@ -1,4 +1,8 @@
-"""The only file that knows CUDA by name: which device this process computes on, and its capabilities."""
+"""The only file that knows CUDA by name: which device this process computes on, how data get there, beside what."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 
 import torch
 
@@ -19,3 +23,100 @@ def backend(device: torch.device) -> str:
 def device_name(device: torch.device) -> str:
     """The model of a device, as its vendor spells it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. From the host to a card it goes by page-locked memory, and nobody waits for the copy.
+
+    PyTorch's allocator of that memory gives it to nobody else before the calling thread's stream has done the copy.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory; from a card in page-locked memory, and the host waits for the calling thread's stream.
+
+    A host tensor is given back as it is.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+class DeviceQueue:
+    """The stream on which a thread beside the program gives its device work to a card. Without a card: nothing.
+
+    A thread's stream is the card's default one unless it is told otherwise: its copies would wait for the model's
+    kernels, and kernels for its exchange with other ranks, in an order that differs from rank to rank.
+
+    A mark is a place in what a stream has been given. Work begins after the program's mark at the time it was asked
+    for, and the program's own work goes on after the mark of what it uses. So what a job reads and writes is as if the
+    program itself had given it to the card, and the host never waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> "torch.cuda.Event | None":
+        """Where the calling thread's stream is."""
+        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+
+    @contextmanager
+    def after(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
+        """The calling thread's device work inside goes to the queue, and begins after ``mark``."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):  # and its device: a thread begins on the first card
+            self.wait(mark)
+            yield
+
+    def wait(self, mark: "torch.cuda.Event | None") -> None:
+        """The calling thread's stream goes on after ``mark``; the host does not wait."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def borrow(self, values: object) -> None:
+        """The calling thread's stream will use the tensors in ``values``, made on another stream.
+
+        Their memory is given to nobody else before that is done, even if they are freed at once.
+        """
+        if self._stream is not None:
+            for tensor in tensors_in(values):
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+def tensors_in(values: object) -> Iterator[torch.Tensor]:
+    """All tensors in nested mappings, lists, tuples and dataclasses."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, Mapping):
+        yield from tensors_in(list(values.values()))
+    elif is_dataclass(values):
+        yield from tensors_in(vars(values))
+
+
+def lock_pages(address: int, num_bytes: int) -> None:
+    """Lock pages of this process's memory: they are never swapped, and cards may copy from and to them directly.
+
+    Raises:
+        RuntimeError: CUDA refuses, with its reason.
+    """
+    result = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 1))  # 1: for all cards
+    if result:
+        raise torch.cuda.CudaError(result)
+
+
+def unlock_pages(address: int) -> None:
+    """Undo ``lock_pages``. What CUDA says to that is of no use: it may have ended before."""
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -7,15 +7,16 @@ from parallel.errors import Problem
 
 RowFormat = Literal["fp32", "bf16", "fp8"]
 RowOptimizer = Literal["adam", "rowwise_adam", "momentum_sinkhorn"]
+HOT_WAYS = 8  # places where a hot row may be kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
     """Where Engram rows live, in which format, and how they learn."""
 
-    placement: Literal["host", "file", "device"] = "host"
-    """Rows and their optimizer state in host memory, in a memory-mapped file (tables larger than RAM), or on the
-    device."""
+    placement: Literal["host", "pinned", "file", "device"] = "host"
+    """Rows and their optimizer state in host memory, in host memory whose pages are locked (with a CUDA device only),
+    in a memory-mapped file (tables larger than RAM), or on the device."""
     directory: str = ""
     """Where the files of placement "file" are made, on a local disk. They have no name there and vanish with the
     process: checkpoints are what stays."""
@@ -23,6 +24,9 @@ class TableConfig:
     """Format of the rows; bf16 and fp8 (e4m3, a scale for 32 values) are rounded stochastically."""
     optimizer: RowOptimizer = "adam"
     """Adam on touched rows; the same with one second moment a row; DeepSeek-V4.1's momentum + Sinkhorn."""
+    restart_optimizer: bool = False
+    """Resume also from a checkpoint of another table optimizer: its state of the rows is left behind, the new one
+    begins. Without it that is an error."""
     learning_rate_multiple: float = 5.0
     """Rows learn at this multiple of the learning rate (the paper's 5)."""
     weight_decay: float = 0.0
@@ -41,6 +45,9 @@ class TableConfig:
     """Alternating row and column normalisations; odd, so that rows come last."""
     prefetch: int = 1
     """Micro-batches whose rows move while an earlier one computes; 0 fetches when they are needed. The same bits."""
+    hot_rows: int = 0
+    """The rows asked of a rank most, so many (rounded up to a multiple of 8), are kept on the compute device, too. The
+    same bits."""
 
 
 def table_problems(config: TableConfig, width: int) -> list[Problem]:
@@ -56,6 +63,10 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
         refuse("directory", config.directory, 'is empty, and table.placement is "file"', "name a directory on a disk")
     if config.prefetch < 0:
         refuse("prefetch", config.prefetch, "is negative", "use 0 to fetch when rows are needed")
+    if config.hot_rows < 0:
+        refuse("hot_rows", config.hot_rows, "is negative", "use 0 to keep none")
+    if config.hot_rows > 0 and config.placement == "device":
+        refuse("hot_rows", config.hot_rows, 'keeps rows on the device, where table.placement "device" has all', "use 0")
     if config.sinkhorn_iterations < 1 or config.sinkhorn_iterations % 2 == 0:
         refuse("sinkhorn_iterations", config.sinkhorn_iterations, "must be odd: rows come last", "use 11")
     for name in ("momentum", "betas"):
@@ -75,3 +86,17 @@ def row_bytes(form: RowFormat, width: int) -> int:
 def state_bytes(optimizer: RowOptimizer, width: int) -> int:
     """Bytes of optimizer state a row: fp32 moments, and 4 B for its count of steps."""
     return {"adam": 8 * width + 4, "rowwise_adam": 4 * width + 8, "momentum_sinkhorn": 4 * width + 8}[optimizer]
+
+
+def hot_sets(hot_rows: int, num_rows: int) -> int:
+    """Sets of ``HOT_WAYS`` places that hold so many hot rows of a rank's ``num_rows``."""
+    return max(1, -(-min(hot_rows, num_rows) // HOT_WAYS))
+
+
+def hot_bytes(hot_rows: int, num_rows: int, width: int, value_bytes: int) -> tuple[int, int]:
+    """Bytes of host memory and of the device that a rank's hot rows take, rows travelling in ``value_bytes`` a value.
+
+    On the host 4 B for each row of the rank, how hot it is, and 12 B for each place.
+    """
+    places = hot_sets(hot_rows, num_rows) * HOT_WAYS
+    return (4 * num_rows + 12 * places, places * width * value_bytes) if hot_rows else (0, 0)

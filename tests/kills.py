@@ -12,9 +12,10 @@ import re
 import signal
 import tempfile
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from tests.runs import forked, make_corpus, records, run_forked, wait_for_step, words
 
@@ -142,9 +143,7 @@ def examine(directory: Path) -> tuple[list[int], list[str]]:
             continue
         try:
             files = json.loads((path / "manifest.json").read_text())["files"]
-            same = all(
-                f"{zlib.crc32((path / name).read_bytes()):08x}" == record["crc32"] for name, record in files.items()
-            )
+            same = all(is_whole((path / name).read_bytes(), record) for name, record in files.items())
         except (OSError, ValueError):
             same = False
         if same:
@@ -152,6 +151,14 @@ def examine(directory: Path) -> tuple[list[int], list[str]]:
         else:
             torn.append(path.name)
     return whole, torn
+
+
+def is_whole(content: bytes, record: dict) -> bool:
+    """Whether a file has the bytes that the manifest sums, block by block."""
+    sums = record["xxh3_64"]
+    ends = [*map(int, sums), record["bytes"]][1:]
+    same = (xxhash.xxh3_64_hexdigest(content[int(a) : b]) == sums[a] for a, b in zip(sums, ends, strict=True))
+    return len(content) == record["bytes"] and all(same)
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ def observe(config: RunConfig, watch_kinks: bool) -> dict[str, Any]:
     trainer, figures = make_trainer(config), []
     by_step: dict[int, dict[str, Piece]] = {}
 
-    def recorded_norm(trainer: Trainer) -> float:
+    def recorded_norm(trainer: Trainer) -> tuple[float, float | None]:
         if step in (0, STEPS - 1):
             by_step[step] = gradients(trainer)
         return global_grad_norm(trainer)

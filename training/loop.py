@@ -18,6 +18,7 @@ from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
 from training.checkpoint import Saver, latest, load
+from training.checkpoint.rows import told
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
@@ -198,7 +199,7 @@ def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
             )
         )
     if trainer.mesh.global_rank == 0:
-        print(f"resumed from {path}", flush=True)
+        print("\n".join([f"resumed from {path}", *told(manifest["tensors"], trainer.config.table)]), flush=True)
         if (path / "metrics.jsonl").exists() and not (directory / "metrics.jsonl").exists():
             shutil.copyfile(path / "metrics.jsonl", directory / "metrics.jsonl")
     return int(manifest["step"])
@@ -239,5 +240,6 @@ class Speedometer:
             "expert_max": result.expert_max,
             "engram_wait": None if result.engram_wait_s is None else result.engram_wait_s / seconds,
             "engram_work": None if result.engram_work_s is None else result.engram_work_s / seconds,
+            "engram_hot_hits": result.engram_hot_hits,
             "eta_s": mean * (self.steps - done),
         }

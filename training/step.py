@@ -32,6 +32,8 @@ class StepResult:
     """Seconds of hashing, fetching, returning and updating Engram rows, in the background or not."""
     exchange_s: float
     """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
+    engram_hot_hits: float | None = None
+    """Share of the distinct rows of micro-batches that their owners had among their hot rows, over all ranks."""
 
 
 def train_step(
@@ -70,7 +72,7 @@ def train_step(
             memory.tables.accumulate(rows, scale=1 / mesh.size("dp"))
         if index < len(batches) - 1:
             engine.step()
-    grad_norm = global_grad_norm(trainer)
+    grad_norm, hot_hits = global_grad_norm(trainer)
     loss = _mean_loss(trainer, loss_sum, scale / len(batches))
     _require_finite(trainer, loss, grad_norm, step)
     clip = trainer.config.optimizer.clip_norm
@@ -89,6 +91,7 @@ def train_step(
         engram_wait_s=now_waited - waited if memory else None,
         engram_work_s=now_worked - worked if memory else None,
         exchange_s=take_exchange_seconds(trainer.model),
+        engram_hot_hits=hot_hits,
     )
 
 
@@ -105,13 +108,21 @@ def engram_seconds(trainer: Trainer) -> tuple[float, float]:
     return worker.waited_s, worker.worked_s
 
 
-def global_grad_norm(trainer: Trainer) -> float:
-    """Norm of the whole model's gradient, table rows included, each global element once. One scalar over world."""
-    squared = squared_grad_norm(trainer.engine, trainer.mesh)
+def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
+    """Norm of the whole model's gradient, table rows included, each global element once.
+
+    With it, in one all-reduce over world, the share of the table rows asked for that were hot; None where none were
+    asked for or none are kept.
+    """
+    squared, hot_use = squared_grad_norm(trainer.engine, trainer.mesh), (0, 0)
     if trainer.memory is not None:
         squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
-    dist.all_reduce(squared, group=trainer.mesh.group("world"))
-    return float(squared.sqrt())
+        hot_use = trainer.memory.tables.hot_use
+    sums = torch.stack([squared, *squared.new_tensor(hot_use)])
+    dist.all_reduce(sums, group=trainer.mesh.group("world"))
+    sums[0].sqrt_()
+    norm, hot, asked = sums.tolist()
+    return norm, hot / asked if asked and trainer.config.table.hot_rows else None
 
 
 def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:

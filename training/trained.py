@@ -49,7 +49,7 @@ def load_trained(source: Path) -> Trained:
     token_map = run_token_map(config, files)
     for directory in (run, path):
         check_artifact(directory, config.model.engram, token_map, files)
-    memory = build_memory(config, mesh, token_map, device)
+    memory = build_memory(config, mesh, token_map, device, trainable=False)
     model = build_model(
         config.model, mesh, seed=config.train.seed, dtype=DTYPES[config.train.dtype], device=device
     ).eval()

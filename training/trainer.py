@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from training.data.dataset import Batch
 from training.data.files import TokenFiles
 from training.data.token_map import TokenMap, load_token_map
 from training.model.config import EngramConfig
-from training.model.model import HybridModel, build_model
+from training.model.model import HybridModel, Memory, build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,9 +75,13 @@ def engram_hashes(config: EngramConfig, token_map: TokenMap) -> dict[int, NgramH
     )
 
 
-def memory_of(rows: Mapping[int, Rows]) -> dict[int, Any]:
+def memory_of(rows: Mapping[int, Rows]) -> Memory:
     """What the model reads: for each layer a function that puts the rows into the graph."""
-    return {layer: fetched.embed for layer, fetched in rows.items()}
+    return {layer: partial(_recall, fetched) for layer, fetched in rows.items()}
+
+
+def _recall(rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return rows.embed(), rows.dead()
 
 
 @dataclass
@@ -116,8 +121,10 @@ def run_token_map(config: RunConfig, files: TokenFiles) -> TokenMap:
     return TokenMap(ids=torch.arange(files.vocab_size), num_compressed=files.vocab_size, pad_id=files.pad_id)
 
 
-def build_memory(config: RunConfig, mesh: Mesh, token_map: TokenMap, device: torch.device) -> EngramMemory | None:
-    """The Engram tables of a run and the hash into them."""
+def build_memory(
+    config: RunConfig, mesh: Mesh, token_map: TokenMap, device: torch.device, trainable: bool = True
+) -> EngramMemory | None:
+    """The Engram tables of a run and the hash into them; not ``trainable``: rows to be loaded, and no more."""
     engram = config.model.engram
     if engram is None:
         return None
@@ -132,6 +139,7 @@ def build_memory(config: RunConfig, mesh: Mesh, token_map: TokenMap, device: tor
         seed=config.train.seed,
         device=device,
         dtype=DTYPES[config.train.dtype],
+        trainable=trainable,
     )
     return EngramMemory(engram, token_map, tables, mesh)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kernels.segment_sum import sum_sorted
+from parallel.device import to_device
 from parallel.engram_table.row_loops import split_keys
 
 
@@ -39,7 +40,8 @@ class Groups:
 
     def to(self, device: torch.device) -> "Groups":
         """The same on ``device``."""
-        return Groups(*(tensor.to(device) for tensor in (self.rows_U, self.order, self.starts_U, self.inverse_N)))
+        tensors = self.rows_U, self.order, self.starts_U, self.inverse_N
+        return Groups(*(to_device(tensor, device) for tensor in tensors))
 
 
 def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:

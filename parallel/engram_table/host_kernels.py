@@ -75,7 +75,8 @@ def move(
     values, columns = [tensor.numpy() for tensor in (rows_A, ids_A, g_AW, r_A)], c_W.numpy()
 
     def run(part: slice) -> None:
-        row_loops.move_rows(*stored(store), *(value[part] for value in values), columns, update, store.seed)
+        parts = (value[part] for value in values)
+        row_loops.move_rows(*stored(store), *parts, columns, update, store.seed)  # type: ignore[call-arg]  # compiled
 
     for_ranges(run, len(rows_A))
 

@@ -5,10 +5,12 @@ import math
 import mmap
 import socket
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from parallel.device import lock_pages, unlock_pages
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
 
@@ -24,10 +26,48 @@ def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(_huge_pages(mmap.mmap, num_bytes), dtype=dtype).view(shape)
+
+
+def locked_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``host_zeros`` whose pages are locked as long as the tensor lives; for a process with a CUDA device.
+
+    The mapping is registered with CUDA as it is: it keeps its huge pages and its size. PyTorch's own page-locked memory
+    (``pin_memory``) is rounded up to a power of two, for a table almost as much again.
+
+    Raises:
+        RuntimeError: CUDA refuses, with its reason.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype)
+    pages = _huge_pages(_LockedPages, num_bytes)
+    zeros = torch.frombuffer(pages, dtype=dtype).view(shape)
+    zeros.zero_()  # by all threads; locking, too, would touch the pages, in one
+    lock_pages(zeros.data_ptr(), num_bytes)
+    pages.address = zeros.data_ptr()
+    return zeros
+
+
+Mapping = TypeVar("Mapping", bound=mmap.mmap)
+
+
+def _huge_pages(kind: type[Mapping], num_bytes: int) -> Mapping:
+    pages = kind(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return pages
+
+
+class _LockedPages(mmap.mmap):
+    """Memory that is unlocked before it goes."""
+
+    address = 0
+    """Where it begins, once it is locked."""
+
+    def __del__(self) -> None:
+        if self.address:
+            unlock_pages(self.address)
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
@@ -63,7 +103,16 @@ def _cgroup_free(mount: Path, path: str, limit_name: str, usage_name: str, cache
     return free
 
 
-def check_memory(needed: int, available: int | None, where: str, what: str, mesh: Mesh) -> None:
+def check_memory(
+    needed: int,
+    available: int | None,
+    where: str,
+    what: str,
+    mesh: Mesh,
+    kept: str = "rows and optimizer state",
+    field: str = "model.engram.table_size",
+    fix: str = "use a smaller table, more nodes, or a node with more memory",
+) -> None:
     """Compare what all ranks that share a memory need with what it has. Collective over ``engram``.
 
     Args:
@@ -71,6 +120,9 @@ def check_memory(needed: int, available: int | None, where: str, what: str, mesh
         available: bytes that are free now; None if unknown.
         where: this rank's memory ("host memory", "memory of cuda:0").
         what: the size of the tables, for the message.
+        kept: what they need it for, for the message.
+        field: what the user must change.
+        fix: and how.
 
     Raises:
         RunError: on every rank, when any node has too little.
@@ -85,10 +137,9 @@ def check_memory(needed: int, available: int | None, where: str, what: str, mesh
         if total > free:
             raise RunError(
                 Problem(
-                    field="model.engram.table_size",
+                    field=field,
                     value=f"({what})",
-                    rule=f"needs {total / GIB:.2f} GiB of {place} for rows and optimizer state, "
-                    f"and {free / GIB:.2f} GiB are available",
-                    fix="use a smaller table, more nodes, or a node with more memory",
+                    rule=f"needs {total / GIB:.2f} GiB of {place} for {kept}, and {free / GIB:.2f} GiB are available",
+                    fix=fix,
                 )
             )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import Function
 
+from kernels.gather_rows import gather_rows
+from parallel.device import to_device
 from parallel.engram_table.exchange import Route
 from parallel.engram_table.grouping import Groups, sum_groups
 
@@ -25,7 +27,9 @@ class Arrival:
         slots_N: layer -> (N,) int64, the place of each id's row in ``values``.
         num_rows: layer -> U.
         shapes: layer -> shape of the ids.
+        dead: layer -> ``dead_positions``, on the compute device.
         route: the way of the fetch, along which gradients return.
+        num_hot: of the rows that others and this rank asked of this rank, those that were hot (``HotRows``).
     """
 
     values: torch.Tensor
@@ -33,7 +37,17 @@ class Arrival:
     slots_N: Mapping[int, torch.Tensor]
     num_rows: Mapping[int, int]
     shapes: Mapping[int, torch.Size]
+    dead: Mapping[int, torch.Tensor | None]
     route: Route
+    num_hot: int
+
+
+def dead_positions(ids: torch.Tensor, groups: Groups, device: torch.device) -> torch.Tensor | None:
+    """(…) bool: positions of ``ids`` (…, O) that look nothing up: all ids there are dead. None where there is none."""
+    if groups.order.numel() == groups.num_ids:
+        return None
+    dead = (ids < 0).all(-1)
+    return to_device(dead, device) if dead.any() else None
 
 
 class Fetch:
@@ -66,7 +80,7 @@ class _Expand(Function):
     @staticmethod
     def forward(ctx, leaf_UW, values, slots_N, groups):
         ctx.groups = groups
-        return values.index_select(0, slots_N)
+        return gather_rows(values, slots_N)
 
     @staticmethod
     def backward(ctx, grad_NW):
@@ -89,6 +103,10 @@ class Rows:
         out_NW = _Expand.apply(self._leaf(), arrival.values, arrival.slots_N[layer], arrival.groups[layer])
         shape = arrival.shapes[layer]
         return out_NW.reshape(*shape[:-1], shape[-1] * out_NW.shape[-1])
+
+    def dead(self) -> torch.Tensor | None:
+        """(…) bool: positions that look nothing up, whose rows are zero; None where every position has a live id."""
+        return self.fetch.take().dead[self._layer]
 
     def _leaf(self) -> torch.Tensor:
         """(U, W) fp32 leaf whose ``.grad`` is the gradient of the rows.

@@ -9,37 +9,83 @@ from pathlib import Path
 
 import torch
 
-from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros
+from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros, locked_zeros
 from parallel.engram_table.store import Allocate
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
-from parallel.table_config import TableConfig, row_bytes, state_bytes
+from parallel.table_config import TableConfig, hot_bytes, row_bytes, state_bytes
 
 
 def open_storage(
-    config: TableConfig, num_rows: int, width: int, device: torch.device, what: str, mesh: Mesh
+    config: TableConfig,
+    num_rows: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    what: str,
+    mesh: Mesh,
+    trainable: bool = True,
 ) -> tuple[torch.device, Allocate]:
     """Where rows live, and the function that allocates there. Collective over ``engram``.
 
     Args:
         num_rows: of this rank.
+        device: where the model computes, and hot rows are kept.
+        dtype: in which they are.
         what: the size of all tables, for the message.
+        trainable: there will be optimizer state beside the rows, and hot rows if there are to be any.
 
     Raises:
-        RunError: on every rank, when a node has too little memory or disk.
+        RunError: on every rank, when a node has too little memory or disk, or pages cannot be locked.
     """
-    needed = num_rows * (row_bytes(config.rows, width) + state_bytes(config.optimizer, width))
+    pinned, card = config.placement == "pinned", device.type != "cpu"
+    if pinned and trainable and device.type != "cuda":
+        rule = f"needs a CUDA device, and this process computes on {device}: pages are locked for a card's copies"
+        raise RunError(_placement_problem(rule))
+    state = state_bytes(config.optimizer, width) if trainable else 0
+    needed, kept = num_rows * (row_bytes(config.rows, width) + state), "rows and optimizer state" if state else "rows"
+    hot_host, hot_card = hot_bytes(config.hot_rows if trainable else 0, num_rows, width, dtype.itemsize)
+    in_host = hot_host if card else hot_host + hot_card
+
+    def check_hot(size: int, available: int | None, where: str) -> None:
+        value, fix = f"{config.hot_rows:,}", "keep fewer, or 0"
+        check_memory(size, available, where, value, mesh, "hot rows", field="table.hot_rows", fix=fix)
+
+    if hot_card and card:
+        check_hot(hot_card, _free_memory(device), f"memory of {device}")
     if config.placement == "file":
         directory = Path(config.directory)
         _check_directory(directory)
-        check_memory(needed, shutil.disk_usage(directory).free, f"disk at {directory}", what, mesh)
+        check_memory(needed, shutil.disk_usage(directory).free, f"disk at {directory}", what, mesh, kept)
+        if hot_host:
+            check_hot(in_host, available_host_bytes(), "host memory")
         return torch.device("cpu"), lambda name, shape, dtype: file_zeros(directory, name, shape, dtype)
-    if config.placement == "host":
-        check_memory(needed, available_host_bytes(), "host memory", what, mesh)
-        return torch.device("cpu"), lambda name, shape, dtype: host_zeros(shape, dtype)
-    available = None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
-    check_memory(needed, available, f"memory of {device}", what, mesh)
+    if config.placement in ("host", "pinned"):
+        check_memory(needed + in_host, available_host_bytes(), "host memory", what, mesh, kept)
+        zeros = pinned_zeros if pinned and device.type == "cuda" else host_zeros
+        return torch.device("cpu"), lambda name, shape, dtype: zeros(shape, dtype)
+    check_memory(needed, _free_memory(device), f"memory of {device}", what, mesh, kept)
     return device, lambda name, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+
+
+def pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory whose pages are locked.
+
+    Raises:
+        RunError: CUDA refuses.
+    """
+    try:
+        return locked_zeros(shape, dtype)
+    except RuntimeError as error:
+        raise RunError(_placement_problem(f"cannot lock {prod(shape) * dtype.itemsize:,} bytes: {error}")) from error
+
+
+def _placement_problem(rule: str) -> Problem:
+    return Problem(field="table.placement", value="pinned", rule=rule, fix='use "host"')
 
 
 def file_zeros(directory: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -7,25 +7,29 @@ Shape suffixes: U distinct rows, M distinct rows of all layers, W row width.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from parallel.device import to_device, to_host
 from parallel.engram_table.exchange import Route, by_owner, open_route, resend, return_rows, send_gradients
 from parallel.engram_table.grouping import group_rows, sum_groups
+from parallel.engram_table.hot_rows import HotRows
 from parallel.engram_table.initial import fill_initial_rows
 from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
-from parallel.engram_table.rows import Arrival, Fetch, Rows
+from parallel.engram_table.rows import Arrival, Fetch, Rows, dead_positions
 from parallel.engram_table.sinkhorn import MomentumSinkhorn
 from parallel.engram_table.storage import open_storage
 from parallel.engram_table.store import RowStore
-from parallel.engram_table.worker import Worker
+from parallel.engram_table.worker import Job, Worker
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig
 
 Ids = Mapping[int, torch.Tensor]
+ASSIGNED_ROWS = 4096  # encoded at once
 
 
 class Piece(NamedTuple):
@@ -37,6 +41,18 @@ class Piece(NamedTuple):
     """Global row of its first row."""
     num_rows: int
     """Rows of the whole tensor."""
+
+
+class NoOptimizer:
+    """In place of the optimizer of rows that are only read."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing is kept of a row."""
+        return {}
+
+    def update(self, *arguments: object) -> torch.Tensor:
+        """Always a ValueError."""
+        raise ValueError("step: expected trainable tables, got rows without an optimizer (trainable=False)")
 
 
 class EngramTables:
@@ -60,6 +76,7 @@ class EngramTables:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        trainable: bool = True,
     ) -> None:
         """Allocate and fill this rank's rows. Collective over ``engram``.
 
@@ -68,6 +85,7 @@ class EngramTables:
             init_std: standard deviation of the initial rows, which depend on ``seed``, layer and row only.
             device: where the model computes, and rows are delivered to.
             dtype: what the model computes in; rows travel and arrive in it. Gradients travel in fp32.
+            trainable: False is rows alone, without an optimizer, and of zeros: they are to be loaded.
 
         Raises:
             RunError: a node has too little memory or disk for the rows and their optimizer state.
@@ -80,19 +98,26 @@ class EngramTables:
         self.layout = RowLayout(shapes, mesh.size("engram"))
         rank, total = mesh.rank("engram"), sum(shape.num_rows for shape in shapes.values())
         num_rows, what = self.layout.local_rows[rank], f"{total:,} rows x {self.width}"
-        self._memory, allocate = open_storage(config, num_rows, self.width, device, what, mesh)
+        self._memory, allocate = open_storage(config, num_rows, self.width, device, dtype, what, mesh, trainable)
         self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
-        for layer in self.layout.layers:
+        for layer in self.layout.layers if trainable else ():
             fill_initial_rows(
                 self._store, self.layout.local(layer, rank), self.owned(layer).start, init_std, seed, layer
             )
-        self._optimizer: LazyAdam | MomentumSinkhorn
-        if config.optimizer == "momentum_sinkhorn":
+        self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
+        if not trainable:
+            self._optimizer = NoOptimizer()
+        elif config.optimizer == "momentum_sinkhorn":
             parts = [(self.layout.local(layer, rank), shapes[layer].num_rows) for layer in self.layout.layers]
             self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
         else:
             self._optimizer = LazyAdam(self._store, config, allocate)
-        self.worker = Worker(threaded=config.prefetch > 0)
+        self.hot_use = 0, 0
+        """Of the fetches accumulated since the last step: rows asked of this rank that were hot, and rows asked."""
+        self._hot: HotRows | None = None
+        if trainable and config.hot_rows:
+            self._hot = HotRows(config.hot_rows, num_rows, self.width, dtype, device, self._read_table)
+        self.worker = Worker(trainable and config.prefetch > 0, device)
         self._ahead: list[Fetch] = []  # whose rows nobody has taken yet
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # (local rows, their gradients)
         self._distinct = True  # no row occurs twice in there
@@ -112,9 +137,15 @@ class EngramTables:
             ValueError: an id outside the layer's rows, or other layers than the table's; by ``embed`` where the fetch
                 has been queued.
         """
-        fetch = Fetch(self.worker.submit(self._fetch, ids), self.worker.wait)
+        coming = self.worker.submit(self._fetch, ids)
+        fetch = Fetch(coming, partial(self._receive, coming))
         self._ahead = [other for other in self._ahead if not other.taken] + [fetch]
         return {layer: Rows(fetch, layer) for layer in self.layout.layers}
+
+    def _receive(self, coming: Job[Arrival], ready: Job[object]) -> None:
+        """Wait for a fetch, then for the update that patches it, if there is one."""
+        self.worker.wait(coming)
+        self.worker.wait(ready)
 
     @torch.no_grad()
     def _fetch(self, ids: Ids | Callable[[], Ids]) -> Arrival:
@@ -124,7 +155,8 @@ class EngramTables:
         layers = self.layout.layers
         groups = [group_rows(ids[layer], self.shapes[layer].num_rows, f"Engram layer {layer}") for layer in layers]
         route, slots = open_route(groups, self.layout, self.mesh)
-        values = return_rows(self._read(route.local_rows), route, self.mesh)
+        answer, num_hot = self._hot.ask(route.local_rows) if self._hot else (self._read_table(route.local_rows), 0)
+        values = return_rows(answer, route, self.mesh)
         dead = values.shape[0]
         if any(group.order.numel() < group.num_ids for group in groups):
             values = F.pad(values, (0, 0, 0, 1))
@@ -132,17 +164,25 @@ class EngramTables:
             values,
             {layer: group.to(self.device) for layer, group in zip(layers, groups, strict=True)},
             {
-                layer: group.positions(slot_U, dead).to(self.device)
+                layer: to_device(group.positions(slot_U, dead), self.device)
                 for layer, group, slot_U in zip(layers, groups, slots, strict=True)
             },
             {layer: len(slot_U) for layer, slot_U in zip(layers, slots, strict=True)},
             {layer: ids[layer].shape for layer in layers},
+            {
+                layer: dead_positions(ids[layer], group, self.device)
+                for layer, group in zip(layers, groups, strict=True)
+            },
             route,
+            num_hot,
         )
 
     def _read(self, local_rows: torch.Tensor) -> torch.Tensor:
         """Rows as they travel: in the compute dtype, on the compute device."""
-        return self._store.read(local_rows.to(self._memory), self.dtype).to(self.device)
+        return self._hot.read(local_rows) if self._hot else self._read_table(local_rows)
+
+    def _read_table(self, local_rows: torch.Tensor) -> torch.Tensor:
+        return to_device(self._store.read(to_device(local_rows, self._memory), self.dtype), self.device)
 
     @torch.no_grad()
     def lookup(self, ids: Ids) -> dict[int, torch.Tensor]:
@@ -160,14 +200,18 @@ class EngramTables:
         if any(other.fetch is not fetch for other in rows.values()):
             raise ValueError("rows: all layers must come from one fetch")
         grads = [rows[layer].take_gradient() for layer in self.layout.layers]
-        self.worker.submit(self._accumulate, fetch.take().route, grads, scale)
+        arrival = fetch.take()
+        hot, asked = self.hot_use
+        self.hot_use = hot + arrival.num_hot, asked + len(arrival.route.local_rows)
+        self.worker.submit(self._accumulate, arrival.route, grads, scale)
 
     @torch.no_grad()
     def _accumulate(self, route: Route, grads: list[torch.Tensor], scale: float) -> None:
         grad_UW = by_owner(grads, route.pieces)
         if scale != 1:
             grad_UW.mul_(scale)
-        received = send_gradients(grad_UW, route, self.mesh).to(self._memory)
+        received = send_gradients(grad_UW, route, self.mesh)
+        received = to_host(received) if self._memory.type == "cpu" else received
         self._distinct = not self._pending and self.mesh.size("engram") == 1
         self._pending.append((route.local_rows, received))
 
@@ -193,7 +237,7 @@ class EngramTables:
     def _squared_grad_norm(self) -> torch.Tensor:
         _, grad_UW = self._merged()
         norm_U = torch.linalg.vector_norm(grad_UW, dim=1)  # fp64 only over rows: 5x faster, as exact
-        return norm_U.double().square().sum().to(self.device)
+        return to_device(norm_U.double().square().sum(), self.device)
 
     def gradients(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """layer -> global rows owned here that were touched since the last step (U,), and their gradients (U, W)."""
@@ -214,8 +258,12 @@ class EngramTables:
             learning_rate: of the run; rows learn at ``learning_rate_multiple`` times that.
             grad_scale: the factor of global clipping.
             step: number of the step, from 0.
+
+        Raises:
+            ValueError: the tables are not trainable.
         """
         ahead = [fetch for fetch in self._ahead if not fetch.taken]
+        self.hot_use = 0, 0
         update = self.worker.submit(self._update, learning_rate, grad_scale, step, ahead)
         for fetch in ahead:
             fetch.ready = update
@@ -224,14 +272,17 @@ class EngramTables:
     def _update(self, learning_rate: float, grad_scale: float, step: int, ahead: list[Fetch]) -> None:
         rows_U, grad_UW = self._merged()
         changed_U = self._optimizer.update(rows_U.to(self._memory), grad_UW, learning_rate, grad_scale, step).cpu()
+        if self._hot:
+            self._hot.write_through(changed_U)
         for fetch in ahead:
             arrival = fetch.arrival()
             places, rows = resend(changed_U, self._read, arrival.route, self.mesh)
-            arrival.values.index_copy_(0, places.to(self.device), rows)
+            arrival.values.index_copy_(0, to_device(places, self.device), rows)
         self._clear()
 
     def discard(self) -> None:
         """Drop the accumulated gradients: the step is skipped."""
+        self.hot_use = 0, 0
         self.worker.submit(self._clear)
 
     def _clear(self) -> None:
@@ -239,11 +290,12 @@ class EngramTables:
         self._distinct = True
 
     def state(self) -> dict[str, Piece]:
-        """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the optimizer's state.
+        """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the state of an optimizer.
 
-        Waits for what is queued; the values stay as they are until the next step.
+        Waits for what is queued; the values stay as they are until the next step. To load into them is allowed until
+        the next fetch or step.
         """
-        self.worker.wait(self.worker.submit(lambda: None))
+        self._settle()
         tensors = self._store.tensors | self._optimizer.state()
         pieces = {}
         for layer in self.layout.layers:
@@ -251,6 +303,23 @@ class EngramTables:
             for name, tensor in tensors.items():
                 pieces[f"engram.{layer}.{name}"] = Piece(tensor[local], self.owned(layer).start, num_rows)
         return pieces
+
+    def _settle(self) -> None:
+        """Wait for what is queued. Until the next job, anybody may change rows in place."""
+        self.worker.wait(self.worker.submit(self._hot.forget_values if self._hot else lambda: None))
+
+    @torch.no_grad()
+    def assign(self, layer: int, first: int, values_UW: torch.Tensor) -> None:
+        """Replace owned rows, from the global row ``first`` on, by fp32 values, in this table's format.
+
+        A short format rounds them stochastically, keyed by (seed, row, -1), as no update of a row has that number: the
+        mean of what is stored is the value, on every layout the same, and what the format can hold stays what it is.
+        """
+        self._settle()
+        local = first - self.owned(layer).start + self.layout.local(layer, self.mesh.rank("engram")).start
+        rows_U = torch.arange(local, local + len(values_UW), device=self._memory)
+        for rows, values in zip(rows_U.split(ASSIGNED_ROWS), values_UW.split(ASSIGNED_ROWS), strict=True):
+            self._store.write(rows, values.to(self._memory), torch.full_like(rows, -1))
 
     def load_state(self, pieces: Mapping[str, Piece]) -> None:
         """Copy in what ``state`` gave on the same layout. (Another layout loads in place into ``state``'s tensors.)

@@ -38,7 +38,7 @@ def make_ids(step: int, tokens: int = 40) -> dict[int, torch.Tensor]:
     ids = {}
     for layer, shape in SHAPES.items():
         rows = torch.randint(0, shape.num_rows, (tokens, HEADS), generator=generator)
-        borders = [quarter * shape.num_rows // 4 + d for quarter in range(5) for d in (-1, 0)]
+        borders = [eighth * shape.num_rows // 8 + d for eighth in range(9) for d in (-1, 0)]
         borders = torch.tensor([row for row in borders if 0 <= row < shape.num_rows])
         rows[: len(borders), 0] = borders
         rows[10:20, 1] = 7
@@ -96,7 +96,7 @@ def dense_run(weights: dict[int, torch.Tensor], steps: int):
 
 def token_cuts(size: int) -> list[slice]:
     """Uneven shares of 40 tokens; the last rank of several has none."""
-    bounds = {1: [0, 40], 2: [0, 40, 40], 4: [0, 13, 14, 40, 40]}[size]
+    bounds = {1: [0, 40], 2: [0, 40, 40], 4: [0, 13, 14, 40, 40], 8: [0, 9, 9, 10, 17, 30, 31, 40, 40]}[size]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
@@ -149,7 +149,7 @@ def dense():
     return dense_run({layer: whole(initial, f"engram.{layer}.weight") for layer in SHAPES}, 5)
 
 
-@pytest.mark.parametrize(("size", "num_micro"), [(1, 1), (1, 3), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("size", "num_micro"), [(1, 1), (1, 3), (2, 1), (4, 2), (8, 1)])
 def test_sharded_training_equals_dense(dense, size, num_micro):
     reports = run(sharded_run, size, 5, num_micro)
     for step in range(5):
@@ -157,6 +157,7 @@ def test_sharded_training_equals_dense(dense, size, num_micro):
             parts = [micro[layer] for report in reports for micro in report["outputs"][step]]
             got = torch.from_numpy(np.concatenate(parts))
             assert_close(f"step {step} outputs {layer}", got, dense["outputs"][step][layer].float(), 1e-6)
+            assert step or torch.equal(got, dense["outputs"][step][layer].float()), "rows that nobody has updated yet"
         assert {report["norms"][step] for report in reports} == {reports[0]["norms"][step]}
         assert reports[0]["norms"][step] == pytest.approx(dense["norms"][step], rel=1e-6)
     assert min(dense["norms"]) > 1, "clipping must be active"
@@ -209,7 +210,7 @@ def gradients_of(ids: torch.Tensor, dtype_name: str = "float32"):
     return {"state": state, "before": before.numpy(), "norm": norm.item(), "out": out.detach().float().numpy()}
 
 
-@pytest.mark.parametrize("size", SHARDS)
+@pytest.mark.parametrize("size", [*SHARDS, 8])
 def test_all_tokens_on_one_row(size):
     ids = torch.full((50, HEADS), 11)
     reports = run(gradients_of, size, ids)

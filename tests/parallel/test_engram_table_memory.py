@@ -1,17 +1,22 @@
-"""Free memory under control groups of both versions; refusal of tables that do not fit."""
+"""Free memory under control groups of both versions; refusal of tables that do not fit; pages that are locked."""
 
+import gc
 import socket
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.engram_table import EngramTables, TableConfig, TableShape
-from parallel.engram_table.memory import GIB, available_host_bytes, check_memory, host_zeros
+from parallel.engram_table import EngramTables, TableConfig, TableShape, memory, storage
+from parallel.engram_table.memory import GIB, available_host_bytes, check_memory, host_zeros, locked_zeros
 from parallel.errors import RunError
 from parallel.mesh import Mesh, single_mesh
 from parallel.mesh_plan import ParallelConfig, plan_mesh
+from tests.parallel import test_engram_hot_rows as hot
 from tests.ranks import run_ranks
 
 
@@ -98,3 +103,112 @@ def test_host_zeros(shape):
     assert torch.equal(tensor, torch.zeros(shape))
     tensor += 1
     assert torch.equal(tensor, torch.ones(shape))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_host_zeros_take_memory_once_they_are_touched():
+    """So the thread that fills rows, or updates their state for the first time, decides on which NUMA node they are."""
+    before = resident_bytes()
+    tensor = host_zeros((64, 2**20), torch.float32)
+    assert resident_bytes() - before < 2**24
+    tensor[:32] += 1
+    assert 2**27 - 2**24 < resident_bytes() - before < 2**27 + 2**25
+
+
+# Locked pages
+
+
+class Locks:
+    """In place of CUDA: which pages are locked, and whether they are still mapped when they are unlocked."""
+
+    def __init__(self, error: str = "") -> None:
+        self.locked: dict[int, int] = {}
+        self.error = error
+
+    def lock(self, address: int, num_bytes: int) -> None:
+        if self.error:
+            raise RuntimeError(self.error)
+        self.locked[address] = num_bytes
+
+    def unlock(self, address: int) -> None:
+        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        assert any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges), "unmapped before unlocked"
+        del self.locked[address]
+
+    def patched(self):
+        return mock.patch.multiple(memory, lock_pages=self.lock, unlock_pages=self.unlock)
+
+
+def test_locked_zeros_are_locked_at_their_size_as_long_as_they_live():
+    locks = Locks()
+    with locks.patched():
+        tensor = locked_zeros((1000, 7), torch.float32)
+        assert locks.locked == {tensor.data_ptr(): 28_000}
+        assert torch.equal(tensor, torch.zeros(1000, 7))
+        part = tensor[5:]
+        del tensor
+        gc.collect()
+        assert locks.locked
+        del part
+        gc.collect()
+        assert not locks.locked
+        assert locked_zeros((0, 4), torch.float32).shape == (0, 4)
+        assert not locks.locked
+
+
+def pinned_tables(device: torch.device, **options) -> EngramTables:
+    config = TableConfig(placement="pinned", prefetch=0)
+    return EngramTables({1: TableShape(50, 8)}, single_mesh(), config, init_std=1, seed=0, device=device, **options)
+
+
+def test_pages_are_locked_for_a_card_only():
+    refused = mock.Mock(side_effect=AssertionError("allocated"))
+    with (
+        mock.patch.multiple(storage, host_zeros=refused, locked_zeros=refused),
+        pytest.raises(RunError) as error,
+    ):
+        pinned_tables(torch.device("cpu"))
+    (problem,) = error.value.problems
+    assert (problem.field, problem.value, problem.fix) == ("table.placement", "pinned", 'use "host"')
+    assert "needs a CUDA device" in problem.rule
+    rows = pinned_tables(torch.device("cpu"), trainable=False).lookup({1: torch.zeros(3, 1, dtype=torch.int64)})
+    assert torch.equal(rows[1], torch.zeros(3, 8))
+
+
+def test_pages_that_cannot_be_locked_are_refused():
+    with (
+        Locks("out of memory (2)").patched(),
+        pytest.raises(RunError, match=r"table\.placement.*256 bytes: out of mem"),
+    ):
+        storage.pinned_zeros((8, 8), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_card_every_placement_gives_the_same_bits(dtype, tmp_path):
+    """The table's stream beside a busy one: rows, patches and gradients that came too early would be others."""
+    device = torch.device("cuda", 0)
+    matrix = torch.randn(4096, 4096, device=device)
+
+    def busy() -> None:
+        for _ in range(4):
+            torch.mm(matrix, matrix)
+
+    base = TableConfig(rows="bf16" if dtype == torch.bfloat16 else "fp32", directory=str(tmp_path))
+    reports = []
+    for prefetch, hot_rows, placement in (
+        (0, 0, "host"), (1, 0, "host"), (0, 16, "host"), (2, 16, "pinned"), (1, 0, "pinned"), (1, 16, "file"),
+        (1, 0, "device"), (0, 0, "device"),
+    ):  # fmt: skip
+        config = replace(base, prefetch=prefetch, hot_rows=hot_rows, placement=placement)
+        tables = hot.make_tables(config, device, dtype)
+        if placement == "pinned":
+            assert tables._store.weight.is_pinned()
+        reports.append(hot.train(tables, 2, busy))
+    resident = reports[-2:]  # updated by tensor operations, not by the host's loops
+    assert all(hot.same(report, reports[0]) for report in reports[1:-2])
+    assert hot.same(*resident)

@@ -196,7 +196,7 @@ def test_gates_are_recorded_where_they_gate(model):
     with recorded_gates(built) as gates, torch.no_grad():
         token_losses(built, rows, fetched)
     handle.remove()
-    engram, e_BLM = layer.engram, fetched[3]().detach()
+    engram, e_BLM = layer.engram, fetched[3]()[0].detach()
     keys = (e_BLM @ engram.key.T).unflatten(-1, (engram.streams, -1))
     _, expected = engram_gate_reference(
         *(x.double() for x in (seen["h"], keys, e_BLM @ engram.value.T, engram.query_norm, engram.key_norm)), engram.eps

@@ -4,20 +4,28 @@ import json
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from math import prod
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import image
 
+from parallel.engram_table import storage
+from parallel.engram_table.memory import host_zeros
 from parallel.errors import RunError
+from parallel.mesh import single_mesh
+from parallel.table_config import row_bytes
 from tests.runs import corpus, run_forked, words  # noqa: F401
 from training.analysis.pictures import COLUMNS, draw_gates, gate_lines, gate_page, visible, wrapped
 from training.analysis.report import analyze_engram, lines
+from training.checkpoint import load_weights
 from training.data.files import TokenFiles
 from training.hash_artifact import FILE, make_artifact, write_artifact
 from training.metrics import read_metrics
 from training.run_file import load_run_json
-from training.trainer import run_token_map
+from training.trained import load_trained
+from training.trainer import build_memory, memory_of, run_token_map
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +141,40 @@ class Spans(HTMLParser):
     def handle_data(self, data):
         if self.inside is not None:
             self.spans[-1] = (self.spans[-1][0] + data, self.inside)
+
+
+def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
+    """A third of the memory with Adam: where that is all there is, a model is read and a trainable one refused."""
+    taken, ids_BL = [], torch.arange(3, 40).view(1, -1)
+
+    def recorded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        taken.append(prod(shape) * dtype.itemsize)
+        return host_zeros(shape, dtype)
+
+    def logits(model, memory) -> torch.Tensor:
+        return model.logits(ids_BL, None, memory_of(memory.fetch(ids_BL, None)))
+
+    monkeypatch.setattr(storage, "host_zeros", recorded)
+    trained = load_trained(run)
+    state = trained.memory.tables.state()
+    assert set(state) == {"engram.1.weight", "engram.3.weight"}
+    needed = sum(piece.num_rows for piece in state.values()) * row_bytes("fp32", 8)
+    assert sum(taken) == needed
+    model, config = trained.model, trained.config
+    token_map = run_token_map(config, trained.files)
+    whole = build_memory(config, single_mesh(), token_map, torch.device("cpu"))
+    load_weights(trained.path, model, single_mesh(), whole)
+    assert torch.equal(logits(model, trained.memory), logits(model, whole))
+    with pytest.raises(ValueError, match="expected trainable tables, got rows without an optimizer"):
+        trained.memory.tables.step(1e-3)
+
+    monkeypatch.setattr(storage, "available_host_bytes", lambda: needed)
+    load_trained(run)
+    with pytest.raises(RunError, match=r"of host memory.* for rows and optimizer state"):
+        build_memory(config, single_mesh(), token_map, torch.device("cpu"))
+    monkeypatch.setattr(storage, "available_host_bytes", lambda: needed - 1)
+    with pytest.raises(RunError, match=r"of host memory.* for rows, and"):
+        load_trained(run)
 
 
 def test_lines_hold_all_tokens_in_order_and_fit():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import zlib
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -318,8 +319,22 @@ def rewrite(path: Path, **fields) -> None:
 
 
 def test_a_newer_format_is_refused(copy):
-    rewrite(copy, format=2)
-    with pytest.raises(RunError, match="format 2, newer than 1"):
+    rewrite(copy, format=storage.FORMAT + 1)
+    with pytest.raises(RunError, match=f"format {storage.FORMAT + 1}, newer than {storage.FORMAT}"):
+        read_into(copy)
+
+
+def test_format_1_is_read_and_verified(copy):
+    """It had one CRC-32 a file."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "crc32": f"{zlib.crc32(path.read_bytes()):08x}"}
+        for path in copy.iterdir()
+        if path.name != "manifest.json"
+    }
+    rewrite(copy, format=1, files=files)
+    read_into(copy)
+    flip(copy / "__0_0.distcp", place_of(copy, "fp32/head.weight"))
+    with pytest.raises(RunError, match=r"__0_0.distcp differs from its checksum \(in .*and \d+ more\)"):
         read_into(copy)
 
 

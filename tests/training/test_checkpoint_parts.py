@@ -1,18 +1,21 @@
 """The parts of checkpoints: boxes, planners and directories, without a model."""
 
 import errno
-import io
 import math
 import multiprocessing
 import os
 import pickle
+import random
 import signal
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,14 +344,86 @@ def test_a_directory_that_cannot_be_made(tmp_path):
         write(tmp_path / "file", 1, 1.0)
 
 
-def test_any_flipped_bit_or_cut_of_a_chunk_is_damage_and_no_crash():
-    file = io.BytesIO()
-    torch.save(torch.arange(6.0), file)
-    data = file.getvalue()
-    assert storage._is_whole(data)
-    values = data.index(torch.arange(6.0).numpy().tobytes())
-    for place in range(len(data)):
-        for bit in (0, 3, 7):
-            whole = storage._is_whole(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
-            assert not (whole and values <= place < values + 24)
-    assert not any(storage._is_whole(data[:length]) for length in range(0, len(data), 5))
+def test_any_flipped_byte_is_found_and_only_its_tensor_named(tmp_path):
+    names = [f"tensor{number}" for number in range(3)]
+    boxes = Box((0, 0), (4, 3))
+    tensors = {name: LogicalTensor((4, 3), torch.float32, [Chunk(boxes, torch.randn(4, 3))]) for name in names}
+    path = run.write(tmp_path, tensors, {"format": storage.FORMAT, "step": 1}, run._comm())
+    places = dcp.FileSystemReader(path).read_metadata().storage_data.items()
+    data, manifest = (path / "__0_0.distcp").read_bytes(), storage.read_manifest(path)
+    assert sum(place.length for _, place in places) == len(data)
+    for index, place in places:
+        for byte in {*range(place.offset, place.offset + place.length, 37), place.offset + place.length - 1}:
+            (path / "__0_0.distcp").write_bytes(data[:byte] + bytes([data[byte] ^ 0x80]) + data[byte + 1 :])
+            with pytest.raises(RunError, match=rf"differs from its checksum \(in {index.fqn}\)"):
+                storage.verify(path, manifest, run._comm())
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 37, 4096, 5000]), st.booleans()), max_size=12))
+def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(pieces):
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "WRITE_BYTES", 4096)
+        patch.setattr(storage, "WRITE_BEHIND_BYTES", 8192)
+        path, whole, ends = Path(place) / "file", b"", {0}
+        with storage.SummedFile(path) as file:
+            for size, flush in pieces:
+                assert file.write(random.Random(len(whole)).randbytes(size)) == size
+                whole += random.Random(len(whole)).randbytes(size)
+                assert file.tell() == len(whole)
+                if flush:
+                    file.flush()
+                    ends.add(len(whole))
+            os.fsync(file.fileno())
+            assert path.read_bytes() == whole
+        starts = sorted({*ends, len(whole)})
+        sums = {str(a): xxhash.xxh3_64_hexdigest(whole[a:b]) for a, b in pairwise(starts)}
+        assert file.record() == {"bytes": len(whole), "xxh3_64": sums}
+
+
+def test_a_summed_file_that_cannot_be_written_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "WRITE_BYTES", 16)
+    monkeypatch.setattr(storage.os, "fsync", lambda handle: None)
+    with pytest.raises(OSError, match="No space left"), storage.SummedFile(Path("/dev/full")) as file:
+        file.write(bytes(100))
+    assert file.file.closed
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "in_place"),
+    [((0, 6), (0, 5), torch.float32, True), ((2, 5), (0, 5), torch.float32, True),
+     ((0, 6), (1, 3), torch.float32, False), ((0, 6), (0, 5), torch.bfloat16, False)],
+)  # fmt: skip
+def test_whole_rows_of_the_same_dtype_are_read_in_place(rows, columns, dtype, in_place, tmp_path, monkeypatch):
+    monkeypatch.setattr(planners, "MAX_CHUNK_BYTES", 48)  # two rows and a bit
+    values = torch.randn(6, 5)
+    planners.write_tensors(tmp_path / "a", halves_of(values), None)
+    place = slice(*rows), slice(*columns)
+    got = torch.full_like(values[place], float("nan"), dtype=dtype)
+    box = Box((rows[0], columns[0]), tuple(got.shape))
+    monkeypatch.setattr(torch, "load", loads := CountCalls(torch.load))
+    planners.read_tensors(tmp_path / "a", {"x": LogicalTensor((6, 5), torch.float32, [Chunk(box, got)])}, None)
+    assert torch.equal(got, values[place].to(dtype))
+    assert (loads.count == 0) == in_place
+
+
+def halves_of(values: torch.Tensor) -> Tensors:
+    """A tensor of two chunks, the second of which does not lie in memory as it is stored."""
+    num_rows, num_columns = values.shape
+    half = num_rows // 2
+    chunks = [
+        Chunk(Box((0, 0), (half, num_columns)), values[:half]),
+        Chunk(Box((half, 0), (num_rows - half, num_columns)), values[half:].T.contiguous().T),
+    ]
+    return {"x": LogicalTensor((num_rows, num_columns), torch.float32, chunks)}
+
+
+class CountCalls:
+    """A function that knows how often it was called."""
+
+    def __init__(self, function) -> None:
+        self.function, self.count = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.function(*args, **kwargs)

@@ -22,6 +22,7 @@ from training.checkpoint import latest, load, save, storage
 from training.checkpoint.boxes import Box
 from training.checkpoint.logical import is_weight
 from training.checkpoint.planners import MAX_CHUNK_BYTES
+from training.checkpoint.storage import FORMAT
 from training.checkpoint.tools.average import average
 from training.checkpoint.tools.check import newest_named, verify
 from training.checkpoint.tools.compare import compare
@@ -82,7 +83,7 @@ def test_sizes_are_those_of_the_model(path):
 
 def test_json_lists_every_tensor(path):
     told, plain = as_json(Reader(path)), read_plainly(path)
-    assert (told["step"], told["weights_only"], told["format"]) == (2, False, 1)
+    assert (told["step"], told["weights_only"], told["format"]) == (2, False, FORMAT)
     assert told["layout"]["world"] == told["layout"]["tp"] == 2
     shapes = {name: (tensor["shape"], tensor["dtype"]) for name, tensor in told["tensors"].items()}
     assert shapes == {name: (list(v.shape), str(v.dtype)[6:]) for name, v in plain.items()}

@@ -7,18 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kernels.engram_hash import engram_hash
 from kernels.engram_hash.reference import engram_hash_reference
+from parallel.engram_table import Rows
 from parallel.errors import RunError
-from parallel.mesh import single_mesh
+from parallel.mesh import build_mesh, single_mesh
 from parallel.placement import initialize_parameters
 from tests.compare import assert_close
-from tests.training.tiny import VOCAB, made_up_rows, made_up_token_map, tiny_config
+from tests.ranks import run_ranks
+from tests.training.tiny import VOCAB, layout, made_up_rows, made_up_token_map, tiny_config
 from training.data.token_map import TokenMap
 from training.model.config import EngramConfig, ModelConfig
 from training.model.engram import Engram
-from training.model.model import Layer
+from training.model.model import Layer, build_model
 from training.trainer import EngramMemory, build_memory, memory_of
 
 WIDTH, LENGTHS = 10, [1, 3, 2, 14, 9]
@@ -50,7 +53,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int]) -> torch.Tensor:
+def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int], dead=()) -> torch.Tensor:
     """arXiv 2601.07372, eq. 4 to 6, with the signed root of the official code; one position and stream at a time."""
     config, rows = layer.config, []
     for row_h, row_e in zip(h, e, strict=True):
@@ -78,7 +81,7 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
                     if source >= 0 and document_L[source] == document_L[t]:
                         y_SD = y_SD + taps[..., -1 - back] * normed[source]
                 out_SD = out_SD + y_SD * torch.sigmoid(y_SD)
-            places.append(out_SD)
+            places.append(torch.zeros_like(out_SD) if t in dead else out_SD)
         rows.append(torch.stack(places))
     return torch.stack(rows)
 
@@ -89,15 +92,22 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
     [{}, {"orders": (2, 3, 4), "conv_width": 2}, {"gate": False}, {"conv": False}, {"gate": False, "conv": False}],
     ids=str,
 )
-def test_equals_the_paper_written_out(streams, fields, poison):
-    """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients have 4 digits there."""
+@pytest.mark.parametrize("dead", [(), (0, 4, 5, 7, 11, 12, 13, 28)], ids=["", "dead"])
+def test_equals_the_paper_written_out(streams, fields, dead, poison):
+    """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients have 4 digits there.
+
+    Positions that look nothing up have rows of zeros; they give nothing, also to the convolution, and get nothing.
+    """
     layer = engram_layer(streams, **fields).double()
     h_BLSD, e_BLM = (x.detach().double().requires_grad_() for x in inputs(layer))
+    dead_BL = torch.zeros(2, LENGTH, dtype=torch.bool).index_fill_(1, torch.tensor(dead).long(), True)
     twins = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
     h_twin, e_twin = (x.detach().clone().requires_grad_() for x in (h_BLSD, e_BLM))
-    got = layer(h_BLSD, e_BLM, documents())
-    expected = written_out(layer, twins, h_twin, e_twin, documents()[0].tolist())
+    live_BLM, live_twin = (x.masked_fill(dead_BL[..., None], 0) for x in (e_BLM, e_twin))  # as the table gives rows
+    got = layer(h_BLSD, live_BLM, documents(), dead_BL=dead_BL if dead else None)
+    expected = written_out(layer, twins, h_twin, live_twin, documents()[0].tolist(), dead)
     assert_close("output", got, expected)
+    assert not got[:, dead].any()
     upstream = torch.randn_like(got)
     got.backward(upstream)
     expected.backward(upstream)
@@ -226,12 +236,13 @@ def test_memory_holds_the_rows_in_column_order():
     memory = real_memory()
     ids_BL, _, seq_idx_BL = made_up_rows(2)
     rows, row_ids = memory.fetch(ids_BL, seq_idx_BL), memory.row_ids(ids_BL, seq_idx_BL)
-    for layer, embed in memory_of(rows).items():
-        e_BLM = embed()
+    for layer, recall in memory_of(rows).items():
+        e_BLM, dead_BL = recall()
+        assert dead_BL is None
         assert e_BLM.shape == (*ids_BL.shape, row_ids[layer].shape[-1] * 8)
         single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[layer].embed()
         assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
-        assert torch.equal(embed(), e_BLM)
+        assert torch.equal(recall()[0], e_BLM)
     assert float(e_BLM.detach().std()) == pytest.approx(0.5, rel=0.1)
 
 
@@ -245,13 +256,13 @@ def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
     single = engram_layer(1, **fields)
     single.load_state_dict(layer.engram.state_dict())  # of one stream's shapes
     x_BLSD, e_BLM = torch.randn(2, LENGTH, 4, WIDTH), torch.randn(2, LENGTH, 12)
-    got, _ = layer(x_BLSD, {0: lambda: e_BLM}, documents())
+    got, _ = layer(x_BLSD, {0: lambda: (e_BLM, None)}, documents())
     u_BLD, post_BLS, mix_BLSS = layer.hyper(x_BLSD)
     u_BLD = u_BLD + single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
     y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), documents(), None)
     expected = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
     assert_close("streams", got, expected)
-    forgotten, _ = layer(x_BLSD, {0: lambda: torch.zeros_like(e_BLM)}, documents())
+    forgotten, _ = layer(x_BLSD, {0: lambda: (torch.zeros_like(e_BLM), None)}, documents())
     assert (got - forgotten).norm() > 1e-3 * got.norm()
 
 
@@ -264,7 +275,7 @@ def test_one_stream_is_remembered_alike_either_way():
     for layer in layers:
         initialize_parameters(layer, single_mesh(), 0)
     x_BLSD, e_BLM = torch.randn(1, LENGTH, 1, WIDTH), torch.randn(1, LENGTH, 2 * 8 * 64)
-    first, second = (layer(x_BLSD, {0: lambda: e_BLM}, None)[0] for layer in layers)
+    first, second = (layer(x_BLSD, {0: lambda: (e_BLM, None)}, None)[0] for layer in layers)
     assert torch.equal(first, second)
 
 
@@ -293,18 +304,22 @@ def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
     dense_RW = memory.tables.state()["engram.3.weight"].tensor.clone().requires_grad_()
     dense_BLM = (dense_RW[expected_ids.clamp_min(0)] * alive_BLO[..., None]).flatten(-2)
     rows = memory.fetch(ids_BL, documents_BL)
-    e_BLM = memory_of(rows)[3]()
+    e_BLM, nothing_BL = memory_of(rows)[3]()
     assert torch.equal(e_BLM, dense_BLM)
+    assert torch.equal(nothing_BL, ~alive_BLO.any(-1))
     h_BLSD = torch.randn(2, ids_BL.shape[1], streams, WIDTH, requires_grad=True)
     dead_BL = ids_BL < 0
     assert not layer.gated(h_BLSD, e_BLM)[0][dead_BL].any()
 
     upstream = torch.randn(2, ids_BL.shape[1], streams, WIDTH)
-    layer(h_BLSD, e_BLM, documents_BL).backward(upstream)
+    out_BLSD = layer(h_BLSD, e_BLM, documents_BL, dead_BL=nothing_BL)
+    assert not out_BLSD[dead_BL].any()
+    assert out_BLSD[~nothing_BL].abs().amax((1, 2)).all()
+    out_BLSD.backward(upstream)
     if layer.config.gate:
         assert not h_BLSD.grad[dead_BL].any()
         assert h_BLSD.grad[~dead_BL].any()
-    layer(h_BLSD.detach(), dense_BLM, documents_BL).backward(upstream)
+    layer(h_BLSD.detach(), dense_BLM, documents_BL, dead_BL=nothing_BL).backward(upstream)
     memory.tables.accumulate(rows)
     touched, gradient = memory.tables.gradients()[3]
     assert touched.tolist() == sorted(set(expected_ids[alive_BLO].tolist()))
@@ -313,13 +328,71 @@ def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
     assert not dense_RW.grad[untouched].any()
 
 
+@pytest.mark.parametrize("pieces", [[1] * 24, [6, 1, 1, 10, 6]], ids=["steps", "pieces"])
+def test_decoding_over_dead_positions_is_the_whole_forward(pieces):
+    """Also where a piece ends among them, and where a piece has none."""
+    memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
+    row_ids, cache, start, steps = memory.row_ids(with_dead_positions()[0], None), {}, 0, []
+    h_BLSD = torch.randn(2, 24, 4, WIDTH)
+
+    def remembered(cut: slice, cache: dict | None) -> torch.Tensor:
+        rows = memory.tables.fetch({key: ids[:, cut] for key, ids in row_ids.items()})
+        e_BLM, dead_BL = memory_of(rows)[3]()
+        return layer(h_BLSD[:, cut], e_BLM, None, cache, dead_BL)
+
+    for size in pieces:
+        steps.append(remembered(slice(start, start + size), cache))
+        start += size
+    whole = remembered(slice(None), None)
+    assert_close("output", torch.cat(steps, 1), whole)
+    assert not whole[0, [5, 6, 7, 8, 20, 21]].any()
+
+
+def model_over_dead_positions(fields: dict, recompute: bool) -> tuple:
+    """Logits, loss and the norm of the rows' gradient; tokens are known everywhere, memory is dead at some."""
+    config = tiny_config(pattern="-*", num_streams=2, engram=replace(tiny_config().model.engram, layers=(0, 1)))
+    mesh = build_mesh(layout(**fields)) if fields else single_mesh()
+    cpu = torch.device("cpu")
+    memory = build_memory(config, mesh, made_up_token_map(), cpu)
+    model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu, checkpoint_activations=recompute)
+    for block in model.layers:  # it starts as nothing
+        torch.nn.init.normal_(block.engram.conv_weight, generator=torch.Generator().manual_seed(block.index))
+    (ids_BL, documents_BL), targets_BL = with_dead_positions(), made_up_rows(3)[1][:2]
+    rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
+    ids_BL = ids_BL.clamp_min(0)
+    loss, _ = model(ids_BL, targets_BL, documents_BL, memory_of(rows))
+    loss.backward()
+    memory.tables.accumulate(rows)
+    squared = memory.tables.squared_grad_norm()
+    if fields:
+        dist.all_reduce(squared, group=mesh.group("engram"))
+    logits = model.logits(ids_BL, documents_BL, memory_of(rows))
+    return logits.numpy(), float(loss.detach()), float(squared)
+
+
+@pytest.mark.parametrize(
+    ("fields", "recompute"), [({"tp": 2}, False), ({"tp": 2, "sequence_parallel": True}, True)], ids=str
+)
+def test_dead_positions_are_dead_on_every_layout(fields, recompute):
+    """Shares of tokens, sequence parallelism and recomputation; without the mask the model says something else."""
+    expected, loss, squared = model_over_dead_positions({}, False)
+    for logits, got_loss, got_squared in run_ranks(model_over_dead_positions, 2, fields, recompute):
+        assert_close("logits", torch.from_numpy(logits), torch.from_numpy(expected))
+        assert got_loss == pytest.approx(loss, rel=1e-6)
+        assert got_squared == pytest.approx(squared, rel=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "dead", lambda rows: None)
+        assert abs(model_over_dead_positions({}, False)[1] - loss) > 1e-4 * loss
+
+
 def test_text_of_dead_positions_only_touches_no_row():
     memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
     before = {name: piece.tensor.clone() for name, piece in memory.tables.state().items()}
     ids_BL = torch.full((2, LENGTH), -1)
     rows = memory.fetch(ids_BL, None)
     h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
-    out_BLSD = sum(layer(h_BLSD, embed(), None) for embed in memory_of(rows).values())
+    recalled = [recall() for recall in memory_of(rows).values()]
+    out_BLSD = sum(layer(h_BLSD, e_BLM, None, dead_BL=dead_BL) for e_BLM, dead_BL in recalled)
     assert not out_BLSD.any()
     out_BLSD.sum().backward()
     assert not h_BLSD.grad.any()

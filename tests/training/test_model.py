@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from parallel.engram_table.formats import from_fp8
 from parallel.mesh import single_mesh
 from parallel.placement import placed_parameters
 from tests.compare import assert_close, relative_rmse
@@ -134,7 +135,7 @@ def test_a_document_does_not_see_the_others(pattern):
     model.embedding.register_forward_hook(lambda module, inputs, x: (embedded.append(x), x.retain_grad())[0])
     memory = torch.randn(1, ids_BL.shape[1], 32, requires_grad=True)
     targets_BL = torch.where(others, -100, ids_BL)
-    model(ids_BL, targets_BL, seq_idx_BL, {0: lambda: memory})[0].backward()
+    model(ids_BL, targets_BL, seq_idx_BL, {0: lambda: (memory, None)})[0].backward()
     # The scan of Mamba-2 differentiates differences of a sum along a chunk, which cancel to rounding.
     limit = 1e-9 if "M" in pattern else 0.0
     for gradient in (embedded[0].grad[0], memory.grad[0]):
@@ -318,7 +319,9 @@ def test_bf16_follows_fp32():
     model.load_state_dict(exact.state_dict())
     ids_BL, targets_BL, seq_idx_BL = (part[:4] for part in made_up_rows(0))
     rows = fetch(tables, ids_BL, seq_idx_BL)
-    loss, _ = model(ids_BL, targets_BL, seq_idx_BL, {layer: lambda e=e: e().bfloat16() for layer, e in rows.items()})
+    loss, _ = model(
+        ids_BL, targets_BL, seq_idx_BL, {layer: lambda e=e: (e()[0].bfloat16(), None) for layer, e in rows.items()}
+    )
     loss.backward()
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float(loss_of(exact, tables)[0].detach()), rel=0.02)
@@ -409,10 +412,50 @@ def test_memory_is_read():
     for layer in (1, 3):
         moved = {key: value.clone() for key, value in rows.items()}
         moved[layer][:, 9] += 1
-        before, after = (model.logits(ids_BL, None, {k: lambda v=v: v for k, v in e.items()}) for e in (rows, moved))
+        before, after = (
+            model.logits(ids_BL, None, {k: lambda v=v: (v, None) for k, v in e.items()}) for e in (rows, moved)
+        )
         # The FFT of S4D rounds over the whole row.
         assert relative_rmse(after[:, :9], before[:, :9]) < 1e-6
         assert relative_rmse(after[:, 9], before[:, 9]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("table", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        ({"rows": "bf16", "placement": "file"}, torch.bfloat16),
+        ({"rows": "fp8"}, torch.bfloat16),
+        ({"rows": "fp8", "placement": "device"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_host_rows_give_the_bits_of_resident_rows(table, dtype, tmp_path):
+    """Logits, loss and rows, against the same model beside whole tables of decoded rows, looked up as an embedding."""
+    config = run_config(engram=replace(run_config().model.engram, head_dim=32))
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    config = replace(
+        config,
+        train=replace(config.train, dtype=name),
+        table=replace(config.table, directory=str(tmp_path), **table),
+    )
+    model, tables = build(config, dtype=dtype), build_tables(config)
+    ids_BL, targets_BL, seq_idx_BL = (part[:4] for part in made_up_rows(0))
+    state, resident = tables.tables.state(), {}
+    for layer, ids_BLO in tables.row_ids(ids_BL, seq_idx_BL).items():
+        rows_RW = state[f"engram.{layer}.weight"].tensor
+        if rows_RW.dtype == torch.uint8:
+            rows_RW = from_fp8(rows_RW, state[f"engram.{layer}.weight_scale"].tensor, torch.float32)
+        looked_BLM = F.embedding(ids_BLO, rows_RW.to(dtype)).flatten(-2)
+        resident[layer] = lambda looked_BLM=looked_BLM: (looked_BLM, None)
+    fetched = fetch(tables, ids_BL, seq_idx_BL)
+    for layer, recall in fetched.items():
+        assert torch.equal(recall()[0], resident[layer]()[0])
+    logits = [model.logits(ids_BL, seq_idx_BL, memory) for memory in (fetched, resident)]
+    losses = [model(ids_BL, targets_BL, seq_idx_BL, memory)[0] for memory in (fetched, resident)]
+    assert torch.equal(*logits)
+    assert torch.equal(*losses)
 
 
 @settings(max_examples=25, deadline=None)

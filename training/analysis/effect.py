@@ -6,6 +6,7 @@ B batch, L length, S streams, T tokens, M memory width.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from training.analysis.ngrams import NgramCounts, windows_of
 from training.data.dataset import NO_TARGET, Batch, Rows
 from training.model.engram import Engram
-from training.model.model import HybridModel, Memory
+from training.model.model import HybridModel, Memory, Recall
 from training.trainer import EngramMemory, memory_of
 
 LOGIT_TOKENS = 1024  # whose logits exist at once, per row of the batch
@@ -68,7 +69,12 @@ def observe(model: HybridModel, memory: EngramMemory, rows: Rows, num_rows: int,
 
 def without_rows(memory: Memory) -> Memory:
     """Memory of the same shapes that holds zeros."""
-    return {layer: lambda embed=embed: torch.zeros_like(embed()) for layer, embed in memory.items()}  # type: ignore[misc]
+
+    def nothing(recall: Recall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        memory_BLM, dead_BL = recall()
+        return torch.zeros_like(memory_BLM), dead_BL
+
+    return {layer: partial(nothing, recall) for layer, recall in memory.items()}
 
 
 def token_losses(model: HybridModel, batch: Batch, memory: Memory) -> torch.Tensor:

@@ -5,7 +5,7 @@
 into them restores the run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,8 @@ class Chunk:
     """The box's live values."""
     writes: bool = True
     """This rank is the one that saves it; holders of copies only load."""
+    take: Callable[[Box, torch.Tensor], None] | None = None
+    """Gets what is read, a block at a time, in place of ``values``, which tell the dtype alone."""
 
     def split(self, max_bytes: int) -> "Iterator[Chunk]":
         """The chunk in parts of at most ``max_bytes``, views of its values."""

@@ -21,6 +21,7 @@ from parallel.mesh import Mesh
 from training.checkpoint import storage
 from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.planners import read_tensors, write_tensors
+from training.checkpoint.rows import Census, fit_rows
 from training.checkpoint.storage import FORMAT, Manifest, checkpoint_problem, told_for
 from training.config import TrainConfig
 from training.data.ranks import on_every_rank, on_rank_0
@@ -153,12 +154,15 @@ def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files
 def load(path: Path, trainer: Trainer) -> Manifest:
     """Restore masters, moments, steps, tables and router biases, and the model's parameters. Collective over world.
 
+    Into a trainer that has not trained yet. Rows of another format are converted to the tables'.
+
     Returns:
         The manifest; ``step`` and ``extra`` are those of ``save``.
 
     Raises:
         RunError: on every rank: the checkpoint is incomplete, damaged (file and tensors are named), of a newer format,
-            or of another model or token map. All of these are found before anything is changed.
+            or of another model, token map or (unless ``table.restart_optimizer``) table optimizer. All of these are
+            found before anything is changed.
     """
     comm, config = _comm(trainer.config.train.checkpoint_timeout_s), trainer.config.model
     manifest = _restore(comm, Path(path), trainer_tensors(trainer), config, trainer.memory, lambda name: True)
@@ -169,7 +173,8 @@ def load(path: Path, trainer: Trainer) -> Manifest:
 def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemory | None) -> Manifest:
     """Read parameters, router biases and table rows into a model without an optimizer, on any layout.
 
-    Parameters are rounded to their own dtype. Collective over world where there are processes.
+    Parameters are rounded to their own dtype, rows converted to the tables' format. Collective over world where there
+    are processes.
 
     Raises:
         RunError: as ``load``.
@@ -206,9 +211,15 @@ def _restore(
     if manifest.get("weights_only") and wanted is not is_weight:
         rule, fix = "holds weights only: there is nothing to resume from", "start a run from it, or resume from another"
         raise checkpoint_problem(path, rule, fix)
-    on_every_rank(comm, lambda: _check_same_run(path, manifest, tensors, config, memory, wanted))
+    stored: Census = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
+    first: Tensors = {}
+    if memory is not None:
+        first, tensors, stored = fit_rows(path, tensors, stored, memory.tables)
+    on_every_rank(comm, lambda: _check_same_run(path, manifest, first | tensors, config, memory, stored))
     storage.verify(path, manifest, comm)
     with told_for(path, "read"):
+        if first:
+            read_tensors(path, first, comm.group)
         read_tensors(path, tensors, comm.group)
     return manifest
 
@@ -236,7 +247,7 @@ def _check_same_run(
     tensors: Tensors,
     config: ModelConfig,
     memory: EngramMemory | None,
-    wanted: Callable[[str], bool],
+    stored: Census,
 ) -> None:
     """Raise with everything that differs between the checkpoint and the model that asks for it."""
     identity = _identity(config, memory)
@@ -244,7 +255,7 @@ def _check_same_run(
         Problem(field=f"model.{name}", value=here, rule=f"is {there} in {path}", fix="use the checkpoint's value")
         for name, here, there in _config_differences(identity["model"], manifest["model"])
     ]
-    problems += _tensor_problems(path, _census(tensors), manifest["tensors"], wanted)
+    problems += _tensor_problems(path, _census(tensors), stored)
     for key, name in (("token_map", "token map"), ("hashes", "Engram hashes")):
         if not problems and identity[key] != manifest[key]:
             rule = f"is not the one of {path} ({manifest[key]}): its rows would be noise"
@@ -274,8 +285,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tensor_problems(path: Path, here: Manifest, there: Manifest, wanted: Callable[[str], bool]) -> list[Problem]:
-    there = {name: record for name, record in there.items() if wanted(name)}
+def _tensor_problems(path: Path, here: Census, there: Census) -> list[Problem]:
     lines = [f"{name} is not in it" for name in here if name not in there]
     lines += [f"{name} is in it and not in this model" for name in there if name not in here]
     for name in here.keys() & there.keys():

@@ -31,8 +31,7 @@ class Snapshot:
         for name, chunk in stored:
             kind, values = chunk.values.device.type, chunk.values
             used[kind] -= _aligned(values.nbytes)
-            # By way of numpy it has a storage of its own: DCP writes that without another copy.
-            place = torch.from_numpy(self._memory[kind].numpy()[used[kind] :][: values.nbytes])
+            place = self._memory[kind][used[kind] :][: values.nbytes]
             copy = place.view(values.dtype).view(values.shape).copy_(values, non_blocking=True)
             copies[name].chunks.append(replace(chunk, values=copy))
         if any(kind != "cpu" for kind in used):

@@ -21,6 +21,8 @@ from training.model.mamba2 import Cache
 class Engram(nn.Module):
     """k = W_K e, v = W_V e; u = gate(h, k) v; out = u + SiLU(conv(RMSNorm(u))), to be added to the streams.
 
+    A position that looks nothing up (e = 0) has u = 0, which is what the convolution reads of it, and out = 0.
+
     Under tensor parallelism each tensor rank looks up and gates its share of the tokens.
     """
 
@@ -49,6 +51,7 @@ class Engram(nn.Module):
         memory_BLM: torch.Tensor,
         seq_idx_BL: torch.Tensor | None,
         cache: Cache | None = None,
+        dead_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What to add to the streams.
 
@@ -56,10 +59,12 @@ class Engram(nn.Module):
             h_BLSD: residual streams, in their own layout.
             memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and heads.
             seq_idx_BL: documents of the whole row.
+            dead_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
         """
         u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
-            u_BLSD = u_BLSD + F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
+            y_BLSD = F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
+            u_BLSD = u_BLSD + (y_BLSD if dead_BL is None else y_BLSD.masked_fill(dead_BL[..., None, None], 0))
         return give_token_share(u_BLSD, self.mesh)
 
     def gated(self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

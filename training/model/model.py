@@ -32,8 +32,10 @@ MIXERS: dict[str, Callable[[ModelConfig, Mesh], nn.Module]] = {
     "E": MoE,
 }
 
-# Rows of each Engram layer for this rank's share of the tokens: layer -> () -> memory_BLM.
-Memory = Mapping[int, Callable[[], torch.Tensor]]
+# An Engram layer's rows for this rank's share of the tokens, memory_BLM, and the positions that look nothing up,
+# dead_BL (None where there is none); of all layers by their index.
+Recall = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+Memory = Mapping[int, Recall]
 
 
 def norm_parameter(model: ModelConfig, mesh: Mesh) -> nn.Parameter:
@@ -76,7 +78,8 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         assert self.engram is not None
         engram_cache = None if cache is None else cache.setdefault("engram", {})
-        return x_BLSD + self.engram(x_BLSD, memory[self.index](), seq_idx_BL, engram_cache)
+        memory_BLM, dead_BL = memory[self.index]()
+        return x_BLSD + self.engram(x_BLSD, memory_BLM, seq_idx_BL, engram_cache, dead_BL)
 
     def _mix(
         self, u_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None

@@ -1,13 +1,11 @@
 """A checkpoint of weights alone, written by one process as its values are made: what averages and imports become."""
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -15,8 +13,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from parallel.mesh_plan import ParallelConfig
 from training.checkpoint import storage
 from training.checkpoint.boxes import Box
-from training.checkpoint.planners import MAX_CHUNK_BYTES
+from training.checkpoint.planners import MAX_CHUNK_BYTES, write_planned
 from training.checkpoint.storage import FORMAT, Manifest, told_for
+from training.checkpoint.trust import METADATA
 
 # Shape and dtype of each tensor.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -40,12 +39,9 @@ def write_weights(
         RunError: the disk refuses.
     """
     path = storage.start_directory(directory, record["step"])
-    with told_for(path, "written"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = dcp.FileSystemWriter(path, sync_files=True, overwrite=False)
-        dcp.save({}, storage_writer=writer, planner=_BoxPlanner(shapes, read), no_dist=True)
-        storage.attach(path, files or {})
-        records = storage.file_records(path, sorted(file.name for file in path.iterdir()))
+    with told_for(path, "written"):
+        records = write_planned(path, _BoxPlanner(shapes, read), None)
+        records |= storage.file_records(path, [METADATA, *storage.attach(path, files or {})])
     layout = {"world": 1, **asdict(ParallelConfig())}
     census = {
         name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}

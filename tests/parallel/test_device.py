@@ -1,0 +1,139 @@
+"""What runs beside the program, in its order: the worker's thread and, on a card, its stream. Copies to a card and back."""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+
+from parallel.device import DeviceQueue, tensors_in, to_device, to_host
+from parallel.engram_table.worker import Worker
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Parts:
+    one: torch.Tensor
+    more: dict[int, list[torch.Tensor]]
+    name: str
+
+
+def test_tensors_in_finds_all():
+    a, b, c = (torch.ones(n) for n in (1, 2, 3))
+    found = list(tensors_in([(a, "x"), Parts(b, {0: [c, a]}, "y"), None, {"z": {"w": b}}]))
+    assert [len(tensor) for tensor in found] == [1, 2, 3, 1, 2]
+
+
+def test_without_a_card_nothing_is_copied_and_nothing_waits():
+    tensor, queue = torch.ones(3), DeviceQueue(CPU)
+    assert to_device(tensor, CPU) is tensor
+    assert to_host(tensor) is tensor
+    assert queue.mark() is None
+    with queue.after(None):
+        queue.borrow([tensor])
+    queue.wait(None)
+
+
+class Recorder:
+    """A queue that writes down what is asked of it, by which thread: marks are numbers."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+        self.inside = False
+
+    def _note(self, *event) -> None:
+        self.events.append((*event, threading.current_thread() is threading.main_thread()))
+
+    def mark(self) -> int:
+        self._note("mark", self.inside and threading.current_thread() is not threading.main_thread())
+        return len(self.events)
+
+    @contextmanager
+    def after(self, mark: int):
+        self._note("after", mark)
+        self.inside = True
+        yield
+        self.inside = False
+
+    def wait(self, mark: int) -> None:
+        self._note("wait", mark)
+
+    def borrow(self, values: object) -> None:
+        self._note("borrow", values)
+
+
+def test_a_job_begins_after_the_program_and_the_program_goes_on_after_the_job():
+    with mock.patch("parallel.engram_table.worker.DeviceQueue", return_value=Recorder()) as made:
+        worker = Worker(threaded=True, device=CPU)
+        made.assert_called_once_with(CPU)
+    queue, gate = worker._queue, threading.Event()
+
+    def job(value: int) -> int:
+        gate.wait(10)
+        queue._note("job")
+        return value + 1
+
+    done = worker.submit(job, 4)
+    assert queue.events[0] == ("mark", False, True)  # of the program's stream, when it asks
+    gate.set()
+    assert worker.wait(done) == 5
+    assert queue.events[1:] == [
+        ("after", 1, False),
+        ("borrow", (4,), False),
+        ("job", False),
+        ("mark", True, False),  # of the queue's stream, at the job's end
+        ("wait", 5, True),
+        ("borrow", 5, True),
+    ]
+
+
+def test_a_worker_without_a_thread_uses_the_programs_own_stream():
+    with mock.patch("parallel.engram_table.worker.DeviceQueue") as made:
+        worker = Worker(threaded=False, device=torch.device("cuda", 0))
+        made.assert_called_once_with(CPU)
+    assert worker.wait(worker.submit(lambda: threading.current_thread())) is threading.main_thread()
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_an_error_is_told_where_the_job_is_waited_for(threaded):
+    worker = Worker(threaded, CPU)
+
+    def wrong() -> None:
+        raise ValueError("wrong")
+
+    if not threaded:
+        with pytest.raises(ValueError, match="wrong"):
+            worker.submit(wrong)
+        return
+    first, second = worker.submit(wrong), worker.submit(lambda: 1)
+    for job in (second, first):
+        with pytest.raises(ValueError, match="wrong"):
+            worker.wait(job)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_card_jobs_keep_the_programs_order():
+    """Values pass from the program's stream to the queue's and back, both busy, and their memory is reused at once."""
+    device, worker = torch.device("cuda", 0), Worker(threaded=True, device=torch.device("cuda", 0))
+    matrix = torch.randn(4096, 4096, device=device)
+
+    def job(value: torch.Tensor) -> torch.Tensor:
+        assert torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
+        torch.mm(matrix, matrix)
+        host = to_host(value + 1)
+        torch.mm(matrix, matrix)
+        return to_device(host + 1, device)
+
+    for step in range(50):
+        torch.mm(matrix, matrix)
+        value = torch.full((1000, 1000), float(step), device=device)
+        done = worker.submit(job, value)
+        del value
+        scratch = torch.full((1000, 1000), -1.0, device=device)
+        result = worker.wait(done)
+        del done, scratch
+        assert bool((result == step + 2).all())
