@@ -1,4 +1,4 @@
-"""What runs beside the program, in its order: the worker's thread and, on a card, its stream. Copies to a card and back."""
+"""What runs beside the program, in its order: the worker's thread and, on a card, its stream; copies."""
 
 import threading
 from contextlib import contextmanager
