@@ -10,6 +10,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)  # the same
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        on_a_card = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_a_card)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     variables = dict(os.environ)  # a verb that runs in the test's process exports its rank

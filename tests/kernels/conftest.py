@@ -14,13 +14,6 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, that is at the first use of its op
 
 
-def pytest_collection_modifyitems(config, items):
-    if not CUDA:
-        on_a_card = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=on_a_card)
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Of the tensors that a Triton kernel gets."""

@@ -1,4 +1,4 @@
-"""What runs beside the program, in its order: the worker's thread and, on a card, its stream; copies."""
+"""What runs beside the program, in its order: the worker's thread and, on a card, its stream. Copies to and fro."""
 
 import threading
 from contextlib import contextmanager
@@ -115,7 +115,6 @@ def test_an_error_is_told_where_the_job_is_waited_for(threaded):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_card_jobs_keep_the_programs_order():
     """Values pass from the program's stream to the queue's and back, both busy, and their memory is reused at once."""
     device, worker = torch.device("cuda", 0), Worker(threaded=True, device=torch.device("cuda", 0))

@@ -1,6 +1,8 @@
 """Row formats, optimizers of rows and memories of rows: each against a dense reference or against the other form."""
 
+import errno
 import math
+import mmap
 import os
 import resource
 
@@ -367,6 +369,24 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_mapped(tmp_path):
         make_tables(TableShape(5, 64), TableConfig(prefetch=0, placement="file", directory=str(tmp_path / "no")))
     with pytest.raises(RunError, match=r"disk at .* for rows"):
         make_tables(TableShape(2**40, 64), config)
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "told"),
+    [("posix_fallocate", errno.ENOSPC, "No space left on device"), ("open", errno.EROFS, "Read-only file system")],
+)
+def test_a_disk_that_refuses_is_told_before_anything_is_mapped(function, number, told, tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mmap, "mmap", None)
+    config = TableConfig(prefetch=0, placement="file", directory=str(tmp_path))
+    monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(RunError) as error:
+        make_tables(TableShape(5000, 64), config)
+    monkeypatch.undo()
+    assert f"table.directory={tmp_path} cannot hold 1,280,000 bytes: {told}" in str(error.value)
+    assert os.listdir(tmp_path) == []
 
 
 def test_wrong_configurations_are_listed():
