@@ -66,7 +66,7 @@ def test_inspect(trained, said):
     ((code, text),) = answers
     assert code == 0
     assert text.splitlines()[0] == str(newest)
-    assert "step 4, format 1" in text
+    assert "step 4, format 2" in text
     assert "written by world 2, tp 1, ep 2" in text
     assert "layers.*.mixer.in_proj.weight.{z,x,B,C,dt}" in text
     assert len(text.splitlines()) < 60
@@ -181,9 +181,9 @@ def test_what_is_not_there(tool, said, tmp_path):
 def test_a_newer_format_and_an_incomplete_one(trained, said, tmp_path):
     path = Path(shutil.copytree(trained / "checkpoints" / "step-00000004", tmp_path / "step-00000004"))
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 3}))
     assert said("inspect", path)[0] == 2
-    assert "newer than 1" in said("verify", path)[1]
+    assert "newer than 2" in said("verify", path)[1]
     (path / "manifest.json").unlink()
     code, text = said("inspect", path)
     assert code == 2
