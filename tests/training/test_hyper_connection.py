@@ -138,7 +138,7 @@ def test_starts_as_the_plain_residual_network(streams, engram):
     ids_BL, rows = torch.randint(0, VOCAB, (2, 24)), torch.randn(2, 24, 32)
     seq_idx_BL, memory = (
         torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1),
-        {1: lambda: rows, 3: lambda: -rows},
+        {1: lambda: (rows, None), 3: lambda: (-rows, None)},
     )
     expected = plain.logits(ids_BL, seq_idx_BL, memory)
     assert_close("logits", hyper.logits(ids_BL, seq_idx_BL, memory), expected)
