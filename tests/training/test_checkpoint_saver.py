@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel import failure
 from parallel.errors import RunError
 from parallel.mesh_plan import ParallelConfig
 from tests.ranks import run_ranks
@@ -276,6 +277,38 @@ def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tm
         assert ranks.wait(0, GONE_S) == 1
         assert time.monotonic() - begin < GONE_S
         assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
+
+
+def second_save_hangs_on_rank_1(rank: int) -> None:
+    """Rank 1 never ends the save of step 4; rank 0 has written its share and waits for it."""
+    real = storage.file_records
+
+    def file_records(path, names):
+        if rank == 1 and path.name == "step-00000004.tmp":
+            time.sleep(PATIENCE_S)
+        return real(path, names)
+
+    storage.file_records, failure.GRACE_S = file_records, 1.0
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [("--parallel.timeout_s", "5"), ("--train.checkpoint_timeout_s", "5", "--train.async_save", "False")],
+    ids=["beside training", "while training waits"],
+)
+def test_a_rank_stopped_during_a_save_ends_the_run_in_time_and_is_named(waits, corpus, tmp_path):  # noqa: F811
+    """SIGSTOP: its connections stay open. Beside training the collective of a step gives up, else that of the save."""
+    line = words(corpus, "stopped", *TWO, *waits, "--train.steps", "100000", "--train.save_every", "2")
+    with forked(tmp_path, line, 2, patch=second_save_hangs_on_rank_1) as ranks:
+        directory = tmp_path / "runs" / "stopped" / "checkpoints"
+        wait_until((directory / "step-00000004.tmp" / ".metadata").exists, "the save")
+        begin = time.monotonic()
+        ranks.kill(1, signal.SIGSTOP)
+        assert ranks.wait(0, GONE_S) == 1
+        assert 3 < time.monotonic() - begin < GONE_S
+        assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
+    assert latest(directory) == directory / "step-00000002"
+    storage.verify(latest(directory), storage.read_manifest(latest(directory)), ONE_PROCESS)
 
 
 def small_files_from_step_5(rank: int) -> None:

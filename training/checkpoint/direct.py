@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from training.checkpoint.trust import TrustedReader
+
+HEAD_BYTES = 2048  # of a stored chunk, in which its values begin
+# Of a file in a zip archive: its magic, and the lengths of its name and its extras.
+LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class DirectReader(TrustedReader):
@@ -51,9 +56,10 @@ class DirectReader(TrustedReader):
         is_plain = target.device.type == "cpu" and target.is_contiguous() and target.dtype == saved.properties.dtype
         if not is_plain or not item.lengths or item.lengths[1:] != chunk.sizes[1:]:
             return False
-        archive = torch._C.PyTorchFileReader(self._slice_file(file, place))
-        first = archive.get_record_offset("data/0")  # type: ignore[attr-defined]
-        first += item.storage_offsets[0] * target.nbytes // item.lengths[0]
+        values = _values_offset(os.pread(file.fileno(), min(place.length, HEAD_BYTES), place.offset))
+        if values is None:
+            return False
+        first = values + item.storage_offsets[0] * target.nbytes // item.lengths[0]
         if first + target.nbytes > place.length:
             return False  # DCP's own reader says what is wrong
         memory = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -62,3 +68,13 @@ class DirectReader(TrustedReader):
         if memory:
             raise OSError(f"{place.relative_path} ends within {item.storage_index.fqn}")
         return True
+
+
+def _values_offset(head: bytes) -> int | None:
+    """Where the values begin in what torch.save made of a tensor, a zip archive, of which ``head`` is the beginning."""
+    header = head.rfind(b"PK\x03\x04", 0, max(0, head.find(b"/data/0")))
+    if header < 0:
+        return None
+    _, name_length, extra_length = LOCAL_HEADER.unpack_from(head, header)
+    name = head[header + LOCAL_HEADER.size :][:name_length]
+    return header + LOCAL_HEADER.size + name_length + extra_length if name.endswith(b"/data/0") else None
