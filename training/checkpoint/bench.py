@@ -3,10 +3,10 @@
 ``torchrun --standalone --nproc-per-node 2 -m training.checkpoint.bench``, with OMP_NUM_THREADS = cores / processes.
 
 A dense hybrid of 22M parameters under ZeRO 1: 265 MB of fp32 masters and moments over all ranks. Everything that is
-compared takes turns in one process; ratios are medians over the rounds. On a virtual machine whose host takes free
-memory back, a page cache page may cost fifteen times as much as another (11 ms instead of 0.7 for 4 MiB), and chance
-decides who meets those: the fastest rounds are compared, too. All writes end with an fsync, DeepSpeed's
-too (by ``os.sync``, for it leaves that to the system); all reads begin with their files out of the page cache.
+compared takes turns in one process; ratios are medians over the rounds. All writes end with an fsync, DeepSpeed's too
+(by ``os.sync``, for it leaves that to the system); all reads begin with their files out of the page cache. Each file is
+deleted before the next is written: where a virtual machine's host takes free memory back, a page that was not freed a
+moment ago costs fifteen times as much (11 ms instead of 0.7 for 4 MiB), and chance would decide who meets those.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,39 +121,41 @@ def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) ->
 
 
 def measure_disk(trainer: Trainer, directory: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of saves and loads, ours, the plain files' and DeepSpeed's."""
-    size = snapshot_bytes(trainer_tensors(trainer))
-    plain, theirs = directory / f"plain.{dist.get_rank()}", directory / "deepspeed"
-    block = os.urandom(BLOCK_BYTES)
-    found: dict[str, list[float]] = {name: [] for name in ("save", "write", "deepspeed save", "load", "read")}
-    found["deepspeed load"] = []
-    for turn in range(rounds):
-        path = directory / f"step-{turn:08d}"
-        writes: dict[str, Callable[[], object]] = {
-            "write": lambda: write_plain(plain, size, block),
-            "save": partial(save, directory, trainer, turn, {}),
-            "deepspeed save": lambda: deepspeed_save(trainer, theirs),
-        }
-        reads: dict[str, Callable[[], object]] = {
-            "read": lambda: read_plain(plain),
-            "load": partial(load, path, trainer),
-            "deepspeed load": lambda: trainer.engine.load_checkpoint(str(theirs), "bench"),
-        }
-        in_turn(writes, turn, found)
-        forget(directory)
-        in_turn(reads, turn, found)
-        if dist.get_rank() == 0:
-            shutil.rmtree(path)
-            shutil.rmtree(theirs)
-        plain.unlink()
-    return found
+    """Seconds of saves and loads, ours, the plain files' and DeepSpeed's, taking turns."""
+    size, block = snapshot_bytes(trainer_tensors(trainer)), os.urandom(BLOCK_BYTES)
+    plain, ours, theirs = directory / f"plain.{dist.get_rank()}", directory / "step-00000000", directory / "deepspeed"
+    writes: dict[str, tuple[Callable[[], object], Path]] = {
+        "write": (lambda: write_plain(plain, size, block), plain),
+        "save": (lambda: save(directory, trainer, 0, {}), ours),
+        "deepspeed save": (lambda: deepspeed_save(trainer, theirs), theirs),
+    }
+    reads: dict[str, Callable[[], object]] = {
+        "read": lambda: read_plain(plain),
+        "load": lambda: load(ours, trainer),
+        "deepspeed load": lambda: trainer.engine.load_checkpoint(str(theirs), "bench"),
+    }
+    found: dict[str, list[float]] = {name: [] for name in (*writes, *reads)}
+    for turn in range(rounds + 1):
+        for name, (write, path) in writes.items():
+            remove(path)
+            found[name].append(seconds_of(write))
+            if turn < rounds:  # the last are read
+                remove(path)
+    for _ in range(rounds + 1):
+        for name, read in reads.items():
+            forget(directory)
+            found[name].append(seconds_of(read))
+    return {name: seconds[1:] for name, seconds in found.items()}
 
 
-def in_turn(work: dict[str, Callable[[], object]], turn: int, found: dict[str, list[float]]) -> None:
-    """Time each, another one first each time: pages that were freed a moment ago are cheap, and soon used up."""
-    names = list(work)
-    for name in names[turn % len(names) :] + names[: turn % len(names)]:
-        found[name].append(seconds_of(work[name]))
+def remove(path: Path) -> None:
+    """Delete a file of each rank, or a directory of all."""
+    dist.barrier()
+    if path.is_dir() and dist.get_rank() == 0:
+        shutil.rmtree(path)
+    elif not path.is_dir():
+        path.unlink(missing_ok=True)
+    dist.barrier()
 
 
 def write_plain(path: Path, size: int, block: bytes) -> None:
@@ -241,13 +242,12 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
     found = measure_disk(trainer, directory, rounds)
     for own, peer in (("write", "save"), ("read", "load")):
         yield [
-            ["", f"MB/s of {float(size) / MB:.0f} MB", f"of the plain {own}", "the fastest of each"],
+            ["", f"MB/s of {float(size) / MB:.0f} MB", f"of the plain {own}"],
             *(
                 [
                     name,
                     spread([float(size) / MB / s for s in found[name]]),
                     f"{paired_ratio(found[own], found[name]):.2f}x",
-                    f"{min(found[own]) / min(found[name]):.2f}x",
                 ]
                 for name in (own, peer, f"deepspeed {peer}")
             ),
