@@ -1,20 +1,24 @@
 """The gate beside its plain formula: ``python -m kernels.engram_gate.bench``.
 
 On a GPU it is bound by bytes. A token of S streams and D channels, the streams in fp32 and the rest in bf16: forward
-reads 6 S D + 2 D and writes 2 S D; backward reads 8 S D + 2 D and writes 6 S D + 2 D. Compiled for sm_90, S = 4 and
-D = 1,280, the three kernels take 80, 96 and 66 registers a thread: 24, 20 and 28 warps an SM, each thread with 48 to 80
-bytes on their way in one round of loads.
+reads 6 S D + 2 D and writes 2 S D; backward reads 8 S D + 2 D and writes 6 S D + 2 D. With the residual forward writes
+4 S D and reads h a second time, at best from L2; backward reads 14 S D + 2 D, since both its kernels read du. Adding u
+in a pass of its own takes 10 S D forward, and 18 S D backward: du is rounded to bf16, then added to dh.
+
+Compiled for sm_90, S = 4 and D = 1,280, the three kernels take 80, 96 and 66 registers a thread: 24, 20 and 28 warps an
+SM, each thread with 48 to 80 bytes on their way in one round of loads. With the residual the last takes 80: 24 warps.
 """
 
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.cases import SIZES, Case, leaves
+from kernels.cases import SIZES, Case, Size, leaves
 from kernels.engram_gate import engram_gate
 from kernels.engram_gate.reference import engram_gate_reference
 from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
@@ -39,15 +43,16 @@ def make_inputs(streams: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def ours(
-    h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, backend: Backend | None = None
-) -> Tensor:
-    """The gated values."""
-    return engram_gate(h, k, v, query_weight, key_weight, EPS, backend=backend)
+    h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, backend: Backend | None = None,
+    residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """The gated values, or the streams with them."""
+    return engram_gate(h, k, v, query_weight, key_weight, EPS, residual=residual, backend=backend)
 
 
-def plain(h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor) -> Tensor:
+def plain(h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, residual: bool = False) -> Tensor:
     """The formula under autograd."""
-    return engram_gate_reference(h, k, v, query_weight, key_weight, EPS)[0]
+    return engram_gate_reference(h, k, v, query_weight, key_weight, EPS, residual=residual)[0]
 
 
 def measure() -> list[Row]:
@@ -72,23 +77,28 @@ def measure() -> list[Row]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """As the model calls it: residual streams in fp32, keys and values in bf16."""
-    for size in SIZES:
-        tokens, S, D = size.batch * size.length, size.streams, size.d_model
-        yield Case(
-            op="engram_gate",
-            shapes=f"{size.name}: {tokens} x {S} x {D}",
-            make=partial(_residual, S, D),
-            full=tokens,
-            tiny=16,
-            ours=ours,
-            exact=plain,
-            bytes_moved=(tokens * D * (8 * S + 2), tokens * D * (22 * S + 6)),
-            flops=(8 * tokens * S * D, 23 * tokens * S * D),
-        )
+    """As the model calls it, with and without a convolution after it: streams in fp32, keys and values in bf16."""
+    for size, residual in product(SIZES, (False, True)):
+        yield _case(size, residual)
 
 
-def _residual(streams: int, width: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _case(size: Size, residual: bool) -> Case:
+    tokens, S, D = size.batch * size.length, size.streams, size.d_model
+    out = 4 if residual else 2  # bytes of a value of the output, and of its gradient
+    return Case(
+        op="engram_gate",
+        shapes=f"{size.name}: {tokens} x {S} x {D}{', residual' if residual else ''}",
+        make=partial(_inputs, S, D),
+        full=tokens,
+        tiny=16,
+        ours=partial(ours, residual=residual),
+        exact=partial(plain, residual=residual),
+        bytes_moved=(tokens * D * ((6 + out) * S + 2), tokens * D * ((18 + 2 * out) * S + 6)),
+        flops=((8 + residual) * tokens * S * D, (23 + 2 * residual) * tokens * S * D),
+    )
+
+
+def _inputs(streams: int, width: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     h_BLSD, k_BLSD, v_BLD, *weights = draw(streams, width, tokens)
     (h_BLSD,) = leaves(h_BLSD, dtype=torch.float32, device=device)
     k_BLSD, v_BLD = leaves(k_BLSD, v_BLD, dtype=dtype, device=device)
@@ -101,14 +111,16 @@ def sweep() -> None:
 
     from kernels.engram_gate import triton
 
-    for case in gpu_cases():
+    for size, residual in product(SIZES, (False, True)):
+        case = _case(size, residual)
         h, k, v, query_weight, key_weight = (x.detach() for x in case.make(case.full, case.dtype, "cuda"))
-        u, scalars = triton.forward(h, k, v, query_weight, key_weight, EPS, None)
+        u, scalars = triton.forward(h, k, v, query_weight, key_weight, EPS, None, residual)
+        gradient = (u, h, k, v, query_weight, key_weight, None, scalars, residual)  # u of the shape and type of du
         for values in (512, 1024, 2048, 4096):
             for warps in (2, 4, 8):
                 calls = (
-                    partial(triton.forward, h, k, v, query_weight, key_weight, EPS, None, values, warps),
-                    partial(triton.backward, u, h, k, v, query_weight, key_weight, None, scalars, values, warps),
+                    partial(triton.forward, h, k, v, query_weight, key_weight, EPS, None, residual, values, warps),
+                    partial(triton.backward, *gradient, values, warps),
                 )
                 times = [1e6 * Timer("call()", globals={"call": call}).blocked_autorange().median for call in calls]
                 print(

@@ -24,8 +24,12 @@ def engram_gate_reference(
     key_weight_SD: Tensor,
     eps: float,
     dead_BL: Tensor | None = None,
+    residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """u (B, L, S, D) in v's dtype and gate (B, L, S); arguments as in :func:`kernels.engram_gate.engram_gate`."""
+    """u in v's dtype or h + u in h's (B, L, S, D), and gate (B, L, S).
+
+    Arguments as in :func:`kernels.engram_gate.engram_gate`.
+    """
     math_dtype = torch.promote_types(torch.promote_types(h_BLSD.dtype, k_BLSD.dtype), torch.float32)
     query_BLSD = rms_norm(h_BLSD.to(math_dtype), query_weight_SD.to(math_dtype), eps)
     key_BLSD = rms_norm(k_BLSD.to(math_dtype), key_weight_SD.to(math_dtype), eps)
@@ -33,4 +37,5 @@ def engram_gate_reference(
     gate_BLS = torch.sigmoid(score_BLS.sign() * score_BLS.abs().clamp_min(CLAMP).sqrt())
     if dead_BL is not None:
         gate_BLS = gate_BLS.masked_fill(dead_BL[..., None], 0.0)
-    return (gate_BLS[..., None] * v_BLD[:, :, None].to(math_dtype)).to(v_BLD.dtype), gate_BLS
+    u_BLSD = gate_BLS[..., None] * v_BLD[:, :, None].to(math_dtype)
+    return (h_BLSD + u_BLSD).to(h_BLSD.dtype) if residual else u_BLSD.to(v_BLD.dtype), gate_BLS

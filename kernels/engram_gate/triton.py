@@ -4,6 +4,9 @@ Per token, of S streams and D channels: forward reads h, k (S D each) and v (D),
 k, du and v and writes dh, dk and dv. About 8 FLOPs a value forward and 15 backward: bound by bytes. What the two passes
 share is four scalars a token and stream: 16 bytes, where h, k and u have 6 D or more.
 
+With the residual, forward writes h + u and reads h once more, soon after the first time; the second backward kernel
+reads du too, and adds it to dh. A pass over the streams apart from these kernels would read and write all of both.
+
 Forward, a program takes a few tokens and all their streams: norms and scores need all of h and k, and then u needs v
 only, so nothing is held but sums. Backward splits at the same place. The first kernel reads du and v, writes dv (all
 streams of a token are in one program) and three coefficients a token and stream, with which the second is elementwise:
@@ -46,9 +49,9 @@ def _tokens(first, T, L, dead_ptr, HAS_DEAD: tl.constexpr, ROWS: tl.constexpr):
 def engram_gate_fwd_kernel(
     h_ptr, k_ptr, v_ptr, weight_ptr, dead_ptr, u_ptr, scalars_ptr,
     T, L, D, plane, eps, scale, stride_hb, stride_hl, stride_hs, stride_kb, stride_kl, stride_ks, stride_vb, stride_vl,
-    S: tl.constexpr, HAS_DEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, HAS_DEAD: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u (T, S, D); scalars (4, T, S): gate, score, 1 / rms of h and of k. Grid (blocks of T)."""
+    """u or h + u (T, S, D); scalars (4, T, S): gate, score, 1 / rms of h and of k. Grid (blocks of T)."""
     t, b, l, live = _tokens(tl.program_id(0).to(tl.int64) * ROWS, T, L, dead_ptr, HAS_DEAD, ROWS)
     h_row, k_row = h_ptr + b * stride_hb + l * stride_hl, k_ptr + b * stride_kb + l * stride_kl
     gates = ()
@@ -81,11 +84,15 @@ def engram_gate_fwd_kernel(
         k_row += stride_ks
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = live[:, None] & (d < D)[None, :]
+        mask, inside = live[:, None] & (d < D)[None, :], (t < T)[:, None] & (d < D)[None, :]
         v = tl.load((v_ptr + b * stride_vb + l * stride_vl)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        h_row = h_ptr + b * stride_hb + l * stride_hl
         for s in tl.static_range(S):
             u = v * gates[s][:, None]
-            tl.store(u_ptr + (t * S + s)[:, None] * D + d[None, :], u, mask=(t < T)[:, None] & (d < D)[None, :])
+            if RESIDUAL:
+                u += tl.load(h_row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+                h_row += stride_hs
+            tl.store(u_ptr + (t * S + s)[:, None] * D + d[None, :], u, mask=inside)
 
 
 @triton.jit
@@ -128,9 +135,10 @@ def engram_gate_bwd_dv_kernel(
 
 @triton.jit
 def engram_gate_bwd_dhk_kernel(
-    h_ptr, k_ptr, weight_ptr, dead_ptr, coefficients_ptr, dh_ptr, dk_ptr, dweight_ptr,
-    T, L, D, plane, rows_of_program, stride_hb, stride_hl, stride_hs, stride_kb, stride_kl, stride_ks,
-    S: tl.constexpr, HAS_DEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    du_ptr, h_ptr, k_ptr, weight_ptr, dead_ptr, coefficients_ptr, dh_ptr, dk_ptr, dweight_ptr,
+    T, L, D, plane, rows_of_program, stride_ub, stride_ul, stride_us, stride_hb, stride_hl, stride_hs,
+    stride_kb, stride_kl, stride_ks,
+    S: tl.constexpr, HAS_DEAD: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dh, dk (T, S, D) and the parts of dweight (programs, S, D); grid (blocks of D, S, programs): what runs at the
     same time reads whole tokens."""
@@ -150,7 +158,11 @@ def engram_gate_bwd_dhk_kernel(
         along_h = tl.load(coefficients + plane, mask=live, other=0.0)[:, None]
         along_k = tl.load(coefficients + plane + plane, mask=live, other=0.0)[:, None]
         flat = (t * S + s)[:, None] * D + d[None, :]
-        tl.store(dh_ptr + flat, k * weight * ddot - h * along_h, mask=out)
+        dh = k * weight * ddot - h * along_h
+        if RESIDUAL:
+            du_row = du_ptr + b * stride_ub + l * stride_ul + s * stride_us
+            dh += tl.load(du_row[:, None] + d[None, :], mask=out, other=0.0).to(tl.float32)
+        tl.store(dh_ptr + flat, dh, mask=out)
         tl.store(dk_ptr + flat, h * weight * ddot - k * along_k, mask=out)
         dweight += h * k * ddot
     tl.store(dweight_ptr + (tl.program_id(2).to(tl.int64) * S + s) * D + d, tl.sum(dweight, 0), mask=d < D)
@@ -158,26 +170,26 @@ def engram_gate_bwd_dhk_kernel(
 
 def forward(
     h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, dead: Tensor | None,
-    values: int = TILE, num_warps: int = NUM_WARPS,
+    residual: bool, values: int = TILE, num_warps: int = NUM_WARPS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """u (B, L, S, D) in v's dtype and the scalars (4, B, L, S) in fp32 of h, k (B, L, S, D) and v (B, L, D)."""
+    """u in v's dtype or h + u in h's, (B, L, S, D), and the scalars (4, B, L, S) in fp32."""
     B, L, S, D = h.shape
     h, k, v = (dense_rows(x) for x in (h, k, v))
-    u = torch.empty((B, L, S, D), dtype=v.dtype, device=v.device)
+    u = torch.empty((B, L, S, D), dtype=h.dtype if residual else v.dtype, device=v.device)
     scalars = torch.empty((4, B, L, S), dtype=torch.float32, device=v.device)
     rows, block = _tile(D, values)
     if scalars.numel():
         engram_gate_fwd_kernel[(triton.cdiv(B * L, rows),)](
             h, k, v, _weight(query_weight, key_weight), _flags(dead), u, scalars,
             B * L, L, D, B * L * S, eps, 1 / math.sqrt(D), *h.stride()[:3], *k.stride()[:3], *v.stride()[:2],
-            S=S, HAS_DEAD=dead is not None, ROWS=rows, BLOCK_D=block, num_warps=num_warps,
+            S=S, HAS_DEAD=dead is not None, RESIDUAL=residual, ROWS=rows, BLOCK_D=block, num_warps=num_warps,
         )  # fmt: skip
     return u, scalars
 
 
 def backward(
     du: Tensor, h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, dead: Tensor | None,
-    scalars: Tensor, values: int = TILE, num_warps: int = NUM_WARPS,
+    scalars: Tensor, residual: bool, values: int = TILE, num_warps: int = NUM_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dh, dk, dv, and the gradient (S, D) of the product of the norms' weights, in fp32."""
     B, L, S, D = h.shape
@@ -197,8 +209,9 @@ def backward(
     programs = triton.cdiv(B * L, rows_of_program)
     dweight = torch.empty((programs, S, D), dtype=torch.float32, device=h.device)
     engram_gate_bwd_dhk_kernel[(blocks, S, programs)](
-        h, k, _weight(query_weight, key_weight), _flags(dead), coefficients, dh, dk, dweight,
-        B * L, L, D, B * L * S, rows_of_program, *h.stride()[:3], *k.stride()[:3], **options,
+        du, h, k, _weight(query_weight, key_weight), _flags(dead), coefficients, dh, dk, dweight,
+        B * L, L, D, B * L * S, rows_of_program, *du.stride()[:3], *h.stride()[:3], *k.stride()[:3],
+        RESIDUAL=residual, **options,
     )  # fmt: skip
     return dh, dk, dv, dweight.sum(0)
 

@@ -1,4 +1,4 @@
-"""The Engram gate against its reference in fp64: forward, every gradient, the clamp, dead positions."""
+"""The Engram gate against its reference in fp64: forward, every gradient, the residual, the clamp, dead positions."""
 
 import math
 
@@ -29,11 +29,11 @@ def exact_inputs(inputs):
     return [x.detach().double().requires_grad_() for x in inputs]
 
 
-def assert_equals_reference(inputs, du, dead_BL=None, eps=EPS):
-    u = engram_gate(*inputs, eps, dead_BL)
+def assert_equals_reference(inputs, du, dead_BL=None, eps=EPS, residual=False):
+    u = engram_gate(*inputs, eps, dead_BL, residual=residual)
     exact = exact_inputs(inputs)
-    expected = engram_gate_reference(*exact, eps, dead_BL)[0]
-    assert u.dtype == inputs[2].dtype
+    expected = engram_gate_reference(*exact, eps, dead_BL, residual)[0]
+    assert u.dtype == inputs[0 if residual else 2].dtype
     assert_close("u", u, expected)
     gradients = torch.autograd.grad(u, inputs, du)
     for name, x, got, want in zip(
@@ -55,16 +55,20 @@ def assert_equals_reference(inputs, du, dead_BL=None, eps=EPS):
     ],
 )
 @pytest.mark.parametrize(("length", "width"), [(7, 33), (63, 64), (1, 5)])
-def test_forward_and_gradients(streams, h_dtype, dtype, length, width):
+@pytest.mark.parametrize("residual", [False, True])
+def test_forward_and_gradients(streams, h_dtype, dtype, length, width, residual):
+    """With the residual the sum is as exact as h: what the dtype of v cannot hold of u is in it."""
     inputs = make_inputs(2, length, streams, width, h_dtype, dtype)
-    assert_equals_reference(inputs, torch.randn(2, length, streams, width).to(dtype))
+    du = torch.randn(2, length, streams, width).to(h_dtype if residual else dtype)
+    assert_equals_reference(inputs, du, residual=residual)
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("elements", [1, 33 * 4 * 3, 33 * 4 * 5])
-def test_blocks_of_tokens_change_nothing(monkeypatch, elements):
+@pytest.mark.parametrize("residual", [False, True])
+def test_blocks_of_tokens_change_nothing(monkeypatch, elements, residual):
     monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
-    assert_equals_reference(make_inputs(), torch.randn(2, 7, 4, 33).double())
+    assert_equals_reference(make_inputs(), torch.randn(2, 7, 4, 33).double(), residual=residual)
 
 
 @settings(max_examples=25, deadline=None)
@@ -75,12 +79,12 @@ def test_blocks_of_tokens_change_nothing(monkeypatch, elements):
     streams=st.integers(1, 5),
     width=st.integers(4, 40),
     eps=st.sampled_from([1e-20, 1e-5, 0.1]),
+    residual=st.booleans(),
 )
-def test_any_shape(seed, batch, length, streams, width, eps):
+def test_any_shape(seed, batch, length, streams, width, eps, residual):
     torch.manual_seed(seed)
-    assert_equals_reference(
-        make_inputs(batch, length, streams, width), torch.randn(batch, length, streams, width).double(), eps=eps
-    )
+    inputs = make_inputs(batch, length, streams, width)
+    assert_equals_reference(inputs, torch.randn(batch, length, streams, width).double(), eps=eps, residual=residual)
 
 
 def test_value_by_hand():
@@ -139,48 +143,57 @@ def test_zero_and_tiny_inputs_stay_finite(dtype):
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
-def test_dead_positions_equal_absent_ones(junk):
+@pytest.mark.parametrize("residual", [False, True])
+def test_dead_positions_equal_absent_ones(junk, residual):
+    """They give nothing and get nothing; with the residual they give h, and dh is du, exactly."""
     inputs, du = make_inputs(batch=1), torch.randn(1, 7, 4, 33).double()
     dead_BL = torch.tensor([[False, True, False, False, True, True, False]])
     with torch.no_grad():
         inputs[1][dead_BL], inputs[2][dead_BL] = junk, junk
-    u, gate = engram_gate(*inputs, EPS, dead_BL, return_gate=True)
-    assert (u[dead_BL] == 0).all()
+    u, gate = engram_gate(*inputs, EPS, dead_BL, return_gate=True, residual=residual)
+    assert torch.equal(u[dead_BL], inputs[0][dead_BL] * residual)
     assert (gate[dead_BL] == 0).all()
     gradients = torch.autograd.grad(u, inputs, du)
     alive = exact_inputs([x[:, ~dead_BL[0]] for x in inputs[:3]] + inputs[3:])
-    expected = torch.autograd.grad(engram_gate_reference(*alive, EPS)[0], alive, du[:, ~dead_BL[0]])
-    for name, got, want in zip(NAMES[:3], gradients, expected, strict=False):
+    expected_u = engram_gate_reference(*alive, EPS, residual=residual)[0]
+    assert_close("u", u[~dead_BL], expected_u[0])
+    expected = torch.autograd.grad(expected_u, alive, du[:, ~dead_BL[0]])
+    assert torch.equal(gradients[0][dead_BL], du[dead_BL] * residual), "dh at a dead position"
+    for name, got in zip(NAMES[1:3], gradients[1:3], strict=True):
         assert (got[dead_BL] == 0).all(), f"d{name} at a dead position"
+    for name, got, want in zip(NAMES[:3], gradients, expected, strict=False):
         assert_close(f"d{name}", got[~dead_BL], want[0], kind="gradient")
     for name, got, want in zip(NAMES[3:], gradients[3:], expected[3:], strict=True):
         assert_close(f"d{name}", got, want, kind="gradient")
 
 
-def test_gate_is_returned_detached():
+@pytest.mark.parametrize("residual", [False, True])
+def test_gate_is_returned_detached(residual):
     inputs = make_inputs(h_dtype=torch.float32, dtype=torch.bfloat16)
-    u, gate = engram_gate(*inputs, EPS, return_gate=True)
+    u, gate = engram_gate(*inputs, EPS, return_gate=True, residual=residual)
     assert u.requires_grad
     assert not gate.requires_grad
     assert gate.dtype == torch.float32
     assert_close("gate", gate, engram_gate_reference(*exact_inputs(inputs), EPS)[1])
 
 
-def test_strided_inputs_and_gradients():
+@pytest.mark.parametrize("residual", [False, True])
+def test_strided_inputs_and_gradients(residual):
     h_BLSD, k_BLSD, v_BLD, *weights = make_inputs()
     leaves = [h_BLSD, k_BLSD, v_BLD]
     views = [h_BLSD[:, :, :1].expand(2, 7, 4, 33), k_BLSD.transpose(0, 1).contiguous().transpose(0, 1), v_BLD]
     du = torch.randn(2, 7, 33, 4).double().transpose(2, 3)
-    got = torch.autograd.grad(engram_gate(*views, *weights, EPS), leaves, du)
-    expected = torch.autograd.grad(engram_gate_reference(*views, *weights, EPS)[0], leaves, du)
+    got = torch.autograd.grad(engram_gate(*views, *weights, EPS, residual=residual), leaves, du)
+    expected = torch.autograd.grad(engram_gate_reference(*views, *weights, EPS, residual=residual)[0], leaves, du)
     for name, a, b in zip(NAMES, got, expected, strict=False):
         assert_close(f"d{name}", a, b, kind="gradient")
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
-def test_no_tokens(batch, length):
+@pytest.mark.parametrize("residual", [False, True])
+def test_no_tokens(batch, length, residual):
     inputs = make_inputs(batch, length)
-    u = engram_gate(*inputs, EPS, torch.zeros(batch, length, dtype=torch.bool))
+    u = engram_gate(*inputs, EPS, torch.zeros(batch, length, dtype=torch.bool), residual=residual)
     assert u.shape == (batch, length, 4, 33)
     gradients = torch.autograd.grad(u, inputs, torch.ones_like(u))
     assert all((gradient == 0).all() for gradient in gradients[3:])

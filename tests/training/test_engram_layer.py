@@ -4,11 +4,13 @@ B batch, L length, S streams, D model width, M memory width, O n-gram orders x h
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from kernels.engram_gate import engram_gate
 from kernels.engram_hash import engram_hash
 from kernels.engram_hash.reference import engram_hash_reference
 from parallel.engram_table import Rows
@@ -19,6 +21,7 @@ from tests.compare import assert_close
 from tests.ranks import run_ranks
 from tests.training.tiny import VOCAB, layout, made_up_rows, made_up_token_map, tiny_config
 from training.data.token_map import TokenMap
+from training.model import engram as engram_module
 from training.model.config import EngramConfig, ModelConfig
 from training.model.engram import Engram
 from training.model.model import Layer, build_model
@@ -43,6 +46,11 @@ def inputs(layer: Engram, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     memory_width = len(layer.config.orders) * layer.config.num_heads * layer.config.head_dim
     h_BLSD = torch.randn(batch, LENGTH, layer.streams, WIDTH, requires_grad=True)
     return h_BLSD, torch.randn(batch, LENGTH, memory_width, requires_grad=True)
+
+
+def added(layer: Engram, h_BLSD: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """What the layer adds to the streams: to compare it alone is stricter than to compare the streams with it."""
+    return layer(h_BLSD, *args, **kwargs) - h_BLSD
 
 
 def documents(batch: int = 2) -> torch.Tensor:
@@ -104,7 +112,7 @@ def test_equals_the_paper_written_out(streams, fields, dead, poison):
     twins = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
     h_twin, e_twin = (x.detach().clone().requires_grad_() for x in (h_BLSD, e_BLM))
     live_BLM, live_twin = (x.masked_fill(dead_BL[..., None], 0) for x in (e_BLM, e_twin))  # as the table gives rows
-    got = layer(h_BLSD, live_BLM, documents(), dead_BL=dead_BL if dead else None)
+    got = added(layer, h_BLSD, live_BLM, documents(), dead_BL=dead_BL if dead else None)
     expected = written_out(layer, twins, h_twin, live_twin, documents()[0].tolist(), dead)
     assert_close("output", got, expected)
     assert not got[:, dead].any()
@@ -124,30 +132,30 @@ def test_convolution_starts_as_nothing(streams):
     without = engram_layer(streams, random=False, conv=False)
     h_BLSD, e_BLM = inputs(with_conv)
     assert torch.equal(with_conv(h_BLSD, e_BLM, documents()), without(h_BLSD, e_BLM, documents()))
-    assert without(h_BLSD, e_BLM, documents()).abs().mean() > 1e-2
-    with_conv(h_BLSD, e_BLM, documents()).square().sum().backward()
+    assert added(without, h_BLSD, e_BLM, documents()).abs().mean() > 1e-2
+    added(with_conv, h_BLSD, e_BLM, documents()).square().sum().backward()
     assert with_conv.conv_weight.grad.abs().max() > 0
 
 
 def test_convolution_looks_back_by_the_largest_order():
     layer = engram_layer(1)
     h_BLSD, e_BLM = inputs(layer, 1)
-    layer(h_BLSD, e_BLM, None)[:, 20].sum().backward()
+    added(layer, h_BLSD, e_BLM, None)[:, 20].sum().backward()
     touched = e_BLM.grad[0].abs().amax(1).nonzero().flatten().tolist()
     assert touched == [11, 14, 17, 20]
 
 
 def test_streams_gate_one_value_each_for_itself():
-    layer = engram_layer(4, conv=False)
-    h_BLSD, e_BLM = inputs(layer)
-    out_BLSD, v_BLD = layer(h_BLSD, e_BLM, None), e_BLM @ layer.value.T
+    layer = engram_layer(4, conv=False).double()
+    h_BLSD, e_BLM = (x.double() for x in inputs(layer))
+    out_BLSD, v_BLD = added(layer, h_BLSD, e_BLM, None), e_BLM @ layer.value.T
     gate_BLSD = out_BLSD / v_BLD[:, :, None]
     assert_close("gate", gate_BLSD, gate_BLSD.mean(-1, keepdim=True).expand_as(gate_BLSD), 1e-4)
     assert gate_BLSD.min() > 0
     assert gate_BLSD.max() < 1
     moved = h_BLSD.detach().clone()
     moved[:, :, 2] += 1.0
-    changed = (layer(moved, e_BLM, None) - out_BLSD).abs().amax((0, 1, 3))
+    changed = (added(layer, moved, e_BLM, None) - out_BLSD).abs().amax((0, 1, 3))
     assert changed[2] > 1e-3
     assert not changed[[0, 1, 3]].any()
 
@@ -158,16 +166,18 @@ def test_step_equals_scan(streams, pieces):
     layer = engram_layer(streams)
     h_BLSD, e_BLM = inputs(layer)
     cache: dict = {}
-    got = [layer(h, e, None, cache) for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)]
-    assert_close("output", torch.cat(got, 1), layer(h_BLSD, e_BLM, None))
+    got = [
+        added(layer, h, e, None, cache) for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)
+    ]
+    assert_close("output", torch.cat(got, 1), added(layer, h_BLSD, e_BLM, None))
 
 
 def test_documents_do_not_meet():
     """Outputs are those of the documents alone, and no gradient crosses."""
     layer = engram_layer(4)
     h_BLSD, e_BLM = inputs(layer)
-    packed = layer(h_BLSD, e_BLM, documents())
-    alone = [layer(h, e, None) for h, e in zip(h_BLSD.split(LENGTHS, 1), e_BLM.split(LENGTHS, 1), strict=True)]
+    packed = added(layer, h_BLSD, e_BLM, documents())
+    alone = [added(layer, h, e, None) for h, e in zip(h_BLSD.split(LENGTHS, 1), e_BLM.split(LENGTHS, 1), strict=True)]
     assert_close("output", packed, torch.cat(alone, 1))
     packed[:, 6:20].square().sum().backward()
     for gradient in (h_BLSD.grad, e_BLM.grad):
@@ -188,8 +198,8 @@ def test_bf16_keeps_norms_in_fp32():
         "conv_norm",
     }
     h_BLSD, e_BLM = inputs(layer)
-    got = layer(h_BLSD, e_BLM.bfloat16(), documents())
-    assert_close("output", got.float(), twin(h_BLSD, e_BLM, documents()), 2e-2)
+    got = added(layer, h_BLSD, e_BLM.bfloat16(), documents())
+    assert_close("output", got, added(twin, h_BLSD, e_BLM, documents()), 2e-2)
 
 
 def real_memory(**fields) -> EngramMemory:
@@ -258,7 +268,7 @@ def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
     x_BLSD, e_BLM = torch.randn(2, LENGTH, 4, WIDTH), torch.randn(2, LENGTH, 12)
     got, _ = layer(x_BLSD, {0: lambda: (e_BLM, None)}, documents())
     u_BLD, post_BLS, mix_BLSS = layer.hyper(x_BLSD)
-    u_BLD = u_BLD + single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
+    u_BLD = single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
     y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), documents(), None)
     expected = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
     assert_close("streams", got, expected)
@@ -277,6 +287,70 @@ def test_one_stream_is_remembered_alike_either_way():
     x_BLSD, e_BLM = torch.randn(1, LENGTH, 1, WIDTH), torch.randn(1, LENGTH, 2 * 8 * 64)
     first, second = (layer(x_BLSD, {0: lambda: (e_BLM, None)}, None)[0] for layer in layers)
     assert torch.equal(first, second)
+
+
+def model_without_convolution(fields: dict, streams: int, per_stream: bool, apart: bool) -> tuple:
+    """Loss, logits, gradients of parameters and rows, and whether each call of the gate added u to the streams.
+
+    ``apart``: every sum is made after the gate.
+    """
+    asked = []
+
+    def gate(h_BLSD, *inputs, residual, **options):
+        asked.append(residual)
+        if not apart:
+            return engram_gate(h_BLSD, *inputs, residual=residual, **options)
+        u_BLSD, gate_BLS = engram_gate(h_BLSD, *inputs, **options)
+        return h_BLSD + u_BLSD if residual else u_BLSD, gate_BLS
+
+    engram = replace(tiny_config().model.engram, layers=(0, 1), conv=False, per_stream=per_stream)
+    config = tiny_config(pattern="-*", num_streams=streams, engram=engram)
+    mesh, cpu = build_mesh(layout(**fields)) if fields else single_mesh(), torch.device("cpu")
+    memory = build_memory(config, mesh, made_up_token_map(), cpu)
+    model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu)
+    (ids_BL, documents_BL), targets_BL = with_dead_positions(), made_up_rows(3)[1][:2]
+    rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
+    ids_BL = ids_BL.clamp_min(0)
+    with mock.patch.object(engram_module, "engram_gate", gate):
+        loss, _ = model(ids_BL, targets_BL, documents_BL, memory_of(rows))
+        loss.backward()
+        logits = model.logits(ids_BL, documents_BL, memory_of(rows))
+    memory.tables.accumulate(rows)
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    if not fields:
+        gradients |= {f"rows {layer}": found[1].numpy() for layer, found in memory.tables.gradients().items()}
+    squared = memory.tables.squared_grad_norm()
+    if fields:
+        dist.all_reduce(squared, group=mesh.group("engram"))
+    return float(loss.detach()), logits.numpy(), float(squared), gradients, asked
+
+
+@pytest.mark.parametrize(("streams", "per_stream"), [(1, True), (4, True), (4, False)])
+def test_sum_in_the_gate_is_the_sum_after_it(streams, per_stream):
+    """Without a convolution the gate adds u to the streams; loss and every gradient are those of h + u."""
+    loss, logits, _, gradients, asked = model_without_convolution({}, streams, per_stream, apart=False)
+    expected, wanted_logits, _, wanted, _ = model_without_convolution({}, streams, per_stream, apart=True)
+    assert asked
+    assert all(asked)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert_close("logits", torch.from_numpy(logits), torch.from_numpy(wanted_logits))
+    assert gradients.keys() == wanted.keys()
+    assert {"rows 0", "rows 1", "layers.0.engram.query_norm", "layers.1.engram.key"} <= gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close(name, torch.from_numpy(gradient), torch.from_numpy(wanted[name]), kind="gradient")
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_sum_in_the_gate_on_shares_of_tokens(sequence_parallel):
+    """Shares that are gathered are gathered as u; under sequence parallelism nothing is, and the gate makes the sum."""
+    expected, logits, squared, _, _ = model_without_convolution({}, 4, True, apart=True)
+    fields = {"tp": 2, "sequence_parallel": sequence_parallel}
+    for loss, got, got_squared, _, asked in run_ranks(model_without_convolution, 2, fields, 4, True, False):
+        assert asked
+        assert set(asked) == {sequence_parallel}
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert_close("logits", torch.from_numpy(got), torch.from_numpy(logits))
+        assert got_squared == pytest.approx(squared, rel=1e-4)
 
 
 def with_dead_positions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +386,7 @@ def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
     assert not layer.gated(h_BLSD, e_BLM)[0][dead_BL].any()
 
     upstream = torch.randn(2, ids_BL.shape[1], streams, WIDTH)
-    out_BLSD = layer(h_BLSD, e_BLM, documents_BL, dead_BL=nothing_BL)
+    out_BLSD = added(layer, h_BLSD, e_BLM, documents_BL, dead_BL=nothing_BL)
     assert not out_BLSD[dead_BL].any()
     assert out_BLSD[~nothing_BL].abs().amax((1, 2)).all()
     out_BLSD.backward(upstream)
@@ -338,7 +412,7 @@ def test_decoding_over_dead_positions_is_the_whole_forward(pieces):
     def remembered(cut: slice, cache: dict | None) -> torch.Tensor:
         rows = memory.tables.fetch({key: ids[:, cut] for key, ids in row_ids.items()})
         e_BLM, dead_BL = memory_of(rows)[3]()
-        return layer(h_BLSD[:, cut], e_BLM, None, cache, dead_BL)
+        return added(layer, h_BLSD[:, cut], e_BLM, None, cache, dead_BL)
 
     for size in pieces:
         steps.append(remembered(slice(start, start + size), cache))
@@ -392,7 +466,7 @@ def test_text_of_dead_positions_only_touches_no_row():
     rows = memory.fetch(ids_BL, None)
     h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
     recalled = [recall() for recall in memory_of(rows).values()]
-    out_BLSD = sum(layer(h_BLSD, e_BLM, None, dead_BL=dead_BL) for e_BLM, dead_BL in recalled)
+    out_BLSD = sum(added(layer, h_BLSD, e_BLM, None, dead_BL=dead_BL) for e_BLM, dead_BL in recalled)
     assert not out_BLSD.any()
     out_BLSD.sum().backward()
     assert not h_BLSD.grad.any()

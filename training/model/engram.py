@@ -19,9 +19,9 @@ from training.model.mamba2 import Cache
 
 
 class Engram(nn.Module):
-    """k = W_K e, v = W_V e; u = gate(h, k) v; out = u + SiLU(conv(RMSNorm(u))), to be added to the streams.
+    """k = W_K e, v = W_V e; u = gate(h, k) v; out = h + u + SiLU(conv(RMSNorm(u))).
 
-    A position that looks nothing up (e = 0) has u = 0, which is what the convolution reads of it, and out = 0.
+    A position that looks nothing up (e = 0) has u = 0, which is what the convolution reads of it, and out = h.
 
     Under tensor parallelism each tensor rank looks up and gates its share of the tokens.
     """
@@ -53,7 +53,7 @@ class Engram(nn.Module):
         cache: Cache | None = None,
         dead_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What to add to the streams.
+        """The streams with what is remembered, in the layout of ``h_BLSD``.
 
         Args:
             h_BLSD: residual streams, in their own layout.
@@ -61,19 +61,30 @@ class Engram(nn.Module):
             seq_idx_BL: documents of the whole row.
             dead_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
         """
+        shared = self.mesh.size("tp") > 1 and not self.mesh.sequence_parallel
+        if not self.config.conv and not shared:
+            return self.gated(h_BLSD, memory_BLM, residual=True)[0]
+        # The convolution reads u itself, and shares are gathered in its dtype, which may be narrower than the streams'.
         u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
             y_BLSD = F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
             u_BLSD = u_BLSD + (y_BLSD if dead_BL is None else y_BLSD.masked_fill(dead_BL[..., None, None], 0))
-        return give_token_share(u_BLSD, self.mesh)
+        return h_BLSD + give_token_share(u_BLSD, self.mesh)
 
-    def gated(self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1 without a gate."""
+    def gated(
+        self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor, residual: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1 without a gate.
+
+        With ``residual`` the streams with their values added.
+        """
         v_BLD = F.linear(memory_BLM, self.value)
         if not self.config.gate:
-            return v_BLD[:, :, None].expand(-1, -1, self.streams, -1), v_BLD.new_ones((*h_BLSD.shape[:3],))
+            u_BLSD = v_BLD[:, :, None].expand(-1, -1, self.streams, -1)
+            return h_BLSD + u_BLSD if residual else u_BLSD, v_BLD.new_ones((*h_BLSD.shape[:3],))
         k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
-        return engram_gate(h_BLSD, k_BLSD, v_BLD, self.query_norm, self.key_norm, self.eps, return_gate=True)
+        norms = (self.query_norm, self.key_norm)
+        return engram_gate(h_BLSD, k_BLSD, v_BLD, *norms, self.eps, return_gate=True, residual=residual)
 
     def _conv(self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
         """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the own one kept."""

@@ -79,7 +79,7 @@ class Layer(nn.Module):
         assert self.engram is not None
         engram_cache = None if cache is None else cache.setdefault("engram", {})
         memory_BLM, dead_BL = memory[self.index]()
-        return x_BLSD + self.engram(x_BLSD, memory_BLM, seq_idx_BL, engram_cache, dead_BL)
+        return self.engram(x_BLSD, memory_BLM, seq_idx_BL, engram_cache, dead_BL)
 
     def _mix(
         self, u_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None
