@@ -44,11 +44,11 @@ def adam(
     ids_U = rows_U if store.form == "fp32" else store.global_ids(rows_U)
     touched = [tensor.contiguous().numpy() for tensor in (rows_U, ids_U, grad_UW)]
     moments = [state[name].numpy() for name in ("exp_avg", "exp_avg_sq", "step")]
+    form, *row_arrays = stored(store)
+    loop = row_loops.adam_rows(form, config.optimizer == "rowwise_adam")
 
     def run(part: slice) -> None:
-        row_loops.adam_rows(  # type: ignore[call-arg]  # a compiled function
-            *stored(store), *moments, *(values[part] for values in touched), corrections.numpy(), rate, *constants
-        )
+        loop(*row_arrays, *moments, *(values[part] for values in touched), corrections.numpy(), rate, *constants)
 
     for_ranges(run, len(rows_U))
 
@@ -73,10 +73,11 @@ def move(
     """Distinct rows of host memory -= diag(r) g diag(c), encoded as their update number ``update``."""
     ids_A = rows_A if store.form == "fp32" else store.global_ids(rows_A)
     values, columns = [tensor.numpy() for tensor in (rows_A, ids_A, g_AW, r_A)], c_W.numpy()
+    form, *row_arrays = stored(store)
+    loop = row_loops.move_rows(form)
 
     def run(part: slice) -> None:
-        parts = (value[part] for value in values)
-        row_loops.move_rows(*stored(store), *parts, columns, update, store.seed)  # type: ignore[call-arg]  # compiled
+        loop(*row_arrays, *(value[part] for value in values), columns, update, store.seed)
 
     for_ranges(run, len(rows_A))
 
@@ -89,20 +90,14 @@ def read_fp8(codes_RW: torch.Tensor, exponents_RK: torch.Tensor, rows_U: torch.T
     return out_UW
 
 
-def stored(store: "RowStore") -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The format's number, the weight as fp32, as the bits of bf16 and of fp8, fp8's exponents, and e4m3's values.
-
-    Arrays that the format does not use are empty: one compiled loop serves all formats.
-    """
-    none = np.empty((0, 0), np.uint8)
+def stored(store: "RowStore") -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """The format's number, the weight (of bf16 and fp8 the bits), fp8's exponents (else none), and e4m3's values."""
+    none, weight = np.empty((0, 0), np.uint8), store.weight
     if store.form == "fp32":
-        return row_loops.FP32, store.weight.numpy(), none.astype(np.uint16), none, none, _e4m3_values()
+        return row_loops.FP32, weight.numpy(), none, _e4m3_values()
     if store.form == "bf16":  # numpy has no bf16
-        bits = store.weight.view(torch.int16).numpy().view(np.uint16)
-        return row_loops.BF16, none.astype(np.float32), bits, none, none, _e4m3_values()
-    exponents = store.tensors["weight_scale"].numpy()
-    codes = store.weight.numpy()
-    return row_loops.FP8, none.astype(np.float32), none.astype(np.uint16), codes, exponents, _e4m3_values()
+        return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _e4m3_values()
+    return row_loops.FP8, weight.numpy(), store.tensors["weight_scale"].numpy(), _e4m3_values()
 
 
 @lru_cache(maxsize=1)

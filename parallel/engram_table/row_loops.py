@@ -7,6 +7,8 @@ values are stored as the same bits as by ``formats.py``. All of it runs without 
 # numba has types of its own
 # mypy: ignore-errors
 
+from functools import lru_cache
+
 import numba
 import numpy as np
 
@@ -110,69 +112,80 @@ def _square_sum(g, u, grad_scale):
 
 
 @_compile
-def _adam_row(w, i, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
-    """Row i of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised, on views not.
-
-    ``v`` has one column where there is one second moment a row.
-    """
-    width = w.shape[1]
-    if v.shape[1] == 1:
-        v[r, 0] = v[r, 0] * beta2 + _square_sum(g, u, grad_scale) / np.float32(width) * new2
-        denominator = np.sqrt(v[r, 0]) + floor
-        for c in range(width):
-            m[r, c] += (g[u, c] * grad_scale - m[r, c]) * new1
-            w[i, c] = w[i, c] * keep - m[r, c] * factor / denominator
-        return
-    for c in range(width):
+def _adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
+    """Row 0 of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised, on views not."""
+    for c in range(w.shape[1]):
         x = g[u, c] * grad_scale
         mean = m[r, c] + (x - m[r, c]) * new1
         square = v[r, c] * beta2 + x * x * new2
         m[r, c], v[r, c] = mean, square
-        w[i, c] = w[i, c] * keep - mean * factor / (np.sqrt(square) + floor)
+        w[0, c] = w[0, c] * keep - mean * factor / (np.sqrt(square) + floor)
 
 
 @_compile
-def adam_rows(
-    form, weight32, weight16, weight8, exponents, values256,
-    mean, square, step, rows, ids, grads, corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
-):  # fmt: skip
-    """One step; see ``LazyAdam``. ``square`` has one column where there is one second moment a row."""
-    width, last = mean.shape[1], corrections.shape[1] - 1
-    w = np.empty((1, width), np.float32)
-    scaled, inverse = np.empty(width, np.float32), np.empty(width, np.float32)
-    noise = np.empty(width, np.uint32)
-    # the same memory seen as bits: a view made inside a loop over columns would keep it from being vectorised
-    w_bits, scaled_bits, inverse_bits = w[0].view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
-    for u in range(rows.size):
-        ahead = rows[min(u + AHEAD, rows.size - 1)]
-        prefetch_row(mean, ahead)
-        prefetch_row(square, ahead)
-        prefetch_row(step, ahead)
-        if form == FP32:
-            prefetch_row(weight32, ahead)
-        elif form == BF16:
-            prefetch_row(weight16, ahead)
-        else:
-            prefetch_row(weight8, ahead)
-            prefetch_row(exponents, ahead)
-        r = rows[u]
-        step[r] += 1
-        t = min(np.int64(step[r]), last)
-        factor = np.float32(rate * corrections[1, t] / corrections[0, t])
-        floor = np.float32(eps * corrections[1, t])
-        if form == FP32:
-            _adam_row(weight32, r, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
-            continue
-        key = row_key(ids[u], step[r], seed)
-        if form == BF16:
-            decode_bf16(weight16[r], w_bits)
-        else:
-            decode_fp8(weight8[r], exponents[r], values256, w[0], scaled, scaled_bits)
-        _adam_row(w, 0, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
-        if form == BF16:
-            encode_bf16(w_bits, key, weight16[r], noise)
-        else:
-            encode_fp8(w[0], key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+def _rowwise_adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
+    """As ``_adam_row``, with one second moment for the row: ``v`` has one column."""
+    width = w.shape[1]
+    v[r, 0] = v[r, 0] * beta2 + _square_sum(g, u, grad_scale) / np.float32(width) * new2
+    denominator = np.sqrt(v[r, 0]) + floor
+    for c in range(width):
+        m[r, c] += (g[u, c] * grad_scale - m[r, c]) * new1
+        w[0, c] = w[0, c] * keep - m[r, c] * factor / denominator
+
+
+@lru_cache
+def adam_rows(form, row_wise):
+    """The loop of one step, for a format, and one second moment a value or one a row; see ``LazyAdam``.
+
+    Each is compiled by itself: a loop that asks at every row which of them it is was not vectorised (rows of 64 fp32
+    values that lie in the cache: 22 ns each, not 64).
+    """
+
+    @_compile
+    def loop(
+        weight, exponents, values256, mean, square, step, rows, ids, grads,
+        corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
+    ):  # fmt: skip
+        width, last = mean.shape[1], corrections.shape[1] - 1
+        w, scaled = np.empty((1, width), np.float32), np.empty(width, np.float32)
+        inverse, noise = np.empty(width, np.float32), np.empty(width, np.uint32)
+        # the same memory seen as bits: a view made inside a loop over columns would keep it from being vectorised
+        w_bits, scaled_bits, inverse_bits = w[0].view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+        for u in range(rows.size):
+            ahead = rows[min(u + AHEAD, rows.size - 1)]
+            prefetch_row(mean, ahead)
+            prefetch_row(square, ahead)
+            prefetch_row(step, ahead)
+            prefetch_row(weight, ahead)
+            if form == FP8:
+                prefetch_row(exponents, ahead)
+            r = rows[u]
+            step[r] += 1
+            t = min(np.int64(step[r]), last)
+            factor = np.float32(rate * corrections[1, t] / corrections[0, t])
+            floor = np.float32(eps * corrections[1, t])
+            if form == FP32:
+                for c in range(width):
+                    w[0, c] = weight[r, c]
+            elif form == BF16:
+                decode_bf16(weight[r], w_bits)
+            else:
+                decode_fp8(weight[r], exponents[r], values256, w[0], scaled, scaled_bits)
+            if row_wise:
+                _rowwise_adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
+            else:
+                _adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
+            if form == FP32:
+                for c in range(width):
+                    weight[r, c] = w[0, c]
+                continue
+            key = row_key(ids[u], step[r], seed)
+            if form == BF16:
+                encode_bf16(w_bits, key, weight[r], noise)
+            else:
+                encode_fp8(w[0], key, weight[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+
+    return loop
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
@@ -196,36 +209,37 @@ def sinkhorn_sums(g, norm, c2, r2, sums):
             sums[c] += part[c]
 
 
-@_compile
-def move_rows(
-    form, weight32, weight16, weight8, exponents, values256, rows, ids, g, scale_rows, scale_columns, update, seed
-):  # fmt: skip
-    """Rows -= diag(scale_rows) g diag(scale_columns); ``update`` numbers the update."""
-    width = g.shape[1]
-    w = np.empty(width, np.float32)
-    scaled, inverse, noise = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.uint32)
-    w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
-    for u in range(rows.size):
-        r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
-        if form == FP32:
-            prefetch_row(weight32, ahead)
+@lru_cache
+def move_rows(form):
+    """The loop rows -= diag(scale_rows) g diag(scale_columns) for a format; ``update`` numbers the update."""
+
+    @_compile
+    def loop(weight, exponents, values256, rows, ids, g, scale_rows, scale_columns, update, seed):
+        width = g.shape[1]
+        w, scaled = np.empty(width, np.float32), np.empty(width, np.float32)
+        inverse, noise = np.empty(width, np.float32), np.empty(width, np.uint32)
+        w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+        for u in range(rows.size):
+            r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
+            prefetch_row(weight, ahead)
+            if form == FP32:
+                for c in range(width):
+                    weight[r, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
+                continue
+            key = row_key(ids[u], update, seed)
+            if form == BF16:
+                decode_bf16(weight[r], w_bits)
+            else:
+                prefetch_row(exponents, ahead)
+                decode_fp8(weight[r], exponents[r], values256, w, scaled, scaled_bits)
             for c in range(width):
-                weight32[r, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
-            continue
-        key = row_key(ids[u], update, seed)
-        if form == BF16:
-            prefetch_row(weight16, ahead)
-            decode_bf16(weight16[r], w_bits)
-        else:
-            prefetch_row(weight8, ahead)
-            prefetch_row(exponents, ahead)
-            decode_fp8(weight8[r], exponents[r], values256, w, scaled, scaled_bits)
-        for c in range(width):
-            w[c] -= g[u, c] * scale_rows[u] * scale_columns[c]
-        if form == BF16:
-            encode_bf16(w_bits, key, weight16[r], noise)
-        else:
-            encode_fp8(w, key, weight8[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+                w[c] -= g[u, c] * scale_rows[u] * scale_columns[c]
+            if form == BF16:
+                encode_bf16(w_bits, key, weight[r], noise)
+            else:
+                encode_fp8(w, key, weight[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+
+    return loop
 
 
 @_compile
