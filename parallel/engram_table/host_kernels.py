@@ -14,6 +14,7 @@ import torch
 
 from kernels.threads import for_each, for_ranges
 from parallel.engram_table import row_loops
+from parallel.engram_table.formats import FP8_BLOCK
 from parallel.table_config import TableConfig
 
 if TYPE_CHECKING:
@@ -82,25 +83,27 @@ def move(
     for_ranges(run, len(rows_A))
 
 
-def read_fp8(codes_RW: torch.Tensor, exponents_RK: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
+def read_fp8(store: "RowStore", rows_U: torch.Tensor) -> torch.Tensor:
     """(U, W) fp32: ``formats.from_fp8`` of the rows."""
-    out_UW = torch.empty((len(rows_U), codes_RW.shape[1]))
-    tables, rows, out = (codes_RW.numpy(), exponents_RK.numpy(), _e4m3_values()), rows_U.numpy(), out_UW.numpy()
-    for_ranges(lambda part: row_loops.read_fp8(*tables, rows[part], out[part]), len(rows))
-    return out_UW
+    _, codes, exponents, powers = stored(store)
+    out_UKX = torch.empty((len(rows_U), *codes.shape[1:]))
+    rows, out = rows_U.numpy(), out_UKX.numpy()
+    for_ranges(lambda part: row_loops.read_fp8(codes, exponents, powers, rows[part], out[part]), len(rows))
+    return out_UKX.flatten(1)
 
 
 def stored(store: "RowStore") -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """The format's number, the weight (of bf16 and fp8 the bits), fp8's exponents (else none), and e4m3's values."""
+    """The format's number; the weight (R, W), of bf16 the bits, of fp8 (R, K, 32); fp8's exponents; and ``_powers``."""
     none, weight = np.empty((0, 0), np.uint8), store.weight
     if store.form == "fp32":
-        return row_loops.FP32, weight.numpy(), none, _e4m3_values()
+        return row_loops.FP32, weight.numpy(), none, _powers()
     if store.form == "bf16":  # numpy has no bf16
-        return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _e4m3_values()
-    return row_loops.FP8, weight.numpy(), store.tensors["weight_scale"].numpy(), _e4m3_values()
+        return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _powers()
+    blocks = weight.unflatten(1, (-1, FP8_BLOCK))
+    return row_loops.FP8, blocks.numpy(), store.tensors["weight_scale"].numpy(), _powers()
 
 
 @lru_cache(maxsize=1)
-def _e4m3_values() -> np.ndarray:
-    """The 256 numbers of e4m3."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+def _powers() -> np.ndarray:
+    """2^(i - 127) for i of 0 to 255, as fp32: 0 and infinity at the ends."""
+    return (np.arange(256, dtype=np.uint32) << 23).view(np.float32)

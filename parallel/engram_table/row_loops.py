@@ -15,92 +15,108 @@ import numpy as np
 from kernels.prefetch import AHEAD, prefetch_row
 
 FP32, BF16, FP8 = range(3)
-_FP8_BLOCK = 32
 _SUM_ROWS = 256
 _u32 = numba.uint32
 _compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+# Parts of a row's work. A call passes seven numbers for each array: of a row of 64 values that is most of the time.
+_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
-@_compile
+@_inline
 def _mix32(x):
     x = _u32(_u32(x ^ (x >> _u32(16))) * _u32(0x7FEB352D))
     x = _u32(_u32(x ^ (x >> _u32(15))) * _u32(0x846CA68B))
     return _u32(x ^ (x >> _u32(16)))
 
 
-@_compile
+@_inline
 def row_key(row, update, seed):
     low, high = _u32(row & 0xFFFFFFFF), _u32(row >> 32)
     return _mix32(_u32(_mix32(_u32(_mix32(_u32(low + _u32(seed))) ^ high)) ^ _u32(update)))
 
 
-@_compile
+@_inline
 def _draw(key, noise):
     """16 random bits for each column."""
     for c in range(noise.size):
         noise[c] = _mix32(_u32(key + _u32(_u32(c) * _u32(0x9E3779B9)))) & _u32(0xFFFF)
 
 
-@_compile
-def encode_bf16(bits, key, out, noise):
-    """The bits of fp32 values to those of bf16; ``noise`` is uint32 scratch of the row's width."""
+@_inline
+def encode_bf16(bits, key, codes, r, noise):
+    """Row r of ``codes`` = bf16's bits of those of fp32 values (1, W); ``noise`` (W,) uint32 is scratch."""
     _draw(key, noise)
-    for c in range(bits.size):
-        magnitude = bits[c] & _u32(0x7FFFFFFF)
+    for c in range(bits.shape[1]):
+        magnitude = bits[0, c] & _u32(0x7FFFFFFF)
         rounded = _u32(magnitude + noise[c])
         rounded = rounded if rounded < _u32(0x7F7FFFFF) else _u32(0x7F7FFFFF)
         special = _u32(magnitude | _u32(0x400000)) if magnitude > _u32(0x7F800000) else magnitude
         kept = rounded if magnitude < _u32(0x7F800000) else special
-        out[c] = _u32(_u32(bits[c] & _u32(0x80000000)) | kept) >> _u32(16)
+        codes[r, c] = _u32(_u32(bits[0, c] & _u32(0x80000000)) | kept) >> _u32(16)
 
 
-@_compile
-def decode_bf16(codes, bits):
-    """The bits of bf16 to those of fp32."""
-    for c in range(bits.size):
-        bits[c] = _u32(codes[c]) << _u32(16)
+@_inline
+def decode_bf16(codes, r, bits):
+    """fp32's bits (1, W) of row r of bf16's."""
+    for c in range(bits.shape[1]):
+        bits[0, c] = _u32(codes[r, c]) << _u32(16)
 
 
-@_compile
-def encode_fp8(w, key, codes, exponents, noise, scaled, scaled_bits, inverse, inverse_bits):
-    """fp32 values to the bits of e4m3 and the exponents of their blocks' scales; the last five are scratch.
+@_inline
+def encode_fp8(w, w_bits, key, codes, exponents, r, powers, noise, scaled, scaled_bits, inverse, inverse_bits):
+    """Row r of ``codes`` (R, K, X), e4m3's bits, and ``exponents`` (R, K), of the blocks' scales, from w (1, K, X).
 
-    ``scaled_bits`` and ``inverse_bits`` are the same memory as ``scaled`` and ``inverse``, seen as uint32.
+    The last five are scratch: ``noise`` (W,), the others (K, X). ``w``, ``scaled`` and ``inverse`` are the same memory
+    as their bits; ``powers`` is 2^(i - 127) for i of 0 to 255.
     """
     _draw(key, noise)
-    for block in range(exponents.size):
-        start, stop = block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK
-        largest = np.float32(0)
-        for c in range(start, stop):
-            largest = max(largest, abs(w[c]))
-        scaled[start] = max(largest / np.float32(448), np.float32(1e-30))
-        exponent = min(max(_u32(scaled_bits[start] + _u32(0x7FFFFF)) >> _u32(23), _u32(1)), _u32(253))
-        exponents[block] = exponent
-        inverse_bits[start] = _u32(_u32(254) - exponent) << _u32(23)
-        scale = inverse[start]
-        for c in range(start, stop):
-            scaled[c] = w[c] * scale
-    for c in range(w.size):  # a step is a value's power of two, at least 2^-6, over 2^3
-        power = _u32(scaled_bits[c] & _u32(0x7FFFFFFF)) >> _u32(23)
-        power = power if power > _u32(121) else _u32(121)
-        inverse_bits[c] = _u32(_u32(257) - power) << _u32(23)
-    for c in range(w.size):
-        power = _u32(scaled_bits[c] & _u32(0x7FFFFFFF)) >> _u32(23)
-        power = power if power > _u32(121) else _u32(121)
-        steps = _u32(np.floor(abs(scaled[c]) * inverse[c] + np.float32(noise[c]) * np.float32(2.0**-16)))
-        # 8 to 15 steps are a mantissa of 3 bits, 16 are 8 of the next power, fewer than 8 have no power
-        code = _u32(_u32(_u32(power - _u32(121)) << _u32(3)) + steps)
-        sign = _u32(_u32(scaled_bits[c] >> _u32(24)) & _u32(0x80))
-        codes[c] = _u32(code | sign) if abs(scaled[c]) <= np.float32(448) else _u32(0x7F)
+    blocks, size = scaled.shape
+    for k in range(blocks):
+        largest = _u32(0)  # fp32's bits: above 0 they have the numbers' order, and integers' maximum is vectorised
+        for j in range(size):
+            magnitude = _u32(w_bits[0, k, j] & _u32(0x7FFFFFFF))
+            largest = magnitude if magnitude > largest else largest
+        inverse_bits[k, 0] = largest
+        inverse[k, 0] = max(inverse[k, 0] / np.float32(448), np.float32(1e-30))
+        exponent = min(max(_u32(inverse_bits[k, 0] + _u32(0x7FFFFF)) >> _u32(23), _u32(1)), _u32(253))
+        exponents[r, k] = exponent
+        scale = powers[_u32(254) - exponent]
+        for j in range(size):
+            scaled[k, j] = w[0, k, j] * scale
+        for j in range(size):  # a step is a value's power of two, at least 2^-6, over 2^3
+            power = _u32(scaled_bits[k, j] & _u32(0x7FFFFFFF)) >> _u32(23)
+            power = power if power > _u32(121) else _u32(121)
+            inverse_bits[k, j] = _u32(_u32(257) - power) << _u32(23)
+        for j in range(size):
+            power = _u32(scaled_bits[k, j] & _u32(0x7FFFFFFF)) >> _u32(23)
+            power = power if power > _u32(121) else _u32(121)
+            random = np.float32(np.int32(noise[k * size + j])) * np.float32(2.0**-16)
+            steps = _u32(np.int32(abs(scaled[k, j]) * inverse[k, j] + random))
+            # 8 to 15 steps are a mantissa of 3 bits, 16 are 8 of the next power, fewer than 8 have no power
+            code = _u32(_u32(_u32(power - _u32(121)) << _u32(3)) + steps)
+            sign = _u32(_u32(scaled_bits[k, j] >> _u32(24)) & _u32(0x80))
+            codes[r, k, j] = _u32(code | sign) if abs(scaled[k, j]) <= np.float32(448) else _u32(0x7F)
 
 
-@_compile
-def decode_fp8(codes, exponents, values256, w, scale, scale_bits):
-    """The bits of e4m3 and the exponents of their blocks' scales to fp32 values; the last two are scratch."""
-    for block in range(exponents.size):
-        scale_bits[0] = _u32(exponents[block]) << _u32(23)
-        for c in range(block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK):
-            w[c] = values256[codes[c]] * scale[0]
+@_inline
+def decode_fp8(codes, exponents, r, powers, w, u, scratch, scratch_bits):
+    """w[u] (K, X) = the fp32 values of row r; arguments as of ``encode_fp8``.
+
+    By arithmetic: looking 64 values up in a table of 256 takes 44 ns instead of 8.
+    """
+    blocks, size = scratch.shape
+    for k in range(blocks):
+        for j in range(size):  # e4m3's bits in fp32's places; without a power, as if it were 1, which is 2^-6 too much
+            magnitude = _u32(codes[r, k, j]) & _u32(0x7F)
+            power = magnitude if magnitude > _u32(7) else _u32(8)
+            number = _u32(_u32(_u32(magnitude | power) << _u32(20)) + _u32(120 << 23))
+            scratch_bits[k, j] = number if magnitude < _u32(0x7F) else _u32(0x7FC00000)
+        scale = powers[exponents[r, k]]
+        for j in range(size):
+            code = _u32(codes[r, k, j])
+            excess = np.float32(0) if _u32(code & _u32(0x7F)) > _u32(7) else np.float32(2.0**-6)
+            sign = np.float32(1) - np.float32(np.int32(_u32(code >> _u32(7)) << _u32(1)))
+            w[u, k, j] = (scratch[k, j] - excess) * scale * sign
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
@@ -111,7 +127,7 @@ def _square_sum(g, u, grad_scale):
     return total
 
 
-@_compile
+@_inline
 def _adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
     """Row 0 of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised, on views not."""
     for c in range(w.shape[1]):
@@ -124,13 +140,14 @@ def _adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, ke
 
 @_compile
 def _rowwise_adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
-    """As ``_adam_row``, with one second moment for the row: ``v`` has one column."""
+    """As ``_adam_row``, with one second moment for the row: ``v`` has one column. Inlined it takes 45 ns, called 30."""
     width = w.shape[1]
     v[r, 0] = v[r, 0] * beta2 + _square_sum(g, u, grad_scale) / np.float32(width) * new2
     denominator = np.sqrt(v[r, 0]) + floor
     for c in range(width):
-        m[r, c] += (g[u, c] * grad_scale - m[r, c]) * new1
-        w[0, c] = w[0, c] * keep - m[r, c] * factor / denominator
+        mean = m[r, c] + (g[u, c] * grad_scale - m[r, c]) * new1
+        m[r, c] = mean
+        w[0, c] = w[0, c] * keep - mean * factor / denominator
 
 
 @lru_cache
@@ -143,14 +160,16 @@ def adam_rows(form, row_wise):
 
     @_compile
     def loop(
-        weight, exponents, values256, mean, square, step, rows, ids, grads,
+        weight, exponents, powers, mean, square, step, rows, ids, grads,
         corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
     ):  # fmt: skip
         width, last = mean.shape[1], corrections.shape[1] - 1
-        w, scaled = np.empty((1, width), np.float32), np.empty(width, np.float32)
-        inverse, noise = np.empty(width, np.float32), np.empty(width, np.uint32)
-        # the same memory seen as bits: a view made inside a loop over columns would keep it from being vectorised
-        w_bits, scaled_bits, inverse_bits = w[0].view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+        w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
+        w_bits = w.view(np.uint32)  # a view made inside a loop over columns would keep it from being vectorised
+        if form == FP8:
+            blocks, blocks_bits = w.reshape((1, *weight.shape[1:])), w_bits.reshape((1, *weight.shape[1:]))
+            scaled, inverse = np.empty(weight.shape[1:], np.float32), np.empty(weight.shape[1:], np.float32)
+            scaled_bits, inverse_bits = scaled.view(np.uint32), inverse.view(np.uint32)
         for u in range(rows.size):
             ahead = rows[min(u + AHEAD, rows.size - 1)]
             prefetch_row(mean, ahead)
@@ -168,9 +187,9 @@ def adam_rows(form, row_wise):
                 for c in range(width):
                     w[0, c] = weight[r, c]
             elif form == BF16:
-                decode_bf16(weight[r], w_bits)
+                decode_bf16(weight, r, w_bits)
             else:
-                decode_fp8(weight[r], exponents[r], values256, w[0], scaled, scaled_bits)
+                decode_fp8(weight, exponents, r, powers, blocks, 0, scaled, scaled_bits)
             if row_wise:
                 _rowwise_adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
             else:
@@ -178,12 +197,13 @@ def adam_rows(form, row_wise):
             if form == FP32:
                 for c in range(width):
                     weight[r, c] = w[0, c]
-                continue
-            key = row_key(ids[u], step[r], seed)
-            if form == BF16:
-                encode_bf16(w_bits, key, weight[r], noise)
+            elif form == BF16:
+                encode_bf16(w_bits, row_key(ids[u], step[r], seed), weight, r, noise)
             else:
-                encode_fp8(w[0], key, weight[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+                encode_fp8(
+                    blocks, blocks_bits, row_key(ids[u], step[r], seed), weight, exponents, r, powers,
+                    noise, scaled, scaled_bits, inverse, inverse_bits,
+                )  # fmt: skip
 
     return loop
 
@@ -214,11 +234,14 @@ def move_rows(form):
     """The loop rows -= diag(scale_rows) g diag(scale_columns) for a format; ``update`` numbers the update."""
 
     @_compile
-    def loop(weight, exponents, values256, rows, ids, g, scale_rows, scale_columns, update, seed):
+    def loop(weight, exponents, powers, rows, ids, g, scale_rows, scale_columns, update, seed):
         width = g.shape[1]
-        w, scaled = np.empty(width, np.float32), np.empty(width, np.float32)
-        inverse, noise = np.empty(width, np.float32), np.empty(width, np.uint32)
-        w_bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+        w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
+        w_bits = w.view(np.uint32)
+        if form == FP8:
+            blocks, blocks_bits = w.reshape((1, *weight.shape[1:])), w_bits.reshape((1, *weight.shape[1:]))
+            scaled, inverse = np.empty(weight.shape[1:], np.float32), np.empty(weight.shape[1:], np.float32)
+            scaled_bits, inverse_bits = scaled.view(np.uint32), inverse.view(np.uint32)
         for u in range(rows.size):
             r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
             prefetch_row(weight, ahead)
@@ -226,32 +249,34 @@ def move_rows(form):
                 for c in range(width):
                     weight[r, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
                 continue
-            key = row_key(ids[u], update, seed)
             if form == BF16:
-                decode_bf16(weight[r], w_bits)
+                decode_bf16(weight, r, w_bits)
             else:
                 prefetch_row(exponents, ahead)
-                decode_fp8(weight[r], exponents[r], values256, w, scaled, scaled_bits)
+                decode_fp8(weight, exponents, r, powers, blocks, 0, scaled, scaled_bits)
             for c in range(width):
-                w[c] -= g[u, c] * scale_rows[u] * scale_columns[c]
+                w[0, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
             if form == BF16:
-                encode_bf16(w_bits, key, weight[r], noise)
+                encode_bf16(w_bits, row_key(ids[u], update, seed), weight, r, noise)
             else:
-                encode_fp8(w, key, weight[r], exponents[r], noise, scaled, scaled_bits, inverse, inverse_bits)
+                encode_fp8(
+                    blocks, blocks_bits, row_key(ids[u], update, seed), weight, exponents, r, powers,
+                    noise, scaled, scaled_bits, inverse, inverse_bits,
+                )  # fmt: skip
 
     return loop
 
 
 @_compile
-def read_fp8(codes, exponents, values256, rows, out):
-    """out[u] = the fp32 values of row rows[u]."""
-    scale = np.empty(1, np.float32)
-    scale_bits = scale.view(np.uint32)
+def read_fp8(codes, exponents, powers, rows, out):
+    """out[u] (K, X) = the fp32 values of row rows[u]."""
+    scratch = np.empty(codes.shape[1:], np.float32)
+    scratch_bits = scratch.view(np.uint32)
     for u in range(rows.size):
         ahead = rows[min(u + AHEAD, rows.size - 1)]
         prefetch_row(codes, ahead)
         prefetch_row(exponents, ahead)
-        decode_fp8(codes[rows[u]], exponents[rows[u]], values256, out[u], scale, scale_bits)
+        decode_fp8(codes, exponents, rows[u], powers, out, u, scratch, scratch_bits)
 
 
 @_compile

@@ -51,7 +51,7 @@ class RowStore:
         if self.form != "fp8":
             return gather_rows(self.weight, rows_U).to(dtype)
         if rows_U.device.type == "cpu":
-            return host_kernels.read_fp8(self.weight, self.tensors["weight_scale"], rows_U).to(dtype)
+            return host_kernels.read_fp8(self, rows_U).to(dtype)
         codes_UW, exponents_UK = (tensor.index_select(0, rows_U) for tensor in self.tensors.values())
         return from_fp8(codes_UW, exponents_UK, dtype)
 
