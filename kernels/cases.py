@@ -3,14 +3,17 @@
 Every op's ``bench.py`` lists its cases in ``gpu_cases()``.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.timing import gradients
+from kernels.timing import gradients, print_table
 
 Op = Callable[..., Tensor]
 
@@ -93,6 +96,37 @@ def leaves(*tensors: Tensor, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
 
 
+def documents(batch: int, length: int, device: str) -> Tensor:
+    """seq_idx (B, L) int32 of rows of about eight documents."""
+    return (torch.arange(length, device=device) * 8 // length).int().repeat(batch, 1)
+
+
 def elements(*tensors: Any) -> int:
     """How many values the tensors hold together."""
     return sum(tensor.numel() for tensor in tensors)
+
+
+def sweep_constants(launchers: ModuleType, cases: Iterable[Case], **choices: Sequence[int]) -> None:
+    """Time every combination of the launchers' constants on a card, and print each case's five best.
+
+    Args:
+        launchers: an op's ``triton.py``; its constants are what they were when this returns.
+        cases: what to time, forward and with backward.
+        choices: values of each constant, by its name.
+    """
+    from triton.testing import do_bench
+
+    fixed = {name: getattr(launchers, name) for name in choices}
+    rows = [["case", *choices, "forward, ms", "forward+backward, ms"]]
+    try:
+        for case in cases:
+            inputs, taken = case.make(case.full, case.dtype, "cuda"), []
+            for values in itertools.product(*choices.values()):
+                vars(launchers).update(zip(choices, values, strict=True))
+                times = [do_bench(partial(run, case.ours, inputs)) for run in (case.forward, case.forward_backward)]
+                taken.append((times, values))
+            taken.sort(key=lambda row: row[0][1])
+            rows += [[case.shapes, *map(str, values), *(f"{ms:.4f}" for ms in times)] for times, values in taken[:5]]
+    finally:
+        vars(launchers).update(fixed)
+    print_table(rows)

@@ -6,6 +6,53 @@ Values are looked at on the CPU only: on a GPU that would wait for it; and not w
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Refuse tensors that hold integers, complex numbers, or floats of 8 bits, which nothing is computed in.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in FLOATS:
+            wanted = ", ".join(str(dtype)[6:] for dtype in FLOATS)
+            raise ValueError(f"{name}: got dtype {x.dtype}, expected one of {wanted}")
+
+
+def check_integers(**tensors: Tensor | None) -> None:
+    """Refuse tensors that hold no integers; bool is none.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    for name, x in tensors.items():
+        if x is not None and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            raise ValueError(f"{name}: got dtype {x.dtype}, expected integers")
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Refuse tensors on another device than the first.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    (first, expected), *others = ((name, x.device) for name, x in tensors.items() if x is not None)
+    for name, device in others:
+        if device != expected:
+            raise ValueError(f"{name}: got a tensor on {device}, expected {expected} as {first}")
+
+
+def check_writable(name: str, x: Tensor) -> None:
+    """Refuse a tensor that is changed in place but has several elements at one place.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{name}: got strides {x.stride()}, expected none of 0: it is changed in place")
+
 
 def check_documents(seq_idx: Tensor | None) -> None:
     """Refuse (B, L) document numbers that are negative, or fall along a row.
@@ -21,15 +68,17 @@ def check_documents(seq_idx: Tensor | None) -> None:
         raise ValueError("seq_idx: got an index that falls along a row, expected rows that never decrease")
 
 
-def check_decay(A: Tensor) -> None:
-    """Refuse an A that is not negative: the state would grow, in the end to NaN.
+def check_decay(A: Tensor, name: str = "A") -> None:
+    """Refuse an A whose real part is not negative: the state would grow, in the end to NaN.
+
+    A NaN passes: it reaches the loss, where training stops and says which parameter it came from.
 
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
-    if _readable(A) and bool((A >= 0).any()):
-        largest = float(A.detach().max())
-        raise ValueError(f"A: got {largest}, expected negative values: the state would grow without bound")
+    if _readable(A) and bool((A.real >= 0).any()):
+        largest = float(A.detach().real[A.real >= 0].max())
+        raise ValueError(f"{name}: got {largest}, expected negative values: the state would grow without bound")
 
 
 def _readable(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ def gather_rows(table_RW: Tensor, rows_U: Tensor) -> Tensor:
     ``index_select`` for rows that are in no cache, at the speed of reading alone.
 
     Raises:
-        IndexError: a number is not 0 to R - 1 (on a CPU; elsewhere as ``index_select`` does).
+        ValueError: a number is not 0 to R - 1 (on a CPU, in a contiguous table; elsewhere as ``index_select`` does).
     """
     if table_RW.device.type != "cpu" or not table_RW.is_contiguous() or not (rows_U.numel() and table_RW.numel()):
         return table_RW.index_select(0, rows_U)
@@ -26,7 +26,7 @@ def gather_rows(table_RW: Tensor, rows_U: Tensor) -> Tensor:
 
     low, high = (int(bound) for bound in rows_U.aminmax())
     if low < 0 or high >= len(table_RW):
-        raise IndexError(f"rows_U: got {low} to {high}, expected 0 to {len(table_RW) - 1}")
+        raise ValueError(f"rows_U: got {low} to {high}, expected 0 to {len(table_RW) - 1}")
     out_UW = torch.empty((len(rows_U), *table_RW.shape[1:]), dtype=table_RW.dtype)
     num_bytes = table_RW.stride(0) * table_RW.dtype.itemsize
     word = next(word for word in _WORDS if num_bytes % word.itemsize == 0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.causal_attention.cpu import causal_attention_cpu
+from kernels.checks import check_devices, check_documents, check_floats, check_integers
 
 
 def causal_attention(q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx: Tensor | None = None) -> Tensor:
@@ -18,14 +19,14 @@ def causal_attention(q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx: Te
         q_BLHP: (B, L, H, P), any float dtype.
         k_BLGP: (B, L, G, P), same dtype; each of its heads serves H / G heads of q, in order.
         v_BLGP: as k.
-        seq_idx: (B, L), the document of each token; tokens of different values do not see one another. None for one
-            document a row.
+        seq_idx: (B, L) integers from 0, never decreasing along a row: the document of each token; tokens of different
+            documents do not see one another. None for one document a row.
 
     Returns:
         (B, L, H, P) in the dtype of q.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes, dtypes, devices or document numbers that do not fit.
     """
     _check(q_BLHP, k_BLGP, v_BLGP, seq_idx)
     if q_BLHP.device.type == "cpu":
@@ -41,8 +42,9 @@ def causal_attention(q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx: Te
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> None:
-    if q.ndim != 4 or not q.is_floating_point():
-        raise ValueError(f"q_BLHP: got {q.dtype} {tuple(q.shape)}, expected a float tensor (B, L, H, P)")
+    if q.ndim != 4:
+        raise ValueError(f"q_BLHP: got {tuple(q.shape)}, expected (B, L, H, P)")
+    check_floats(q_BLHP=q)
     batch, length, heads, width = q.shape
     groups = k.shape[2] if k.ndim == 4 else 0
     for name, part in (("k_BLGP", k), ("v_BLGP", v)):
@@ -53,3 +55,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> None:
         raise ValueError(f"k_BLGP: got {groups} heads, expected a divisor of the {heads} heads of q_BLHP")
     if seq_idx is not None and tuple(seq_idx.shape) != (batch, length):
         raise ValueError(f"seq_idx: got {tuple(seq_idx.shape)}, expected ({batch}, {length})")
+    check_integers(seq_idx=seq_idx)
+    check_devices(q_BLHP=q, k_BLGP=k, v_BLGP=v, seq_idx=seq_idx)
+    check_documents(seq_idx)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import MOE_3B, SIZES, Case, Op, Size, leaves
+from kernels.cases import MOE_3B, SIZES, Case, Op, Size, documents, leaves
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.timing import Row, compare, machine, print_rows, print_table, relative_error
@@ -146,22 +146,17 @@ def _projection(size: Size, packing: bool, length: int, dtype: torch.dtype, devi
     wide = torch.randn(batch, length, inner + D + size.heads, dtype=dtype, device=device)
     inputs = [wide[..., inner : inner + D].requires_grad_()]
     inputs += leaves(torch.randn(D, K) / 2, torch.randn(D), dtype=dtype, device=device)
-    return [*inputs, _documents(batch, length, device)] if packing else inputs
+    return [*inputs, documents(batch, length, device)] if packing else inputs
 
 
 def _engram(batch: int, D: int, length: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     inputs = leaves(torch.randn(batch, length, D), torch.randn(D, K) / 2, dtype=dtype, device=device)
-    return [*inputs, _documents(batch, length, device)]
+    return [*inputs, documents(batch, length, device)]
 
 
 def _decoding(D: int, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     shapes = ((batch, D), (batch, K - 1, D), (D, K), (D,))
     return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
-
-
-def _documents(batch: int, length: int, device: str) -> Tensor:
-    """About eight documents a row."""
-    return (torch.arange(length, device=device) * 8 // length).int().repeat(batch, 1)
 
 
 def sweep() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, use_triton
 from kernels.causal_conv1d.cpu import causal_conv1d_cpu
-from kernels.checks import check_documents
+from kernels.checks import check_devices, check_documents, check_floats, check_writable
 
 MAX_WIDTH = 8
 Activation = Literal["silu"] | None
@@ -51,15 +51,16 @@ def causal_conv1d(
     Raises:
         ValueError: a shape, dtype, device, width, dilation or activation outside of the above, or the backend cannot.
     """
-    check_filter(weight_DK, bias, x_BLD.shape[-1], activation, dilation)
-    if x_BLD.ndim != 3 or not x_BLD.is_floating_point():
-        raise ValueError(f"x_BLD: got {x_BLD.dtype} {tuple(x_BLD.shape)}, expected a float tensor of shape (B, L, D)")
+    if x_BLD.ndim != 3:
+        raise ValueError(f"x_BLD: got {tuple(x_BLD.shape)}, expected (B, L, D)")
     B, L, D = x_BLD.shape
+    check_filter(weight_DK, bias, D, activation, dilation)
     if seq_idx is not None and (seq_idx.shape != (B, L) or seq_idx.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"seq_idx: got {seq_idx.dtype} {tuple(seq_idx.shape)}, expected int32 of shape {(B, L)}")
-    check_documents(seq_idx)
     check_states("initial_states", initial_states, (B, (weight_DK.shape[1] - 1) * dilation, D))
-    check_devices(x_BLD, weight=weight_DK, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
+    check_floats(x_BLD=x_BLD, weight=weight_DK, bias=bias, initial_states=initial_states)
+    check_devices(x_BLD=x_BLD, weight=weight_DK, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
+    check_documents(seq_idx)
     silu = activation == "silu"
     if use_triton(backend, x_BLD):
         y_BLD, final_BZD, _ = causal_conv1d_fwd(
@@ -96,13 +97,16 @@ def causal_conv1d_step(
         y (B, D) in the dtype of x.
 
     Raises:
-        ValueError: a shape, device, width, dilation or activation that does not fit, or the backend cannot.
+        ValueError: a shape, stride, dtype, device, width, dilation or activation that does not fit, or the backend
+            cannot.
     """
-    check_filter(weight, bias, x_BD.shape[-1], activation, dilation)
-    if x_BD.ndim != 2 or not x_BD.is_floating_point():
-        raise ValueError(f"x_BD: got {x_BD.dtype} {tuple(x_BD.shape)}, expected a float tensor of shape (B, D)")
+    if x_BD.ndim != 2:
+        raise ValueError(f"x_BD: got {tuple(x_BD.shape)}, expected (B, D)")
+    check_filter(weight, bias, x_BD.shape[1], activation, dilation)
     check_states("conv_state", conv_state, (x_BD.shape[0], (weight.shape[1] - 1) * dilation, x_BD.shape[1]))
-    check_devices(x_BD, conv_state=conv_state, weight=weight, bias=bias)
+    check_floats(x_BD=x_BD, conv_state=conv_state, weight=weight, bias=bias)
+    check_devices(x_BD=x_BD, conv_state=conv_state, weight=weight, bias=bias)
+    check_writable("conv_state", conv_state)
     strided = "" if conv_state.stride(-1) == 1 else "a conv_state whose channels are not contiguous"
     with torch.no_grad():
         if use_triton(backend, x_BD, strided):
@@ -205,10 +209,3 @@ def check_states(name: str, states: Tensor | None, shape: tuple[int, int, int]) 
     """Refuse states of another shape than (B, (K - 1) * dilation, D)."""
     if states is not None and states.shape != shape:
         raise ValueError(f"{name}: got {tuple(states.shape)}, expected {shape}, that is (B, (K - 1) * dilation, D)")
-
-
-def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Refuse tensors on another device than x."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, the device of x")

@@ -23,7 +23,6 @@ where the width of a projection is a multiple of 8 but not of 16, which is all i
 # (tuples grow in kernels: that is how their rows are unrolled)
 
 import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import dense_rows
+from kernels.backend import dense_rows, strides_in_units
 
 WALKS = 3000  # warps that a launch should have at least: 1.4 times what an H200 holds of the backward at a time
 MIN_ROWS, MAX_ROWS = 32, 256  # of a walk: few make the K - 1 rows before it costly, many leave no parallelism
@@ -320,10 +319,11 @@ def forward(
             seq_idx, age, L, blocks, (K - 1) * dilation, *seq_idx.stride(), BLOCK=256, num_warps=4
         )
     if y.numel():
-        grid, sizes, options = _launch(x, K, dilation, tile or _tile(x, K, 8), x, before)
+        (*of_x, before_b, before_z, _, units), align = strides_in_units(x, before, y)
+        grid, cut, options = _launch(x, K, dilation, tile or _tile(x, K, 8))
         causal_conv1d_fwd_kernel[grid](
             x, weight, bias, age, before, y,
-            *sizes, *strides_in(options["ALIGN"], x), *weight.stride(), *strides_in(options["ALIGN"], before),
+            L, units, *cut, *of_x, *weight.stride(), before_b, before_z, ALIGN=align,
             HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_BEFORE=before is not None, SILU=silu, **options,
         )  # fmt: skip
     final = x.new_empty(0)
@@ -344,14 +344,15 @@ def backward(
         dfinal = dfinal.masked_fill(_forgotten(age, halo), 0)
     dx = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
     dbefore = None if before is None else torch.empty((B, halo, D), dtype=before.dtype, device=x.device)
-    grid, sizes, options = _launch(x, K, dilation, tile or _tile(x, K, 4), x, dy, before)
     if dx.numel():
-        parts = torch.empty((grid[0] // sizes[2], K + 1, D), dtype=torch.float32, device=x.device)
+        (*of_dy_and_x, before_b, before_z, _, units), align = strides_in_units(dy, x, before, dx)
+        grid, cut, options = _launch(x, K, dilation, tile or _tile(x, K, 4))
+        parts = torch.empty((grid[0] // cut[0], K + 1, D), dtype=torch.float32, device=x.device)
         causal_conv1d_bwd_kernel[grid](
             dy, None if dfinal is None else dfinal.contiguous(), x, weight, bias, age, before, dx, dbefore, parts,
-            *sizes, *strides_in(options["ALIGN"], dy), *strides_in(options["ALIGN"], x), *weight.stride(),
-            *strides_in(options["ALIGN"], before), HAS_BIAS=bias is not None, HAS_SEQ=age is not None,
-            HAS_BEFORE=before is not None, HAS_DFINAL=dfinal is not None, SILU=silu, **options,
+            L, units, *cut, *of_dy_and_x, *weight.stride(), before_b, before_z, ALIGN=align,
+            HAS_BIAS=bias is not None, HAS_SEQ=age is not None, HAS_BEFORE=before is not None,
+            HAS_DFINAL=dfinal is not None, SILU=silu, **options,
         )  # fmt: skip
         sums = parts.sum(0)
     else:
@@ -388,23 +389,12 @@ def _tile(x: Tensor, K: int, unroll: int) -> Tile:
 
 
 def _launch(
-    x: Tensor, K: int, dilation: int, tile: Tile, *strided: Tensor | None
-) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """(grid, sizes, constants and options) of the forward or backward kernel."""
+    x: Tensor, K: int, dilation: int, tile: Tile
+) -> tuple[tuple[int], tuple[int, int, int, int], dict[str, Any]]:
+    """Grid, how it is cut (blocks, tiles, rows, dilation), constants and options of the forward or backward kernel."""
     B, L, D = x.shape
     walk = triton.cdiv(L, dilation)
     rows = min(tile.rows, triton.cdiv(walk, tile.unroll) * tile.unroll)
     blocks, tiles = triton.cdiv(D, tile.block), triton.cdiv(walk, max(rows, 1))
-    align = alignment(D, *(stride for tensor in strided if tensor is not None for stride in tensor.stride()[:2]))
-    options = {"K": K, "ALIGN": align, "UNROLL": tile.unroll, "BLOCK_D": tile.block, "num_warps": tile.warps}
-    return (B * tiles * dilation * blocks,), (L, D // align, blocks, tiles, rows, dilation), options
-
-
-def alignment(*strides: int) -> int:
-    """How many values, at most 8, divide all strides and sizes of a call."""
-    return math.gcd(8, *strides)
-
-
-def strides_in(align: int, x: Tensor | None) -> tuple[int, int]:
-    """Of the first two dims, in units of ``align`` values."""
-    return (0, 0) if x is None else (x.stride(0) // align, x.stride(1) // align)
+    options = {"K": K, "UNROLL": tile.unroll, "BLOCK_D": tile.block, "num_warps": tile.warps}
+    return (B * tiles * dilation * blocks,), (blocks, tiles, rows, dilation), options

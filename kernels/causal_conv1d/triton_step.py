@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import dense_rows
-from kernels.causal_conv1d.triton import alignment, load_taps, sigmoid, strides_in
+from kernels.backend import dense_rows, strides_in_units
+from kernels.causal_conv1d.triton import load_taps, sigmoid
 
 BLOCK_D, WARPS = 256, 2
 
@@ -48,12 +48,12 @@ def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, dilation
     """y (B, D); the state (B, Z, D), whose channels are contiguous, moves on in place."""
     B, D = x.shape
     x, y = dense_rows(x), torch.empty((B, D), dtype=x.dtype, device=x.device)
-    align = alignment(D, x.stride(0), *state.stride()[:2])
     blocks = triton.cdiv(D, BLOCK_D)
     if y.numel():
+        (*of_state, of_x, units), align = strides_in_units(state, x, y)
         causal_conv1d_step_kernel[(B * blocks,)](
             x, state, weight, bias, y,
-            D // align, blocks, dilation, x.stride(0) // align, *strides_in(align, state), *weight.stride(),
+            units, blocks, dilation, of_x, *of_state, *weight.stride(),
             HAS_BIAS=bias is not None, SILU=silu, K=weight.shape[1], ALIGN=align, BLOCK_D=BLOCK_D, num_warps=WARPS,
         )  # fmt: skip
     return y

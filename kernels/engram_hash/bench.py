@@ -1,8 +1,10 @@
 """The Engram hash beside numpy, as the paper's demo computes it: ``python -m kernels.engram_hash.bench``.
 
-On a GPU: 8 bytes a column to write, and the ids to read. Integer arithmetic only; 56 to 72 registers a thread.
+On a GPU: 8 bytes a column to write, and the ids to read. Integer arithmetic only; 56 to 72 registers a thread
+(28 warps an SM and more). ``sweep`` tries launch options on a card.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from kernels.backend import Backend
 from kernels.cases import SIZES as MODELS
-from kernels.cases import Case
+from kernels.cases import Case, sweep_constants
 from kernels.engram_hash import NgramHash, engram_hash, engram_hash_layers, ngram_hashes
 from kernels.engram_hash.reference import engram_hash_reference
 from kernels.timing import Row, machine, print_rows, times_in_turn
@@ -96,8 +98,17 @@ def _hash(hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor, backend: 
     return engram_hash_layers(ids_BL, hashes, seq_idx_BL, backend=backend)
 
 
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.engram_hash import triton
+
+    sweep_constants(triton, gpu_cases(), TILE=(256, 512, 1024))
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_devices, check_documents, check_integers
 from kernels.engram_hash.cpu import hash_rows
 from kernels.engram_hash.layout import NgramHash
 
@@ -33,7 +34,7 @@ def engram_hash(
     Args:
         ids_BL: compressed ids, any integer dtype, 0 to vocab_size - 1; -1 is a dead position (an image, say).
         hash: the layer's functions, from :func:`ngram_hashes`.
-        seq_idx: (B, L) integers, the document of each position; a document is a run of equal values.
+        seq_idx: (B, L) integers from 0, never decreasing along a row: the document of each position.
         history_BK: the last max_order - 1 ids of position 0's document, for decoding and chunks of a long row;
             ``hash.pad_id`` where the document is younger. None: the row starts a document.
         backend: "torch" or "triton"; None for what suits the device.
@@ -73,12 +74,12 @@ def engram_hash_layers(
     batch, length = ids_BL.shape
     _check_ids("ids_BL", ids_BL, batch, length, first.vocab_size)
     if seq_idx is not None:
-        _check_integers("seq_idx", seq_idx, (batch, length))
+        _check_shape("seq_idx", seq_idx, (batch, length))
     if history_BK is not None:
         _check_ids("history_BK", history_BK, batch, first.max_order - 1, first.vocab_size)
-    for name, tensor in {"seq_idx": seq_idx, "history_BK": history_BK}.items():
-        if tensor is not None and tensor.device != ids_BL.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {ids_BL.device}, that of ids_BL")
+    check_integers(seq_idx=seq_idx)
+    check_devices(ids_BL=ids_BL, seq_idx=seq_idx, history_BK=history_BK)
+    check_documents(seq_idx)
     orders, heads = list(first.orders), _heads(first)
     many = f"{sum(heads)} columns" if sum(heads) > MAX_COLUMNS else ""
     if use_triton(backend, ids_BL, many):
@@ -118,7 +119,8 @@ def _heads(hash: NgramHash) -> list[int]:
 
 def _check_ids(name: str, ids: Tensor, batch: int, length: int, vocab_size: int) -> None:
     """ValueError when dtype, shape or, on a CPU, range is wrong."""
-    _check_integers(name, ids, (batch, length))
+    _check_shape(name, ids, (batch, length))
+    check_integers(**{name: ids})
     if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in ids.to(torch.int64).aminmax())
@@ -127,9 +129,7 @@ def _check_ids(name: str, ids: Tensor, batch: int, length: int, vocab_size: int)
         raise ValueError(f"{name}: got id {wrong}, expected -1 (dead) to vocab_size - 1 = {vocab_size - 1}")
 
 
-def _check_integers(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype")
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
 

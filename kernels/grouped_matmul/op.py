@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_floats
 from kernels.grouped_matmul import cuda
 from kernels.grouped_matmul.cpu import GroupedMatmul, GroupedMLP
 from kernels.swiglu.cpu import swiglu, swiglu_backward
@@ -36,7 +37,8 @@ def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: 
     Raises:
         ValueError: shapes or dtypes that do not fit, or the backend cannot.
     """
-    _check(x_MD, counts_E, ("weight_EDF", weight_EDF, x_MD.shape[-1], None))
+    _check_rows(x_MD, counts_E)
+    _check_weights(x_MD, counts_E, ("weight_EDF", weight_EDF, x_MD.shape[1], None))
     if use_triton(backend, x_MD, _unserved(counts_E)):
         return grouped_matmul_fwd(x_MD, weight_EDF, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda)
     return GroupedMatmul.apply(x_MD, weight_EDF, counts_E.tolist())
@@ -67,9 +69,9 @@ def grouped_mlp(
     """
     if activation != "swiglu":
         raise ValueError(f"activation is {activation!r}, expected 'swiglu'")
-    width = x_MD.shape[-1]
-    inner = down_EFD.shape[1] if down_EFD.dim() == 3 else None
-    _check(
+    _check_rows(x_MD, counts_E)
+    width, inner = x_MD.shape[1], down_EFD.shape[1] if down_EFD.dim() == 3 else None
+    _check_weights(
         x_MD, counts_E, ("gate_up_ED2F", gate_up_ED2F, width, inner and 2 * inner), ("down_EFD", down_EFD, inner, width)
     )
     if use_triton(backend, x_MD, _unserved(counts_E)):
@@ -199,16 +201,22 @@ def _ends(counts_E: Tensor, x_MD: Tensor) -> Tensor:
     return counts_E.to(x_MD.device).cumsum(0).to(torch.int32)
 
 
-def _check(x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, int | None, int | None]) -> None:
+def _check_rows(x_MD: Tensor, counts_E: Tensor) -> None:
     if x_MD.dim() != 2:
         raise ValueError(f"x_MD has shape {tuple(x_MD.shape)}, expected (M, D)")
+    check_floats(x_MD=x_MD)
     if counts_E.dim() != 1 or counts_E.dtype != torch.int64:
         raise ValueError(f"counts_E is {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64")
+    if counts_E.device.type != "cpu" and counts_E.device != x_MD.device:
+        raise ValueError(f"counts_E is on {counts_E.device}, expected host memory or {x_MD.device} as x_MD")
     readable = counts_E.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
         raise ValueError(
             f"counts_E is {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} rows of x_MD"
         )
+
+
+def _check_weights(x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, int | None, int | None]) -> None:
     for name, weight, rows, columns in weights:
         expected = (counts_E.numel(), rows, columns)
         fits = weight.dim() == 3 and all(want in (None, got) for got, want in zip(weight.shape, expected, strict=True))

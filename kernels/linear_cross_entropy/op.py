@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_devices, check_floats
 from kernels.linear_cross_entropy.cpu import CHUNK, LinearCrossEntropy, loss_only
 
 
@@ -45,10 +46,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes, dtypes, devices, sizes or (on a CPU) targets that do not fit, or the backend cannot.
     """
-    vocab_size = weight_VD.shape[0] if vocab_size is None else vocab_size
-    check_inputs(hidden_TD, weight_VD, targets_T, chunk_size, vocab_size)
-    if targets_T.device.type == "cpu":
-        check_targets(targets_T, ignore_index, vocab_size)
+    vocab_size = check_inputs(hidden_TD, weight_VD, targets_T, chunk_size, vocab_size)
+    check_targets(targets_T, ignore_index, vocab_size)
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD))
     if use_triton(backend, hidden_TD):
         return linear_cross_entropy_fwd(
@@ -80,6 +79,7 @@ def sharded_linear_cross_entropy(
     """
     own = max(0, min(vocab_size - first, len(weight_VD)))
     check_inputs(hidden_TD, weight_VD, targets_T, None, max(1, own))
+    check_targets(targets_T, ignore_index, vocab_size)
     use_triton("triton", hidden_TD)
     return _Sharded.apply(hidden_TD, weight_VD, targets_T, ignore_index, first, own, vocab_size, merge)
 
@@ -145,11 +145,12 @@ linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def check_inputs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_size: int | None, vocab_size: int
-) -> None:
-    """Refuse shapes, dtypes and sizes that do not fit each other."""
-    if hidden_TD.ndim != 2 or not hidden_TD.is_floating_point():
-        raise ValueError(f"hidden_TD: got {hidden_TD.dtype} {tuple(hidden_TD.shape)}, expected a float tensor (T, D)")
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_size: int | None, vocab_size: int | None
+) -> int:
+    """Refuse shapes, dtypes and sizes that do not fit each other; the number of tokens in the vocabulary."""
+    if hidden_TD.ndim != 2:
+        raise ValueError(f"hidden_TD: got {tuple(hidden_TD.shape)}, expected (T, D)")
+    check_floats(hidden_TD=hidden_TD)
     T, D = hidden_TD.shape
     if weight_VD.ndim != 2 or weight_VD.shape[1] != D or weight_VD.dtype != hidden_TD.dtype:
         raise ValueError(
@@ -157,17 +158,19 @@ def check_inputs(
         )
     if targets_T.shape != (T,) or targets_T.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets_T: got {targets_T.dtype} {tuple(targets_T.shape)}, expected int64 of shape ({T},)")
-    for name, tensor in (("weight_VD", weight_VD), ("targets_T", targets_T)):
-        if tensor.device != hidden_TD.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {hidden_TD.device}, as hidden_TD")
+    check_devices(hidden_TD=hidden_TD, weight_VD=weight_VD, targets_T=targets_T)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
+    vocab_size = weight_VD.shape[0] if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= weight_VD.shape[0]:
         raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {weight_VD.shape[0]}, the rows of the weight")
+    return vocab_size
 
 
 def check_targets(targets_T: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Refuse a target that is neither a token nor ``ignore_index``."""
+    """Refuse a target that is neither a token nor ``ignore_index``; looked at on the CPU only."""
+    if targets_T.device.type != "cpu":
+        return
     bad = targets_T[((targets_T < 0) | (targets_T >= vocab_size)) & (targets_T != ignore_index)]
     if len(bad):
         raise ValueError(f"targets_T: got {int(bad[0])}, expected 0 to {vocab_size - 1} or ignore_index={ignore_index}")

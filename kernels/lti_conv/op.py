@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import check_devices, check_documents, check_floats, check_integers
+
 
 def lti_conv(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
     """y_t = sum over s <= t of K_{t-s} u_s, plus D u_t: (B, D, L) in u's dtype.
@@ -19,10 +21,10 @@ def lti_conv(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None = None, seq_idx: Tens
         u_BDL: (B, D, L) real, of any strides.
         K_DL: (D, L) real.
         D: (D,), the skip connection.
-        seq_idx: (B, L) integers, the document of every position; a document ends where it changes.
+        seq_idx: (B, L) integers from 0, never decreasing along a row: a document ends where they change.
 
     Raises:
-        ValueError: a shape or dtype that does not fit.
+        ValueError: a shape, dtype, device or document number that does not fit.
     """
     _check(u_BDL, K_DL, D, seq_idx)
     dtype = torch.promote_types(u_BDL.dtype, torch.float32)
@@ -77,16 +79,16 @@ def _documents(seq_idx_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None, seq_idx: Tensor | None) -> None:
-    if u_BDL.dim() != 3 or not u_BDL.is_floating_point():
-        raise ValueError(f"u_BDL has shape {tuple(u_BDL.shape)} and dtype {u_BDL.dtype}, expected real (B, D, L)")
+    if u_BDL.dim() != 3:
+        raise ValueError(f"u_BDL has shape {tuple(u_BDL.shape)}, expected (B, D, L)")
     batch, channels, length = u_BDL.shape
-    if K_DL.shape != (channels, length) or not K_DL.is_floating_point():
-        raise ValueError(
-            f"K_DL has shape {tuple(K_DL.shape)} and dtype {K_DL.dtype}, expected real {(channels, length)}"
-        )
+    if K_DL.shape != (channels, length):
+        raise ValueError(f"K_DL has shape {tuple(K_DL.shape)}, expected {(channels, length)}")
     if D is not None and D.shape != (channels,):
         raise ValueError(f"D has shape {tuple(D.shape)}, expected {(channels,)}")
-    if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.is_floating_point()):
-        raise ValueError(
-            f"seq_idx has shape {tuple(seq_idx.shape)} and dtype {seq_idx.dtype}, expected integers {(batch, length)}"
-        )
+    if seq_idx is not None and seq_idx.shape != (batch, length):
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
+    check_floats(u_BDL=u_BDL, K_DL=K_DL, D=D)
+    check_integers(seq_idx=seq_idx)
+    check_devices(u_BDL=u_BDL, K_DL=K_DL, D=D, seq_idx=seq_idx)
+    check_documents(seq_idx)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import check_decay
+
 Discretization = Literal["zoh", "bilinear"]
 
 
@@ -54,12 +56,13 @@ def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization:
         C_DN: (D, N) complex (or real).
 
     Raises:
-        ValueError: an unknown discretization, or shapes that do not fit.
+        ValueError: an unknown discretization, shapes that do not fit, or an A that does not decay.
     """
     if C_DN.shape != A_DN.shape:
         raise ValueError(f"C_DN has shape {tuple(C_DN.shape)}, expected {tuple(A_DN.shape)} as A_DN")
     if L < 0:
         raise ValueError(f"L is {L}, expected a length")
+    check_decay(A_DN, "A_DN")
     Abar_DN, Bbar_DN = discretize(dt_D.double(), A_DN.to(torch.complex128), discretization)
     block = math.isqrt(L) + 1
     powers_DNQ = _powers(Abar_DN, block)

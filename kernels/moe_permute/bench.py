@@ -3,15 +3,18 @@
 Bound by bytes on a card. 16-bit rows of D values, T tokens, M copies: permute reads 2 T D and writes 2 M D, its
 backward pass the other way round; unpermute reads 2 M D and writes 2 T D, its backward pass reads 2 (T + M) D and
 writes 2 M D. The sort's 24 bytes a slot are counted with permute, forward.
+Compiled for sm_90, the copies take 32 to 64 registers a thread (32 warps an SM and more), the sort 56 (36 warps).
+``sweep`` tries launch options.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Op, Size
+from kernels.cases import SIZES, Case, Op, Size, sweep_constants
 from kernels.moe_permute.cpu import sort_by_expert
 from kernels.moe_permute.op import Permutation, permute, unpermute
 from kernels.timing import Row, compare, machine, print_rows
@@ -119,8 +122,17 @@ def _copies(size: Size, T: int, dtype: torch.dtype, device: str) -> list[Tensor]
     return [y_MD, weights_TK, maps.order, maps.slots, maps.inverse, maps.counts_E]
 
 
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.moe_permute import triton
+
+    sweep_constants(triton, gpu_cases(), TILE=(1024, 2048, 4096), SORT_SLOTS=(128, 256, 512), SORT_EXPERTS=(8, 16, 32))
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_devices, check_floats
 from kernels.moe_permute.cpu import Permutation, Permute, Unpermute, sort_by_expert
 
 
@@ -35,14 +36,14 @@ def permute(
         ValueError: shapes or dtypes that do not fit, ids outside -1 .. E-1, or -1 where dropless (ids are checked in
             host memory), or the backend cannot.
     """
-    if x_TD.dim() != 2 or not x_TD.is_floating_point():
-        raise ValueError(f"x_TD has shape {tuple(x_TD.shape)} and dtype {x_TD.dtype}, expected floating (T, D)")
+    if x_TD.dim() != 2:
+        raise ValueError(f"x_TD has shape {tuple(x_TD.shape)}, expected (T, D)")
     if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[0] != x_TD.shape[0]:
         raise ValueError(f"expert_ids_TK has shape {tuple(expert_ids_TK.shape)}, expected ({x_TD.shape[0]}, K)")
     if expert_ids_TK.dtype != torch.int64:
         raise ValueError(f"expert_ids_TK has dtype {expert_ids_TK.dtype}, expected torch.int64")
-    if expert_ids_TK.device != x_TD.device:
-        raise ValueError(f"expert_ids_TK is on {expert_ids_TK.device}, expected {x_TD.device}")
+    check_floats(x_TD=x_TD)
+    check_devices(x_TD=x_TD, expert_ids_TK=expert_ids_TK)
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, expected at least 1")
     triton = use_triton(backend, x_TD)
@@ -75,13 +76,12 @@ def unpermute(
         ValueError: shapes that do not fit the permutation, or the backend cannot.
     """
     num_rows, slots = permutation.order.numel(), tuple(permutation.inverse.shape)
-    if y_MD.dim() != 2 or y_MD.shape[0] != num_rows or not y_MD.is_floating_point():
-        raise ValueError(f"y_MD has shape {tuple(y_MD.shape)}, expected ({num_rows}, D), floating")
-    if weights_TK is not None and (tuple(weights_TK.shape) != slots or not weights_TK.is_floating_point()):
-        raise ValueError(f"weights_TK is {tuple(weights_TK.shape)} {weights_TK.dtype}, expected floating {slots}")
-    for name, tensor in (("permutation", permutation.inverse), ("weights_TK", weights_TK)):
-        if tensor is not None and tensor.device != y_MD.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {y_MD.device}, where y_MD is")
+    if y_MD.dim() != 2 or y_MD.shape[0] != num_rows:
+        raise ValueError(f"y_MD has shape {tuple(y_MD.shape)}, expected ({num_rows}, D)")
+    if weights_TK is not None and tuple(weights_TK.shape) != slots:
+        raise ValueError(f"weights_TK has shape {tuple(weights_TK.shape)}, expected {slots}")
+    check_floats(y_MD=y_MD, weights_TK=weights_TK)
+    check_devices(y_MD=y_MD, permutation=permutation.inverse, weights_TK=weights_TK)
     unserved = "weights in float64" if weights_TK is not None and weights_TK.dtype is torch.float64 else ""
     if use_triton(backend, y_MD, unserved):
         return moe_unpermute_fwd(y_MD, weights_TK, permutation.inverse)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import FLOATS, check_devices, check_floats
 from kernels.rms_norm.cpu import rms_norm_cpu
 
 MAX_TRITON_WIDTH = 65536  # a row of channels is held in registers
@@ -35,11 +36,17 @@ def rms_norm(
         y of the shape of x.
 
     Raises:
-        ValueError: x is not a float tensor with a last dim, the weight does not broadcast to it, or the backend cannot.
+        ValueError: x has no last dim, the weight does not broadcast to it, dtypes are not floating, devices differ, or
+            the backend cannot.
     """
-    check_float("x", x)
+    check_last_dim(x)
     check_weight(weight, x)
-    return _normalise(x, None, weight, eps, out_dtype or x.dtype, False, backend)
+    check_floats(x=x, weight=weight)
+    check_devices(x=x, weight=weight)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype: got {out_dtype}, expected a floating dtype of 16 bits or more")
+    return _normalise(x, None, weight, eps, out_dtype, False, backend)
 
 
 def gated_rms_norm(
@@ -68,17 +75,18 @@ def gated_rms_norm(
         y (..., D) in the dtype of x.
 
     Raises:
-        ValueError: shapes differ, group_size does not divide D, or the backend cannot.
+        ValueError: shapes or devices differ, dtypes are not floating, group_size does not divide D, or the backend
+            cannot.
     """
-    check_float("x", x)
+    check_last_dim(x)
     D = x.shape[-1]
     group_size = D if group_size is None else group_size
-    if z.shape != x.shape or not z.is_floating_point():
-        raise ValueError(
-            f"z: got {z.dtype} {tuple(z.shape)}, expected a float tensor of the shape of x {tuple(x.shape)}"
-        )
+    if z.shape != x.shape:
+        raise ValueError(f"z: got {tuple(z.shape)}, expected the shape of x {tuple(x.shape)}")
     if weight.shape != (D,):
         raise ValueError(f"weight: got {tuple(weight.shape)}, expected ({D},)")
+    check_floats(x=x, z=z, weight=weight)
+    check_devices(x=x, z=z, weight=weight)
     if group_size < 1 or D % group_size:
         raise ValueError(f"group_size: got {group_size}, expected a divisor of D={D}")
     groups = (D // group_size, group_size)
@@ -149,12 +157,10 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 rms_norm_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def check_float(name: str, x: Tensor) -> None:
+def check_last_dim(x: Tensor) -> None:
     """Refuse what has no last dim to normalise."""
-    if x.ndim < 1 or x.shape[-1] < 1 or not x.is_floating_point():
-        raise ValueError(
-            f"{name}: got {x.dtype} {tuple(x.shape)}, expected a float tensor of shape (..., D) with D >= 1"
-        )
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: got {tuple(x.shape)}, expected (..., D) with D >= 1")
 
 
 def check_weight(weight: Tensor | None, x: Tensor) -> None:

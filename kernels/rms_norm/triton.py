@@ -109,7 +109,7 @@ def forward(
     M, S, D = x.shape
     x, z = dense_rows(x), z if z is None else dense_rows(z)
     y, rstd = torch.empty((M, S, D), dtype=out_dtype, device=x.device), x.new_empty((M, S), dtype=torch.float32)
-    rows, options = _tile(D)
+    rows, options = _tile(D, TILE)
     strides, unit = strides_in_units(x, z)
     if M * S:
         rms_norm_fwd_kernel[(triton.cdiv(M, rows), S)](
@@ -140,7 +140,7 @@ def backward(
     return [dx, *([] if dz is None else [dz]), *([] if dweight is None else [dweight.sum(0)])]
 
 
-def _tile(D: int, values: int = TILE) -> tuple[int, dict[str, int]]:
+def _tile(D: int, values: int) -> tuple[int, dict[str, int]]:
     """Rows of a tile, and the launch options; the same on every card: the kernel waits for memory, not for units."""
     block = triton.next_power_of_2(D)
     rows = max(1, min(values // block, 16))

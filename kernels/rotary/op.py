@@ -6,6 +6,8 @@ Legend: B batch, L length, H heads, P head width, F = P / 2 frequencies.
 import torch
 from torch import Tensor
 
+from kernels.checks import check_devices, check_floats, check_integers
+
 
 def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
     """Turn channels (i, i + P / 2) of each head by positions * theta^(-2i / P) radians (eq. 34).
@@ -21,7 +23,7 @@ def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
         (B, L, H, P) in the dtype of x.
 
     Raises:
-        ValueError: shapes or theta that do not fit.
+        ValueError: shapes, dtypes, devices or theta that do not fit.
     """
     check_inputs(x_BLHP, positions_BL, theta)
     cos_BL1F, sin_BL1F = rotation(positions_BL, x_BLHP.shape[-1], theta, x_BLHP.dtype)
@@ -40,10 +42,12 @@ def rotation(positions_BL: Tensor, P: int, theta: float, dtype: torch.dtype) -> 
 
 def check_inputs(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> None:
     """Refuse what cannot be rotated."""
-    if x_BLHP.ndim != 4 or x_BLHP.shape[-1] % 2 or not x_BLHP.is_floating_point():
-        raise ValueError(f"x_BLHP: got {x_BLHP.dtype} {tuple(x_BLHP.shape)}, expected a float tensor with P even")
-    if positions_BL.shape != x_BLHP.shape[:2] or positions_BL.is_floating_point():
-        got = f"{positions_BL.dtype} {tuple(positions_BL.shape)}"
-        raise ValueError(f"positions_BL: got {got}, expected integers of shape {tuple(x_BLHP.shape[:2])}")
+    if x_BLHP.ndim != 4 or x_BLHP.shape[-1] % 2:
+        raise ValueError(f"x_BLHP: got {tuple(x_BLHP.shape)}, expected (B, L, H, P) with P even")
+    if positions_BL.shape != x_BLHP.shape[:2]:
+        raise ValueError(f"positions_BL: got {tuple(positions_BL.shape)}, expected {tuple(x_BLHP.shape[:2])}")
+    check_floats(x_BLHP=x_BLHP)
+    check_integers(positions_BL=positions_BL)
+    check_devices(x_BLHP=x_BLHP, positions_BL=positions_BL)
     if theta <= 0:
         raise ValueError(f"theta: got {theta}, expected a positive base")

@@ -1,16 +1,18 @@
 """Routing beside the plain formula: ``python -m kernels.route.bench``.
 
 On a card small tensors cost launches, not bytes: forward reads and writes 4E bytes a token and writes 12K, backward
-reads and writes 4E and reads 12K. The PyTorch path is about 15 launches forward.
+reads and writes 4E and reads 12K. The PyTorch path is about 15 launches forward. Compiled for
+sm_90, 31 to 80 registers a thread (24 warps an SM and more). ``sweep`` tries launch options.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Op
+from kernels.cases import SIZES, Case, Op, sweep_constants
 from kernels.route.op import route
 from kernels.timing import Row, compare, machine, print_rows
 
@@ -64,8 +66,17 @@ def _logits(E: int, T: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [torch.randn(T, E, device=device).requires_grad_(), 0.1 * torch.randn(E, device=device)]
 
 
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.route import triton
+
+    sweep_constants(triton, gpu_cases(), TILE=(512, 1024, 2048, 4096))
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

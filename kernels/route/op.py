@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_floats
 
 MAX_TRITON_EXPERTS = 4096  # a row of experts is held in registers
 MAX_TRITON_TOP_K = 64  # each choice is a pass over that row
@@ -68,7 +69,7 @@ def choose_experts(
     Compared in fp32. ``backend`` as in `route`.
 
     Raises:
-        ValueError: ``top_k`` or the bias does not fit the scores, or the backend cannot.
+        ValueError: the scores are not floating, ``top_k`` or the bias does not fit them, or the backend cannot.
     """
     _check_choice(scores_TE, top_k, bias_E)
     num_experts = scores_TE.shape[1]
@@ -151,6 +152,7 @@ route_fwd.register_autograd(_backward, setup_context=_save)
 def _check_choice(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> None:
     if scores_TE.dim() != 2:
         raise ValueError(f"scores_TE has shape {tuple(scores_TE.shape)}, expected (T, E)")
+    check_floats(scores_TE=scores_TE)
     num_experts = scores_TE.shape[1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, expected 1 to the {num_experts} experts")

@@ -1,5 +1,5 @@
 """Sums of the rows that share an id: gradients of looked-up rows, one sum a distinct row."""
 
-from kernels.segment_sum.op import segment_sum, sort_segments, sum_sorted
+from kernels.segment_sum.op import sum_sorted
 
-__all__ = ["segment_sum", "sort_segments", "sum_sorted"]
+__all__ = ["sum_sorted"]

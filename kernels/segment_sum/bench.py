@@ -4,8 +4,10 @@ On a GPU bound by bytes. W values a row: forward reads 2 W and 8 of its place, a
 a sum and writes 2 W a row. Ids are drawn as n-grams fall: a few of them often, most once or twice, 42 % distinct.
 Compiled for sm_90, the kernel for short segments takes 52 to 96 registers a thread (20 warps an SM and more), the two
 for long ones 38 to 40.
+``sweep`` tries launch options on a card.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.cases import SIZES, Case, leaves
-from kernels.segment_sum import sort_segments, sum_sorted
+from kernels.cases import SIZES, Case, leaves, sweep_constants
+from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.cpu import sum_sorted_cpu
 from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
@@ -91,13 +93,23 @@ def _gradients(width: int, distinct: float, num_ids: int, dtype: torch.dtype, de
     """Rows, their order and the segments' starts, and the index that these were made of."""
     num_segments = max(1, int(distinct * num_ids))
     index_M = zipfian(num_ids, num_segments)
-    order_M, starts = sort_segments(index_M, num_segments)
+    sorted_M, order_M = index_M.sort(stable=True)
+    starts_S = torch.searchsorted(sorted_M, torch.arange(num_segments))
     rows = leaves(torch.randn(num_ids, width), dtype=dtype, device=device)
-    return rows + [places.to(device) for places in (order_M, starts[:-1], index_M)]
+    return rows + [places.to(device) for places in (order_M, starts_S, index_M)]
+
+
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.segment_sum import triton
+
+    sweep_constants(triton, gpu_cases(), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8))
 
 
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -18,13 +18,3 @@ def sum_sorted_cpu(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor) -> Tensor
     if not (order_N.numel() and starts_S.numel()):
         return rows_MW[:0].sum(0, keepdim=True).repeat(starts_S.numel(), 1)
     return F.embedding_bag(order_N, rows_MW, starts_S, mode="sum")
-
-
-def segment_sum_cpu(rows_MW: Tensor, index_M: Tensor, num_segments: int) -> Tensor:
-    """(S, W) in fp32 (fp64 for fp64), rows added one after the other. Without the order, this is cheaper than a sort.
-
-    For CPUs: on a GPU the additions would come in any order.
-    """
-    dtype, outside = torch.promote_types(rows_MW.dtype, torch.float32), index_M < 0
-    sums = rows_MW.new_zeros((num_segments + 1, rows_MW.shape[1]), dtype=dtype)
-    return sums.index_add(0, torch.where(outside, num_segments, index_M), rows_MW.to(dtype))[:num_segments]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Size, leaves
+from kernels.cases import SIZES, Case, Size, documents, leaves
 from kernels.selective_scan.op import selective_scan
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
@@ -116,34 +116,35 @@ def measure() -> list[Row]:
 
 def of_layer(
     u_BLD: Tensor, dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor, bias: Tensor,
-    scan: Callable[..., Tensor | tuple[Tensor, Tensor]] = selective_scan,
+    *seq_idx: Tensor, scan: Callable[..., Tensor | tuple[Tensor, Tensor]] = selective_scan,
 ) -> Tensor:  # fmt: skip
     """As a Mamba-1 layer calls it, on views of channels-last tensors: (B, L, D)."""
     u, dt, B, C, z = (x.transpose(1, 2) for x in (u_BLD, dt_BLD, B_BLN, C_BLN, z_BLD))
-    y = scan(u, dt, A, B, C, D, z, bias, delta_softplus=True)
+    packed = {"seq_idx": seq_idx[0]} if seq_idx else {}
+    y = scan(u, dt, A, B, C, D, z, bias, delta_softplus=True, **packed)
     assert isinstance(y, Tensor)
     return y.transpose(1, 2)
 
 
 def gpu_cases() -> Iterator[Case]:
-    """The scan of a Mamba-1 layer of each size's model width, in 16 bits."""
-    for size in SIZES:
+    """The scan of a Mamba-1 layer of each size's model width, plain and packed, in 16 bits."""
+    for size, packing in itertools.product(SIZES, (False, True)):
         D, N, tokens = EXPAND * size.d_model, GPU_STATES, size.batch * size.length
         yield Case(
             op="selective_scan",
-            shapes=f"{size.name}: B{size.batch} L{size.length} D{D} N{N}",
-            make=partial(_layer, size),
+            shapes=f"{size.name}: B{size.batch} L{size.length} D{D} N{N}{', packed' if packing else ''}",
+            make=partial(_layer, size, packing),
             full=size.batch,
             tiny=1,
             ours=of_layer,
             exact=partial(of_layer, scan=partial(selective_scan, backend="torch")),
             bytes_moved=(tokens * (8 * D + 4 * N), tokens * (22 * D + 12 * N)),
             flops=(7 * tokens * D * N, 26 * tokens * D * N),
-            peers={"mamba_ssm": _mamba_ssm},
+            peers={} if packing else {"mamba_ssm": _mamba_ssm},
         )
 
 
-def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _layer(size: Size, packing: bool, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     on_a_card = device == "cuda"  # elsewhere as many tokens as fill a lane, and channels: more compile alike
     length, D, N = size.length if on_a_card else 130, EXPAND * size.d_model if on_a_card else 64, GPU_STATES
     u, dt, B, C, z = leaves(
@@ -151,7 +152,8 @@ def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tens
     )
     A, skip, bias = -torch.arange(1.0, N + 1).repeat(D, 1), torch.ones(D), torch.linspace(-6.9, -2.3, D)
     A, skip, bias = leaves(A, skip, bias, dtype=torch.float32, device=device)
-    return [u, dt, A, B, C, skip, z, bias]
+    inputs = [u, dt, A, B, C, skip, z, bias]
+    return [*inputs, documents(batch, length, device)] if packing else inputs
 
 
 def _mamba_ssm() -> Callable[..., Tensor]:

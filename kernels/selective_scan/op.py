@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
-from kernels.checks import check_decay, check_documents
+from kernels.checks import check_decay, check_devices, check_documents, check_floats, check_integers
 from kernels.selective_scan.chunked import chunked_scan
 from kernels.selective_scan.cpu import looped_scan
 
@@ -211,13 +211,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, expected {shape} (u is {tuple(u.shape)}, A is {tuple(A.shape)})"
             )
-        if x.device != u.device:
-            raise ValueError(f"{name} is on {x.device}, expected {u.device} as u")
-        if name != "seq_idx" and not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}, expected a floating one")
-    if not u.is_floating_point():
-        raise ValueError(f"u has dtype {u.dtype}, expected a floating one")
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.is_complex()):
-        raise ValueError(f"seq_idx has dtype {seq_idx.dtype}, expected integers")
+    floats = {"u": u, **{name: x for name, (x, _) in expected.items() if name != "seq_idx"}}
+    check_floats(**floats)
+    check_integers(seq_idx=seq_idx)
+    check_devices(**floats, seq_idx=seq_idx)
     check_decay(A)
     check_documents(seq_idx)

@@ -3,15 +3,17 @@
 On a GPU a matrix of N x N takes 8 N^2 bytes forward and 12 N^2 backward: nothing beside the chain of normalisations,
 39 at 20 iterations, that every matrix goes through in turn. 20 registers a thread forward, 96 backward (20 warps an
 SM).
+``sweep`` tries launch options on a card.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, leaves
+from kernels.cases import SIZES, Case, leaves, sweep_constants
 from kernels.sinkhorn_knopp import sinkhorn_knopp
 from kernels.sinkhorn_knopp.reference import reference_sinkhorn_knopp
 from kernels.timing import Row, compare, machine, print_rows
@@ -54,8 +56,17 @@ def _logits(tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     return leaves(torch.randn(tokens, STREAMS, STREAMS), dtype=dtype, device=device)
 
 
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.sinkhorn_knopp import triton
+
+    sweep_constants(triton, gpu_cases(), TILE=(256, 512, 1024), BACKWARD_TILE=(64, 128, 256))
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_floats
 from kernels.sinkhorn_knopp.cpu import SinkhornKnopp
 
 MAX_STREAMS, MAX_ITERS = 16, 32  # backward holds a matrix of every step in registers
@@ -36,8 +37,7 @@ def sinkhorn_knopp(
     """
     if logits_NN.dim() < 2 or logits_NN.shape[-1] != logits_NN.shape[-2] or logits_NN.shape[-1] == 0:
         raise ValueError(f"logits_NN has shape {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1")
-    if not logits_NN.is_floating_point():
-        raise ValueError(f"logits_NN has dtype {logits_NN.dtype}, expected a floating dtype")
+    check_floats(logits_NN=logits_NN)
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}, expected at least 1")
     if eps <= 0:

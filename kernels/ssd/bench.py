@@ -6,9 +6,10 @@ On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of Q = 64:
   2QN + 2QP + 4NP a head, 57 KFLOP, or 74 with two blocks of P that each repeat C·Bᵀ.
 - backward reads x three times and dy twice, writes dx once, and writes and reads two states a chunk in 16 bits:
   12HP + 8HPN/Q = 28HP bytes, 72 KB at 40 heads.
-- the compiler's report on sm_90 (``make compile-kernels``): the sweeps take 223 to 250 registers at 8 warps without
-  spills and 84 KiB of shared memory, so an SM holds one block, and loads are fetched a chunk ahead (2 stages); the
-  chunk-parallel kernel spills 120 bytes a thread.
+- the compiler's report on sm_90 (``make compile-kernels``): the sweeps take 71 to 254 registers at 8 warps without
+  spills and up to 84 KiB of shared memory, so an SM holds one block of most, and loads are fetched a chunk ahead (2
+  stages); the chunk-parallel kernel takes 255 and spills 8 bytes a thread. Packed rows take 80 to 255 and spill 88
+  forward and 48 in the chunk-parallel kernel.
 """
 
 import itertools
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.cases import SIZES, Case, Size, leaves
+from kernels.cases import SIZES, Case, Size, documents, leaves
 from kernels.ssd.op import ssd
 from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
@@ -38,10 +39,11 @@ def make_inputs(dtype: torch.dtype) -> list[Tensor]:
 
 
 def ours(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: Backend | None = None
-) -> Tensor:
-    """One document a row, no final states."""
-    y = ssd(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True, backend=backend)
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, seq_idx: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
+    """No initial and no final states."""
+    y = ssd(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True, backend=backend)
     assert isinstance(y, Tensor)
     return y
 
@@ -72,26 +74,26 @@ def measure() -> list[Row]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """The scan of each size's Mamba-2 layers, in 16 bits."""
-    for size in SIZES:
+    """The scan of each size's Mamba-2 layers, plain and packed, in 16 bits."""
+    for size, packing in itertools.product(SIZES, (False, True)):
         H, P, N, G, tokens = size.heads, size.head_dim, size.state, size.groups, size.batch * size.length
         inputs, outputs = 2 * H * P + 4 * G * N + 2 * H, 2 * H * P  # bytes a token: x, B, C, dt; y
         products = 2 * CHUNK * N + CHUNK * P + 4 * N * P  # of a head and token: C·Bᵀ, half of W·x, C·h, B·xᵀ
         yield Case(
             op="ssd",
-            shapes=f"{size.name}: B{size.batch} L{size.length} H{H} P{P} N{N} G{G}",
-            make=partial(_layer, size),
+            shapes=f"{size.name}: B{size.batch} L{size.length} H{H} P{P} N{N} G{G}{', packed' if packing else ''}",
+            make=partial(_layer, size, packing),
             full=size.batch,
             tiny=1,
             ours=ours,
             exact=partial(ours, backend="torch"),
             bytes_moved=(tokens * (inputs + outputs), tokens * (3 * inputs + 2 * outputs)),
             flops=(tokens * H * products, tokens * H * (3 * products + 2 * N * P)),
-            peers={"mamba_ssm": _mamba_ssm, "fla": _fla},
+            peers={"mamba_ssm": _mamba_ssm} if packing else {"mamba_ssm": _mamba_ssm, "fla": _fla},
         )
 
 
-def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _layer(size: Size, packing: bool, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     length = size.length if device == "cuda" else 70
     widths = (size.heads * size.head_dim, *[size.groups * size.state] * 2)  # views of the convolution's output
     x, B, C = torch.randn(batch, length, sum(widths), device=device).to(dtype).split(widths, -1)
@@ -100,14 +102,20 @@ def _layer(size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tens
     x, dt, B, C = (t.detach().requires_grad_() for t in (x, dt, B, C))
     A, D, bias = -torch.linspace(1, 16, size.heads), torch.ones(size.heads), torch.linspace(-6.9, -2.3, size.heads)
     A, D, bias = leaves(A, D, bias, dtype=torch.float32, device=device)
-    return [x, dt, A, B, C, D, bias]
+    inputs = [x, dt, A, B, C, D, bias]
+    return [*inputs, documents(batch, length, device)] if packing else inputs
 
 
 def _mamba_ssm() -> Callable[..., Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-        return mamba_chunk_scan_combined(x, dt, A, B, C, PEER_DEFAULT_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+    def scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return mamba_chunk_scan_combined(
+            x, dt, A, B, C, PEER_DEFAULT_CHUNK, D=D, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True
+        )
 
     return scan
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
-from kernels.checks import check_decay, check_documents
+from kernels.checks import check_decay, check_devices, check_documents, check_floats
 from kernels.ssd.cpu import ssd_chunked
 
 MAX_TRITON_STATE = 256  # a head's state lies in registers
@@ -60,9 +60,6 @@ def _check_values(
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected that of x, {x.dtype}")
-    for name, other in (("A", A), ("B", B), ("C", C), ("seq_idx", seq_idx)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {other.device}, expected {x.device} as x")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
     if not 0.0 <= dt_limit[0] <= dt_limit[1]:
@@ -119,6 +116,10 @@ def ssd(
         ValueError: a shape, dtype or value does not fit; names the argument, what it got and what is expected.
     """
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    floats["initial_states"] = initial_states
+    check_floats(**floats)
+    check_devices(**floats, seq_idx=seq_idx)
     _check_values(x, A, B, C, seq_idx, chunk_size, dt_limit)
     if use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
         D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])

@@ -5,8 +5,10 @@ is 1 / P or 1 / N of that. The compiler's report for sm_90 (``make compile-kerne
 registers, no spills, so an SM holds 32 warps with four 16-byte loads of the state under way a thread, 64 KiB. A program
 takes 464 instructions a warp for its 2,048 elements: an SM issues them in 464 clocks, and moves their bytes in 800 (4.8
 TB/s over 132 SMs at 1.8 GHz). At batch 1 a state is 0.5 to 2 MB, which an H200 moves in less than 1 microsecond.
+``sweep`` tries launch options on a card.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Size
+from kernels.cases import SIZES, Case, Size, sweep_constants
 from kernels.state_update.op import state_update
 from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
@@ -121,8 +123,17 @@ def _mamba_ssm() -> Callable[..., Tensor]:
     return peer
 
 
+def sweep() -> None:
+    """Time the launchers' constants on a card."""
+    from kernels.state_update import triton
+
+    sweep_constants(triton, gpu_cases(), TILE=(1024, 2048, 4096))
+
+
 def main() -> None:
     """Print the table."""
+    if sys.argv[1:] == ["sweep"]:
+        return sweep()
     print(machine())
     print_rows(measure())
 

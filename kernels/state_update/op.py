@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_decay, check_devices, check_floats, check_writable
 from kernels.state_update.cpu import step_in_place
 
 
@@ -18,13 +19,9 @@ def _check_state(state: Tensor, **tensors: Tensor | None) -> None:
         raise ValueError(f"state: got shape {tuple(state.shape)}, expected (B, D, N) or (B, H, P, N)")
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state: got dtype {state.dtype}, expected torch.float32: 16 bits freeze slow heads")
-    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-        raise ValueError(f"state: got strides {state.stride()}, expected none of 0: it is changed in place")
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != state.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {state.device} as state")
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating one")
+    check_writable("state", state)
+    check_floats(**tensors)
+    check_devices(state=state, **tensors)
 
 
 def _check_mamba1(state: Tensor, **tensors: Tensor | None) -> None:
@@ -77,24 +74,26 @@ def state_update(
         state: changed in place, fp32 (or fp64). Mamba-2: (B, H, P, N). Mamba-1: (B, D, N).
         x, z: (B, H, P), or (B, D); y has the dtype of x.
         dt: (B, H, P) or (B, H), or (B, D): before bias and softplus (linear past 20).
-        A: (H, P, N) or (H,), or (D, N).
+        A: (H, P, N) or (H,), or (D, N); negative.
         B, C: (B, G, N) with G dividing H, or (B, N).
         D, dt_bias: (H, P) or (H,), or (D,).
         backend: "torch" or "triton"; None for what suits the device.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or the backend cannot; names the argument, what it got and
-            what is expected.
+        ValueError: a shape, dtype, device or value does not fit, or the backend cannot; names the argument, what it got
+            and what is expected.
     """
     _check_state(state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     step = _triton_step if use_triton(backend, state) else step_in_place
     if state.ndim == 3:
         _check_mamba1(state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+        check_decay(A)
         state, x, dt, B, C = (t[:, None] for t in (state, x, dt, B, C))
         z = None if z is None else z[:, None]
         A, D, dt_bias = A[None], None if D is None else D[None], None if dt_bias is None else dt_bias[None]
         return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)[:, 0]
     _check_mamba2(state, B, x=x, dt=dt, A=A, C=C, D=D, z=z, dt_bias=dt_bias)
+    check_decay(A)
     dt = dt if dt.ndim == 3 else dt[..., None]
     A = A if A.ndim == 3 else A[:, None, None]
     D, dt_bias = (t[:, None] if t is not None and t.ndim == 1 else t for t in (D, dt_bias))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.backend import Backend, use_triton
+from kernels.checks import check_floats
 
 
 def swiglu(h: Tensor, backend: Backend | None = None) -> Tensor:
@@ -27,8 +28,9 @@ def swiglu(h: Tensor, backend: Backend | None = None) -> Tensor:
     Raises:
         ValueError: h is not floating, its last dim is odd, or the backend cannot.
     """
-    if h.ndim < 1 or h.shape[-1] % 2 or not h.is_floating_point():
-        raise ValueError(f"h: got {h.dtype} {tuple(h.shape)}, expected a float tensor of shape (..., 2F)")
+    if h.ndim < 1 or h.shape[-1] % 2:
+        raise ValueError(f"h: got {tuple(h.shape)}, expected (..., 2F)")
+    check_floats(h=h)
     if use_triton(backend, h):
         inner = h.shape[-1] // 2
         return swiglu_fwd(h.reshape(math.prod(h.shape[:-1]), 2 * inner)).view(*h.shape[:-1], inner)

@@ -153,12 +153,6 @@ def test_packed_documents_equal_separate_ones():
     assert not torch.equal(packed, engram_hash(ids_BL, hash))
 
 
-def test_a_document_number_that_returns_is_another_document():
-    hash, ids_BL = small_hash(pad_id=7), torch.tensor([[3, 4, 5]])
-    rows = engram_hash(ids_BL, hash, torch.tensor([[0, 1, 0]]))
-    assert torch.equal(rows[:, 2:], engram_hash(ids_BL[:, 2:], hash))
-
-
 def test_dead_positions_block_their_windows_and_no_other():
     hash = small_hash(orders=(2, 3))
     ids_BL = torch.tensor([[5, 6, -1, 8, 9, 10]])

@@ -146,15 +146,15 @@ def test_bad_input(device):
     x, ids, weights = torch.zeros(4, 5), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2)
     with pytest.raises(ValueError, match="has ids from -1 to -1, expected 0 to 2"):
         permute(x, ids - 1, 3, dropless=True)
-    with pytest.raises(ValueError, match="expert_ids_TK is on meta, expected cpu"):
+    with pytest.raises(ValueError, match="expert_ids_TK: got a tensor on meta, expected cpu"):
         permute(x, ids.to("meta"), 3)
-    with pytest.raises(ValueError, match=r"dtype torch\.int64, expected floating"):
+    with pytest.raises(ValueError, match=r"x_TD: got dtype torch\.int64"):
         permute(x.long(), ids, 3)
     x_MD, permutation = permute(x, ids, 3)
-    with pytest.raises(ValueError, match="weights_TK is on meta, expected cpu, where y_MD is"):
+    with pytest.raises(ValueError, match="weights_TK: got a tensor on meta, expected cpu as y_MD"):
         unpermute(x_MD, permutation, weights.to("meta"))
     elsewhere = dataclasses.replace(permutation, inverse=ids.to("meta"))
-    with pytest.raises(ValueError, match="permutation is on meta"):
+    with pytest.raises(ValueError, match="permutation: got a tensor on meta"):
         unpermute(x_MD, elsewhere, weights)
     with pytest.raises(ValueError, match="do not serve weights in float64"):
         unpermute(x_MD, permutation, weights.double(), backend="triton")

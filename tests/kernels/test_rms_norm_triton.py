@@ -84,6 +84,19 @@ def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
 
 
 @pytest.mark.gpu
+def test_runs_repeat_bitwise():
+    x, z = (torch.randn(16_384, 2560, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in "xz")
+    weight = torch.randn(2560, device="cuda").requires_grad_()
+
+    def run():
+        y = gated_rms_norm(x, z, weight, group_size=640)
+        return y, *torch.autograd.grad(y, (x, z, weight), torch.ones_like(y))
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31():
     x = torch.randn(131_072 * 4, 8192, device="cuda", dtype=torch.bfloat16).requires_grad_()
     y = rms_norm(x)

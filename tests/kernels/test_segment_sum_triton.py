@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.segment_sum import segment_sum, sort_segments, sum_sorted
+from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.reference import segment_sum_reference
 from tests.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
+from tests.kernels.test_segment_sum import sum_by_index
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def whole_numbers(num_rows, width, device="cpu"):
 )
 def test_forward_and_gradient(poison, device, num_rows, num_segments, width):
     index_M = torch.randint(-1, num_segments, (num_rows,))
-    ours = partial(segment_sum, index_M=index_M.to(device), num_segments=num_segments, backend="triton")
+    ours = partial(sum_by_index, index_M=index_M.to(device), num_segments=num_segments, backend="triton")
     reference = partial(segment_sum_reference, index_M=index_M, num_segments=num_segments)
     assert_equals_fp64(ours, reference, {"rows_MW": torch.randn(num_rows, width)}, device)
 
@@ -40,11 +41,11 @@ def test_forward_and_gradient(poison, device, num_rows, num_segments, width):
 def test_half_precision_is_summed_in_fp32(poison, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     index_M = torch.randint(-1, 9, (200,))
-    ours = partial(segment_sum, index_M=index_M.to(device), num_segments=9, backend="triton")
+    ours = partial(sum_by_index, index_M=index_M.to(device), num_segments=9, backend="triton")
     reference = partial(segment_sum_reference, index_M=index_M, num_segments=9)
     assert_equals_fp64(ours, reference, {"rows_MW": torch.randn(200, 20).to(dtype)}, device, 1e-3)
     many = torch.full((4096, 2), 1.0078125, dtype=dtype, device=device)
-    out = segment_sum(many, torch.zeros(4096, dtype=torch.int64, device=device), 1, "triton")
+    out = sum_by_index(many, torch.zeros(4096, dtype=torch.int64, device=device), 1, "triton")
     assert torch.equal(out, torch.full_like(out, 4096 * 1.0078125))
 
 
@@ -57,7 +58,7 @@ def test_segments_of_every_length(device, lengths, dead, seed):
     index_M = index_M[torch.randperm(len(index_M))].to(device, torch.int64)
     rows_MW = whole_numbers(len(index_M), 5, device)
     expected = torch.zeros(len(lengths) + 1, 5, device=device).index_add_(0, index_M % (len(lengths) + 1), rows_MW)
-    assert torch.equal(segment_sum(rows_MW, index_M, len(lengths), "triton"), expected[:-1])
+    assert torch.equal(sum_by_index(rows_MW, index_M, len(lengths), "triton"), expected[:-1])
 
 
 @pytest.mark.usefixtures("poison", "small_units")
@@ -79,7 +80,7 @@ def test_all_rows_in_one_segment_of_many(poison, device):
     rows_MW = whole_numbers(1000, 7, device)
     for segment in (0, 599):
         index_M = torch.full((1000,), segment, device=device)
-        out = segment_sum(rows_MW, index_M, 600, "triton")
+        out = sum_by_index(rows_MW, index_M, 600, "triton")
         assert torch.equal(out[segment], rows_MW.sum(0))
         assert out.count_nonzero() == out[segment].count_nonzero()
 
@@ -91,18 +92,18 @@ def test_search_among_many_segments(device, num_segments):
     index_M = torch.tensor([0] * 10 + [num_segments // 2] * 4 + [num_segments - 1] * 7, device=device)
     rows_MW = whole_numbers(21, 3, device)
     expected = torch.zeros(num_segments, 3, device=device).index_add_(0, index_M, rows_MW)
-    assert torch.equal(segment_sum(rows_MW, index_M, num_segments, "triton"), expected)
+    assert torch.equal(sum_by_index(rows_MW, index_M, num_segments, "triton"), expected)
 
 
 @pytest.mark.usefixtures("small_units")
 def test_a_sum_does_not_depend_on_its_neighbours(device):
     index_M = torch.randint(0, 5, (60,), device=device)
     rows_MW = torch.randn(60, 9, device=device)
-    out = segment_sum(rows_MW, index_M, 5, "triton")
+    out = sum_by_index(rows_MW, index_M, 5, "triton")
     for segment in range(5):
         alone = rows_MW[index_M == segment]
-        order, starts = sort_segments(torch.zeros(len(alone), dtype=torch.int64, device=device), 1)
-        assert torch.equal(sum_sorted(alone, order, starts, "triton")[0], out[segment])
+        index_of_alone = torch.zeros(len(alone), dtype=torch.int64, device=device)
+        assert torch.equal(sum_by_index(alone, index_of_alone, 1, "triton")[0], out[segment])
 
 
 @pytest.mark.usefixtures("small_units")
@@ -110,56 +111,56 @@ def test_views_and_rows_that_are_left_out(device):
     wide, index_M = torch.randn(20, 50, device=device), torch.randint(-1, 4, (20,), device=device)
     wide[index_M < 0] = float("nan")
     rows_MW = wide[:, 7:19]
-    expected = segment_sum(rows_MW.contiguous(), index_M, 4, "triton")
+    expected = sum_by_index(rows_MW.contiguous(), index_M, 4, "triton")
     assert torch.isfinite(expected).all()
-    assert torch.equal(segment_sum(rows_MW, index_M, 4, "triton"), expected)
-    assert torch.equal(segment_sum(rows_MW.T.contiguous().T, index_M, 4, "triton"), expected)
+    assert torch.equal(sum_by_index(rows_MW, index_M, 4, "triton"), expected)
+    assert torch.equal(sum_by_index(rows_MW.T.contiguous().T, index_M, 4, "triton"), expected)
 
 
 @pytest.mark.parametrize(("num_rows", "num_segments", "width"), [(0, 3, 2), (0, 0, 2), (3, 2, 0)])
 def test_nothing_to_sum(poison, device, num_rows, num_segments, width):
     rows_MW = torch.ones(num_rows, width, device=device).requires_grad_()
-    out = segment_sum(rows_MW, torch.zeros(num_rows, dtype=torch.int64, device=device), num_segments, "triton")
+    out = sum_by_index(rows_MW, torch.zeros(num_rows, dtype=torch.int64, device=device), num_segments, "triton")
     assert torch.equal(out, torch.zeros(num_segments, width, device=device))
     assert torch.autograd.grad(out.sum(), rows_MW)[0].shape == rows_MW.shape
 
 
 def test_under_compilation_and_recomputation(device):
-    index_M = torch.tensor([3, -1, 0, 3], device=device)
+    order_N, starts_S = torch.tensor([2, 0, 3], device=device), torch.tensor([0, 1, 1, 1], device=device)
     rows_MW = torch.randn(4, 8, device=device).requires_grad_()
 
     def twice(rows_MW):
-        return 2 * segment_sum(rows_MW, index_M, 4, "triton")
+        return 2 * sum_sorted(rows_MW, order_N, starts_S, "triton")
 
     (expected,) = torch.autograd.grad(twice(rows_MW).sum(), rows_MW)
-    assert torch.equal(expected, 2.0 * (index_M >= 0)[:, None].expand(4, 8))
+    assert torch.equal(expected, torch.tensor([2.0, 0.0, 2.0, 2.0], device=device)[:, None].expand(4, 8))
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
     recomputed = partial(torch.utils.checkpoint.checkpoint, twice, use_reentrant=False)
     for again in (compiled, recomputed):
         out = again(rows_MW)
         assert torch.equal(out, twice(rows_MW))
         assert torch.equal(torch.autograd.grad(out.sum(), rows_MW)[0], expected)
-    torch.library.opcheck(torch.ops.engramba.segment_sum_fwd.default, (rows_MW, *sort_segments(index_M, 4)))
+    torch.library.opcheck(torch.ops.engramba.segment_sum_fwd.default, (rows_MW, order_N, starts_S))
 
 
 def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
     with pytest.raises(ValueError, match=r"do not serve dtype torch\.float64"):
-        segment_sum(torch.ones(2, 2, device=device).double(), torch.zeros(2, device=device).long(), 1, "triton")
+        sum_by_index(torch.ones(2, 2, device=device).double(), torch.zeros(2, device=device).long(), 1, "triton")
 
 
 @pytest.mark.gpu
 def test_runs_repeat_bitwise():
     rows_MW = torch.randn(200_000, 64, device="cuda", dtype=torch.bfloat16)
     index_M = (torch.rand(200_000, device="cuda") ** 8 * 50_000).long()
-    first = segment_sum(rows_MW, index_M, 50_000)
-    assert all(torch.equal(segment_sum(rows_MW, index_M, 50_000), first) for _ in range(3))
-    assert_close("out", first, segment_sum(rows_MW.double(), index_M, 50_000), 1e-6)
+    first = sum_by_index(rows_MW, index_M, 50_000)
+    assert all(torch.equal(sum_by_index(rows_MW, index_M, 50_000), first) for _ in range(3))
+    assert_close("out", first, sum_by_index(rows_MW.double(), index_M, 50_000), 1e-6)
 
 
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31():
     rows_MW = torch.ones(131_072 * 3, 8192, device="cuda", dtype=torch.bfloat16)
     index_M = torch.arange(131_072 * 3, device="cuda").clamp_min(1000) - 1000
-    out = segment_sum(rows_MW, index_M, 131_072 * 3 - 1000)
+    out = sum_by_index(rows_MW, index_M, 131_072 * 3 - 1000)
     assert (out[0] == 1001).all()
     assert (out[-3:] == 1).all()

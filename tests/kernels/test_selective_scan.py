@@ -265,10 +265,10 @@ BAD = {
     "A": (lambda x: x["A"] + 0j, "A has shape"),
     "B": (lambda x: x["B"][:, None].expand(-1, 4, -1, -1), "B has 4 groups"),
     "C": (lambda x: x["C"][..., None], "C has shape"),
-    "D": (lambda x: x["D"].int(), "D has dtype"),
-    "z": (lambda x: x["z"].to("meta"), "z is on meta"),
+    "D": (lambda x: x["D"].int(), "D: got dtype"),
+    "z": (lambda x: x["z"].to("meta"), "z: got a tensor on meta"),
     "initial_state": (lambda x: x["initial_state"].mT, "initial_state has shape"),
-    "seq_idx": (lambda x: torch.zeros(2, 63), "seq_idx has dtype"),
+    "seq_idx": (lambda x: torch.zeros(2, 63), "seq_idx: got dtype"),
 }
 
 

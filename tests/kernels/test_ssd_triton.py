@@ -63,11 +63,14 @@ def test_skip_by_channel_limits_and_what_may_be_left_out(poison, device):
     assert_equals_fp64(partial(ssd, backend="triton"), ssd_reference, inputs, device)
 
 
-def test_half_precision(poison, device):
+@pytest.mark.parametrize("lengths", [None, (5, 37, 1, 29)])
+def test_half_precision(poison, device, lengths):
+    """Chunks of 32 tokens and more, where fp32 has 16."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    inputs = make_inputs(1, 40, 2, 16, 1, 16)
+    inputs = make_inputs(1, 72, 2, 16, 1, 16, None if lengths is None else packed(*lengths))
     inputs |= {name: inputs[name].to(dtype) for name in ("x", "dt", "B", "C")}
-    assert_equals_fp64(scan, partial(ssd_reference, **KEYWORDS), inputs, device)
+    ours = partial(ssd, chunk_size=64, backend="triton", **KEYWORDS)
+    assert_equals_fp64(ours, partial(ssd_reference, **KEYWORDS), inputs, device)
 
 
 def test_views_into_a_wide_projection(device):
