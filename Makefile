@@ -42,11 +42,13 @@ bench: $(VENV)/installed data/stdlib/dataset.json
 	$(BIN)/python -m kernels.bench_all
 	$(BIN)/python -m parallel.engram_table.bench
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.checkpoint.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.checkpoint.bench_resize
 
-# On a card, with whatever python has torch and triton: make bench-gpu BENCH_PYTHON=python3
+# On a card, with whatever python has torch, triton and numba: make bench-gpu BENCH_PYTHON=python3
 BENCH_PYTHON ?= $(BIN)/python
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed)
 	$(BENCH_PYTHON) -m kernels.bench_gpu $(ARGS)
+	$(BENCH_PYTHON) -m training.bench_engram $(ENGRAM_ARGS)
 
 compile-kernels: $(VENV)/installed
 	$(BIN)/python -m kernels.compile_all $(ARGS)
