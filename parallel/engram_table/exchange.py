@@ -44,7 +44,8 @@ def open_route(groups: Sequence[Groups], layout: RowLayout, mesh: Mesh) -> tuple
     counts, local_ids = [], []
     for layer, asked in zip(layout.layers, groups, strict=True):
         counts.append(torch.searchsorted(asked.rows_U, layout.bounds[layer]).diff())
-        local_ids.append(asked.rows_U + layout.shift[layer].repeat_interleave(counts[-1]))
+        shift = layout.shift[layer]
+        local_ids.append(asked.rows_U + (shift if len(shift) == 1 else shift.repeat_interleave(counts[-1])))
     table = torch.stack(counts, 1)
     pieces = table.tolist()
     sent = table.sum(1)
