@@ -76,7 +76,7 @@ def slow_disk(rank: int) -> None:
     import os
 
     from parallel import failure
-    from training.checkpoint import planners, storage
+    from training.checkpoint import planners, sums
 
     def slower(function, seconds):
         def slow(*args, **kwargs):
@@ -86,7 +86,7 @@ def slow_disk(rank: int) -> None:
         return slow
 
     planners.ChunkSavePlanner.resolve_data = slower(planners.ChunkSavePlanner.resolve_data, 0.0005)
-    storage.file_records = slower(storage.file_records, 0.05)
+    sums.file_records = slower(sums.file_records, 0.05)
     os.fsync, os.rename, os.unlink = slower(os.fsync, 0.02), slower(os.rename, 0.02), slower(os.unlink, 0.005)
     failure.GRACE_S = 1.0
 

@@ -6,26 +6,19 @@ ask memory for it some rows ahead.
 Shape suffixes: R rows of this rank, U touched rows, W row width.
 """
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from kernels.threads import for_each, for_ranges
 from parallel.engram_table import row_loops
-from parallel.engram_table.formats import FP8_BLOCK
+from parallel.engram_table.store import RowStore
 from parallel.table_config import TableConfig
-
-if TYPE_CHECKING:
-    from parallel.engram_table.store import RowStore
-
 
 SUM_BLOCK_ROWS = 8192
 
 
 def adam(
-    store: "RowStore",
+    store: RowStore,
     state: dict[str, torch.Tensor],
     rows_U: torch.Tensor,
     grad_UW: torch.Tensor,
@@ -45,7 +38,7 @@ def adam(
     ids_U = rows_U if store.form == "fp32" else store.global_ids(rows_U)
     touched = [tensor.contiguous().numpy() for tensor in (rows_U, ids_U, grad_UW)]
     moments = [state[name].numpy() for name in ("exp_avg", "exp_avg_sq", "step")]
-    form, *row_arrays = stored(store)
+    form, *row_arrays = store.arrays()
     loop = row_loops.adam_rows(form, config.optimizer == "rowwise_adam")
 
     def run(part: slice) -> None:
@@ -69,41 +62,15 @@ def sinkhorn_sums(g_AW: torch.Tensor, norm_A: torch.Tensor, c2_W: torch.Tensor) 
 
 
 def move(
-    store: "RowStore", rows_A: torch.Tensor, g_AW: torch.Tensor, r_A: torch.Tensor, c_W: torch.Tensor, update: int
+    store: RowStore, rows_A: torch.Tensor, g_AW: torch.Tensor, r_A: torch.Tensor, c_W: torch.Tensor, update: int
 ) -> None:
     """Distinct rows of host memory -= diag(r) g diag(c), encoded as their update number ``update``."""
     ids_A = rows_A if store.form == "fp32" else store.global_ids(rows_A)
     values, columns = [tensor.numpy() for tensor in (rows_A, ids_A, g_AW, r_A)], c_W.numpy()
-    form, *row_arrays = stored(store)
+    form, *row_arrays = store.arrays()
     loop = row_loops.move_rows(form)
 
     def run(part: slice) -> None:
         loop(*row_arrays, *(value[part] for value in values), columns, update, store.seed)
 
     for_ranges(run, len(rows_A))
-
-
-def read_fp8(store: "RowStore", rows_U: torch.Tensor) -> torch.Tensor:
-    """(U, W) fp32: ``formats.from_fp8`` of the rows."""
-    _, codes, exponents, powers = stored(store)
-    out_UKX = torch.empty((len(rows_U), *codes.shape[1:]))
-    rows, out = rows_U.numpy(), out_UKX.numpy()
-    for_ranges(lambda part: row_loops.read_fp8(codes, exponents, powers, rows[part], out[part]), len(rows))
-    return out_UKX.flatten(1)
-
-
-def stored(store: "RowStore") -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """The format's number; the weight (R, W), of bf16 the bits, of fp8 (R, K, 32); fp8's exponents; and ``_powers``."""
-    none, weight = np.empty((0, 0), np.uint8), store.weight
-    if store.form == "fp32":
-        return row_loops.FP32, weight.numpy(), none, _powers()
-    if store.form == "bf16":  # numpy has no bf16
-        return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _powers()
-    blocks = weight.unflatten(1, (-1, FP8_BLOCK))
-    return row_loops.FP8, blocks.numpy(), store.tensors["weight_scale"].numpy(), _powers()
-
-
-@lru_cache(maxsize=1)
-def _powers() -> np.ndarray:
-    """2^(i - 127) for i of 0 to 255, as fp32: 0 and infinity at the ends."""
-    return (np.arange(256, dtype=np.uint32) << 23).view(np.float32)

@@ -4,11 +4,14 @@ Shape suffixes: R rows of this rank, U rows asked for, W row width, K blocks of 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from kernels.gather_rows import gather_rows
-from parallel.engram_table import host_kernels
+from kernels.threads import for_ranges
+from parallel.engram_table import row_loops
 from parallel.engram_table.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
 from parallel.table_config import RowFormat
 
@@ -51,7 +54,7 @@ class RowStore:
         if self.form != "fp8":
             return gather_rows(self.weight, rows_U).to(dtype)
         if rows_U.device.type == "cpu":
-            return host_kernels.read_fp8(self, rows_U).to(dtype)
+            return self._read_fp8(rows_U).to(dtype)
         codes_UW, exponents_UK = (tensor.index_select(0, rows_U) for tensor in self.tensors.values())
         return from_fp8(codes_UW, exponents_UK, dtype)
 
@@ -67,6 +70,30 @@ class RowStore:
         codes_UW, exponents_UK = to_fp8(values_UW, keys_U)
         write_rows(self.weight, rows_U, codes_UW)
         write_rows(self.tensors["weight_scale"], rows_U, exponents_UK)
+
+    def arrays(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """For loops in host memory: the format's number; the weight (R, W), of bf16 the bits, of fp8 (R, K, 32); fp8's
+        exponents (R, K); and 2^(i - 127) for i of 0 to 255 (0 and infinity at the ends)."""
+        none, weight = np.empty((0, 0), np.uint8), self.weight
+        if self.form == "fp32":
+            return row_loops.FP32, weight.numpy(), none, _powers()
+        if self.form == "bf16":  # numpy has no bf16
+            return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _powers()
+        blocks = weight.unflatten(1, (-1, FP8_BLOCK))
+        return row_loops.FP8, blocks.numpy(), self.tensors["weight_scale"].numpy(), _powers()
+
+    def _read_fp8(self, rows_U: torch.Tensor) -> torch.Tensor:
+        """(U, W) fp32: ``from_fp8`` of rows in host memory."""
+        _, codes, exponents, powers = self.arrays()
+        out_UKX = torch.empty((len(rows_U), *codes.shape[1:]))
+        rows, out = rows_U.numpy(), out_UKX.numpy()
+        for_ranges(lambda part: row_loops.read_fp8(codes, exponents, powers, rows[part], out[part]), len(rows))
+        return out_UKX.flatten(1)
+
+
+@lru_cache(maxsize=1)
+def _powers() -> np.ndarray:
+    return (np.arange(256, dtype=np.uint32) << 23).view(np.float32)
 
 
 def write_rows(table_RW: torch.Tensor, rows_U: torch.Tensor, values_UW: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from parallel.mesh import single_mesh
 from tests.ranks import run_ranks
 from tests.training.tiny import made_up_batches, made_up_rows, made_up_token_map, make_trainer
-from training.checkpoint import load_weights, save, storage
+from training.checkpoint import load_weights, save, storage, sums
 from training.config import RunConfig
 from training.model.model import build_model
 from training.run_file import save_run_json
@@ -63,6 +63,6 @@ def make_consistent(path: Path, **fields) -> None:
     """Give a tampered checkpoint the manifest that one who wishes to deceive would give it."""
     manifest = json.loads((path / "manifest.json").read_text()) | fields
     manifest.pop("checksum")
-    manifest["files"] = storage.file_records(path, sorted(manifest["files"]))
+    manifest["files"] = sums.file_records(path, sorted(manifest["files"]))
     text = json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
     (path / "manifest.json").write_text(text)

@@ -24,7 +24,7 @@ from parallel.mesh import Mesh
 from parallel.mesh_plan import ParallelConfig, plan_mesh
 from parallel.placement import Part, PlacedParameter, Placement, constant
 from tests.ranks import run_ranks
-from training.checkpoint import latest, planners, prune, run, storage
+from training.checkpoint import latest, planners, problems, prune, run, storage, sums
 from training.checkpoint.boxes import Box, cover_problem, range_boxes
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors, _add_fragment
 from training.checkpoint.trust import TrustedReader
@@ -174,7 +174,7 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
         changed = pickle.loads(stored)
         change(changed.state_dict_metadata)
         monkeypatch.setattr(TrustedReader, "read_metadata", lambda self, *args, **kwargs: changed)
-        with pytest.raises(RunError) as error, storage.told_for(path, "read"):
+        with pytest.raises(RunError) as error, problems.told_for(path, "read"):
             planners.read_tensors(path, tensors, None)
         return str(error.value)
 
@@ -363,10 +363,10 @@ def test_any_flipped_byte_is_found_and_only_its_tensor_named(tmp_path):
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 37, 4096, 5000]), st.booleans()), max_size=12))
 def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(pieces):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "WRITE_BYTES", 4096)
-        patch.setattr(storage, "WRITE_BEHIND_BYTES", 8192)
+        patch.setattr(sums, "WRITE_BYTES", 4096)
+        patch.setattr(sums, "WRITE_BEHIND_BYTES", 8192)
         path, whole, ends = Path(place) / "file", b"", {0}
-        with storage.SummedFile(path) as file:
+        with sums.SummedFile(path) as file:
             for size, flush in pieces:
                 assert file.write(random.Random(len(whole)).randbytes(size)) == size
                 whole += random.Random(len(whole)).randbytes(size)
@@ -377,14 +377,14 @@ def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(piece
             os.fsync(file.fileno())
             assert path.read_bytes() == whole
         starts = sorted({*ends, len(whole)})
-        sums = {str(a): xxhash.xxh3_64_hexdigest(whole[a:b]) for a, b in pairwise(starts)}
-        assert file.record() == {"bytes": len(whole), "xxh3_64": sums}
+        expected = {str(a): xxhash.xxh3_64_hexdigest(whole[a:b]) for a, b in pairwise(starts)}
+        assert file.record() == {"bytes": len(whole), "xxh3_64": expected}
 
 
 def test_a_summed_file_that_cannot_be_written_is_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "WRITE_BYTES", 16)
-    monkeypatch.setattr(storage.os, "fsync", lambda handle: None)
-    with pytest.raises(OSError, match="No space left"), storage.SummedFile(Path("/dev/full")) as file:
+    monkeypatch.setattr(sums, "WRITE_BYTES", 16)
+    monkeypatch.setattr(sums.os, "fsync", lambda handle: None)
+    with pytest.raises(OSError, match="No space left"), sums.SummedFile(Path("/dev/full")) as file:
         file.write(bytes(100))
     assert file.file.closed
 

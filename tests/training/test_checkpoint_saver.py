@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.runs import corpus, forked, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
 from tests.training.test_checkpoint import assert_same_tensors, config_of, go_on
 from tests.training.tiny import train_steps
-from training.checkpoint import Saver, latest, load, planners, save, saver, snapshot, storage
+from training.checkpoint import Saver, latest, load, planners, save, saver, snapshot, storage, sums
 from training.checkpoint.boxes import Box
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
 from training.checkpoint.snapshot import Snapshot
@@ -85,13 +85,13 @@ def test_a_host_without_memory_for_the_copy_is_told(monkeypatch):
 
 def hold_saves() -> threading.Event:
     """Saves of this process end once the event is set."""
-    released, real = threading.Event(), storage.file_records
+    released, real = threading.Event(), sums.file_records
 
     def file_records(path, names):
         released.wait(PATIENCE_S)
         return real(path, names)
 
-    storage.file_records = file_records
+    sums.file_records = file_records
     return released
 
 
@@ -281,14 +281,14 @@ def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tm
 
 def second_save_hangs_on_rank_1(rank: int) -> None:
     """Rank 1 never ends the save of step 4; rank 0 has written its share and waits for it."""
-    real = storage.file_records
+    real = sums.file_records
 
     def file_records(path, names):
         if rank == 1 and path.name == "step-00000004.tmp":
             time.sleep(PATIENCE_S)
         return real(path, names)
 
-    storage.file_records, failure.GRACE_S = file_records, 1.0
+    sums.file_records, failure.GRACE_S = file_records, 1.0
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from parallel.errors import RunError
 from training.checkpoint.boxes import Box, cover_problem
 from training.checkpoint.direct import DirectReader
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
-from training.checkpoint.storage import SummedFile
+from training.checkpoint.sums import SummedFile
 
 # A stored chunk is read whole even where one row of it is needed.
 MAX_CHUNK_BYTES = 8 * 2**20

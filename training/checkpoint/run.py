@@ -18,11 +18,12 @@ import torch.distributed as dist
 from parallel.deepspeed_bridge import refresh_parameters
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
-from training.checkpoint import storage
+from training.checkpoint import storage, sums
 from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.planners import read_tensors, write_tensors
+from training.checkpoint.problems import checkpoint_problem, told_for
 from training.checkpoint.rows import Census, fit_rows
-from training.checkpoint.storage import FORMAT, Manifest, checkpoint_problem, told_for
+from training.checkpoint.storage import FORMAT, Manifest
 from training.config import TrainConfig
 from training.data.ranks import on_every_rank, on_rank_0
 from training.model.config import MIXERS, ModelConfig
@@ -141,7 +142,7 @@ def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files
     def mine() -> Manifest:
         with told_for(path, "written"):
             others = [".metadata", *storage.attach(path, files)] if comm.rank == 0 else []
-            return written | storage.file_records(path, others)
+            return written | sums.file_records(path, others)
 
     shares = comm.allgather(on_every_rank(comm, mine))
     record = record | {

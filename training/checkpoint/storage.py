@@ -5,21 +5,18 @@ moment leaves what was complete before. ``step-00000100.old`` is a checkpoint th
 """
 
 import contextlib
-import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import xxhash
-from torch.distributed.checkpoint import CheckpointException
+from typing import Any
 
 from parallel.errors import Problem, RunError
+from training.checkpoint.problems import checkpoint_problem, told_for
+from training.checkpoint.sums import Damage, find_damage
+from training.checkpoint.trust import read_metadata
 from training.data.ranks import Comm, on_every_rank, on_rank_0
 
 FORMAT = 2  # 1 had one CRC-32 a file
@@ -29,34 +26,8 @@ PARTIAL = re.compile(r"step-\d{8,}(\.old)?\.tmp")
 # What a checkpoint needs beside its tensors to be used by itself.
 ATTACHED = ("run.json", "metrics.jsonl", "tokenizer.json", "token_map.json", "engram_hash.json")
 WRITTEN = re.compile("|".join([r"__\d+_\d+\.distcp", r"\.metadata(\.tmp)?", *map(re.escape, (MANIFEST, *ATTACHED))]))
-READ_BYTES = WRITE_BYTES = 4 * 2**20
-# The disk begins before all is there: to wait for it at the end was a third of a save.
-WRITE_BEHIND_BYTES = 32 * 2**20
 
 Manifest = dict[str, Any]
-
-
-def checkpoint_problem(path: Path, rule: str, fix: str = "resume from an older checkpoint") -> RunError:
-    """An error about the checkpoint at ``path``."""
-    return RunError(Problem(field="checkpoint", value=path, rule=rule, fix=fix))
-
-
-@contextlib.contextmanager
-def told_for(path: Path, what: str) -> Iterator[None]:
-    """Turn errors of the file system and of DCP, which raises no ``Exception``, into one for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise checkpoint_problem(
-            path, f"cannot be {what}: {error}", "check the disk's space and permissions"
-        ) from error
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, RunError):
-            raise RunError(*(f"{path}: {problem}" for problem in cause.problems)) from error
-        fix = "check the disk's space and permissions" if what == "written" else "resume from an older checkpoint"
-        rule = f"cannot be {what}: rank {rank}: {type(cause).__name__}: {cause}"
-        raise checkpoint_problem(path, rule, fix) from error
 
 
 def start_directory(directory: Path, step: int) -> Path:
@@ -92,98 +63,6 @@ def attach(path: Path, files: Mapping[str, bytes]) -> list[str]:
             file.flush()
             os.fsync(file.fileno())
     return list(files)
-
-
-class SummedFile(io.RawIOBase):
-    """A file for writing that sums what passes, block by block: a block ends with each flush, as a tensor's chunk does.
-
-    The checksums are those of the bytes in memory: what the way to the disk damages, shows.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.size = path.open("wb", buffering=0), 0
-        self.sums: dict[int, str] = {}
-        self.block, self.block_start = xxhash.xxh3_64(), 0
-        self.pending, self.num_pending = memoryview(bytearray(WRITE_BYTES)), 0
-        self.num_written = self.num_asked = 0
-
-    def write(self, data: Any) -> int:
-        """All of ``data``, a buffer."""
-        rest = memoryview(data).cast("B")
-        size = rest.nbytes
-        self.block.update(rest)
-        self.size += size
-        while rest:
-            part = rest[: WRITE_BYTES - self.num_pending]
-            self.pending[self.num_pending : self.num_pending + len(part)] = part
-            self.num_pending, rest = self.num_pending + len(part), rest[len(part) :]
-            if self.num_pending == WRITE_BYTES:
-                self._write_pending()
-        return size
-
-    def tell(self) -> int:
-        """Bytes so far."""
-        return self.size
-
-    def flush(self) -> None:
-        """End the block."""
-        if self.size > self.block_start:
-            self.sums[self.block_start] = self.block.hexdigest()
-            self.block, self.block_start = xxhash.xxh3_64(), self.size
-
-    def fileno(self) -> int:
-        """For fsync, which would miss what is still buffered here."""
-        self._write_pending()
-        return self.file.fileno()
-
-    def close(self) -> None:
-        """End the last block, too."""
-        try:
-            self.flush()
-            self._write_pending()
-        finally:
-            self.file.close()
-            super().close()
-
-    def record(self) -> dict[str, Any]:
-        """As ``file_records`` has it."""
-        return _record(self.size, self.sums)
-
-    def _write_pending(self) -> None:
-        """In large pieces: on a virtual machine pages for smaller ones cost several times as much."""
-        rest, self.num_pending = self.pending[: self.num_pending], 0
-        while rest:
-            written = self.file.write(rest)
-            rest, self.num_written = rest[written:], self.num_written + written
-        unasked = self.num_written - self.num_asked
-        if unasked >= WRITE_BEHIND_BYTES and hasattr(os, "posix_fadvise"):
-            # Linux begins to write what it is told to forget.
-            os.posix_fadvise(self.file.fileno(), self.num_asked, unasked, os.POSIX_FADV_DONTNEED)
-            self.num_asked = self.num_written
-
-
-def file_records(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and checksum of files, each one block."""
-    records = {}
-    for name in names:
-        size = (path / name).stat().st_size
-        with open(path / name, "rb", buffering=0) as file:
-            records[name] = _record(size, {0: _checksum(file, size)})
-    return records
-
-
-def _record(size: int, sums: dict[int, str]) -> dict[str, Any]:
-    """A file in the manifest: its size, and by where each of its blocks begins, the block's XXH3."""
-    return {"bytes": size, "xxh3_64": {str(start): checksum for start, checksum in sums.items()}}
-
-
-def _checksum(file: BinaryIO, size: int) -> str:
-    """Of the next ``size`` bytes."""
-    checksum, memory = xxhash.xxh3_64(), memoryview(bytearray(min(READ_BYTES, size)))
-    while size and (got := file.readinto(memory[:size])):  # type: ignore[attr-defined]
-        checksum.update(memory[:got])
-        size -= got
-    return checksum.hexdigest()
 
 
 def commit(path: Path, manifest: Manifest) -> Path:
@@ -265,7 +144,7 @@ def verify(path: Path, manifest: Manifest, comm: Comm) -> None:
     names = sorted(manifest["files"])
 
     def damages() -> dict[str, Damage]:
-        found = {name: _damage(path / name, manifest["files"][name]) for name in names[comm.rank :: comm.size]}
+        found = {name: find_damage(path / name, manifest["files"][name]) for name in names[comm.rank :: comm.size]}
         return {name: damage for name, damage in found.items() if damage is not None}
 
     damaged = {name: damage for share in comm.allgather(on_every_rank(comm, damages)) for name, damage in share.items()}
@@ -278,22 +157,13 @@ def verify(path: Path, manifest: Manifest, comm: Comm) -> None:
         on_rank_0(comm, report)
 
 
-@dataclass(frozen=True)
-class Damage:
-    """What is wrong with a file."""
-
-    what: str
-    spans: tuple[tuple[int, int], ...] = ()
-    """Where: from and to which byte."""
-
-
 def _complete(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first: their manifests are whole and all files have their sizes."""
     found = []
     for path in directory.iterdir() if directory.is_dir() else ():
         with contextlib.suppress(RunError):
             files = read_manifest(path)["files"]
-            if not any(_damage(path / name, record, content=False) for name, record in files.items()):
+            if not any(find_damage(path / name, record, content=False) for name, record in files.items()):
                 found.append(path)
     return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"), reverse=True)
 
@@ -302,40 +172,10 @@ def _step(path: Path) -> int:
     return int(path.name[5:].removesuffix(".old"))
 
 
-def _damage(path: Path, record: dict[str, Any], content: bool = True) -> Damage | None:
-    """What is wrong with a file, or None."""
-    expected = record["bytes"]
-    try:
-        if (size := path.stat().st_size) != expected:
-            return Damage(f"has {size} bytes, expected {expected}", ((size, expected),))
-        spans = _damaged_spans(path, record) if content else ()
-        return Damage("differs from its checksum", spans) if spans else None
-    except FileNotFoundError:
-        return Damage("is missing", ((0, expected),))
-    except OSError as error:
-        return Damage(f"cannot be read ({error.strerror})")
-
-
-def _damaged_spans(path: Path, record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The blocks of a file that differ from their checksums."""
-    size = record["bytes"]
-    if "crc32" in record:
-        return () if _crc32(path) == record["crc32"] else ((0, size),)
-    sums = record["xxh3_64"]
-    blocks = pairwise([*map(int, sums), size])
-    with open(path, "rb", buffering=0) as file:
-        return tuple(
-            block
-            for block, checksum in zip(blocks, sums.values(), strict=True)
-            if _checksum(file, block[1] - block[0]) != checksum
-        )
-
-
 def _holding(path: Path, name: str, damaged: dict[str, Damage]) -> str:
     """The tensors that a damaged file damages, as the end of a sentence."""
     if ".metadata" in damaged:
         return ""
-    from training.checkpoint.trust import read_metadata  # which says what is wrong in the words of this file
 
     tensors = sorted({
         index.fqn
@@ -345,14 +185,6 @@ def _holding(path: Path, name: str, damaged: dict[str, Damage]) -> str:
     })  # fmt: skip
     listed = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
     return f" (in {listed})" if tensors else ""
-
-
-def _crc32(path: Path) -> str:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
 
 
 def _manifest_checksum(manifest: Manifest) -> str:

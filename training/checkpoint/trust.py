@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from training.checkpoint.storage import checkpoint_problem
+from training.checkpoint.problems import checkpoint_problem
 
 METADATA = ".metadata"
 DESCRIPTIONS = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from parallel.errors import Problem, RunError
 from training.checkpoint import storage
 from training.checkpoint.boxes import cover_problem
-from training.checkpoint.storage import COMPLETE, Manifest, checkpoint_problem
+from training.checkpoint.problems import checkpoint_problem
+from training.checkpoint.storage import COMPLETE, Manifest
 from training.checkpoint.tools.reader import Reader
 from training.checkpoint.trust import METADATA
 from training.data.ranks import ONE_PROCESS

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from training.checkpoint import storage
 from training.checkpoint.boxes import Box
-from training.checkpoint.storage import COMPLETE, Manifest, checkpoint_problem, told_for
+from training.checkpoint.problems import checkpoint_problem, told_for
+from training.checkpoint.storage import COMPLETE, Manifest
 from training.checkpoint.trust import read_metadata
 from training.data.ranks import ONE_PROCESS
 

@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.mesh_plan import ParallelConfig
-from training.checkpoint import storage
+from training.checkpoint import storage, sums
 from training.checkpoint.boxes import Box
 from training.checkpoint.planners import MAX_CHUNK_BYTES, write_planned
-from training.checkpoint.storage import FORMAT, Manifest, told_for
+from training.checkpoint.problems import told_for
+from training.checkpoint.storage import FORMAT, Manifest
 from training.checkpoint.trust import METADATA
 
 # Shape and dtype of each tensor.
@@ -41,7 +42,7 @@ def write_weights(
     path = storage.start_directory(directory, record["step"])
     with told_for(path, "written"):
         records = write_planned(path, _BoxPlanner(shapes, read), None)
-        records |= storage.file_records(path, [METADATA, *storage.attach(path, files or {})])
+        records |= sums.file_records(path, [METADATA, *storage.attach(path, files or {})])
     layout = {"world": 1, **asdict(ParallelConfig())}
     census = {
         name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
