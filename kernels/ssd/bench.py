@@ -1,4 +1,4 @@
-"""The SSD scan beside transformers' torch path: ``python -m kernels.ssd.bench``; ``sweep`` tries launch options.
+"""The SSD scan beside transformers' torch path, mamba_ssm and fla: ``python -m kernels.ssd.bench`` sweeps on a card.
 
 On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of Q = 64:
 - forward moves x, y, B, C and dt once: 4HP + 4GN + 2H bytes, 12.4 KB at moe-3b's 40 heads and 4 groups (2.6 us a
@@ -13,7 +13,6 @@ On a GPU, per token, with 16-bit inputs, P = 64, N = 128, chunks of Q = 64:
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,19 +22,10 @@ from torch import Tensor
 from kernels.backend import Backend
 from kernels.cases import SIZES, Case, Size, documents, leaves
 from kernels.ssd.op import ssd
-from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
+from kernels.ssd.reference import ssd_reference
 
-BATCH, LENGTH, HEADS, WIDTH, STATE, GROUPS, CHUNK = 4, 512, 8, 64, 64, 1, 64
+CHUNK = 64
 PEER_DEFAULT_CHUNK = 256  # chunk size in transformers' configurations of Mamba-2 and GraniteMoeHybrid
-
-
-def make_inputs(dtype: torch.dtype) -> list[Tensor]:
-    """x, dt, A, B, C, D, dt_bias at the scale of a freshly initialised Mamba-2 layer."""
-    gen = torch.Generator().manual_seed(0)
-    shapes = (BATCH, LENGTH, HEADS, WIDTH), (BATCH, LENGTH, HEADS), *[(BATCH, LENGTH, GROUPS, STATE)] * 2
-    x, dt, B, C = (torch.randn(*shape, generator=gen).to(dtype) for shape in shapes)
-    A, D, dt_bias = -torch.linspace(1, 16, HEADS), torch.ones(HEADS), torch.linspace(-6.9, -2.3, HEADS)
-    return [tensor.requires_grad_() for tensor in (x, dt, A, B, C, D, dt_bias)]
 
 
 def ours(
@@ -59,42 +49,43 @@ def peer(chunk: int) -> Callable[..., Tensor]:
     return scan
 
 
-def measure() -> list[Row]:
-    """bf16 and fp32 beside the peer at our chunk size and at its own; the oracle is the peer in fp32."""
-    rows = []
-    peers = {f"transformers, chunk {chunk}": peer(chunk) for chunk in (CHUNK, PEER_DEFAULT_CHUNK)}
-    for dtype, limit in ((torch.bfloat16, 3e-2), (torch.float32, 1e-4)):
-        inputs = make_inputs(dtype)
-        exact = [x.detach().float().requires_grad_() for x in inputs]
-        dy = torch.randn_like(inputs[0])
-        error = relative_error(gradients(ours, inputs, dy), gradients(peer(CHUNK), exact, dy.float()))
-        case = f"B{BATCH} L{LENGTH} H{HEADS} P{WIDTH} N{STATE}, {str(dtype)[6:]}"
-        rows += compare("ssd", case, ours, peers, inputs, limit=limit, dy=dy, error=error)
-    return rows
+def plain(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, seq_idx: Tensor | None = None
+) -> Tensor:
+    """Token by token."""
+    y = ssd_reference(x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True)
+    assert isinstance(y, Tensor)
+    return y
 
 
-def gpu_cases() -> Iterator[Case]:
-    """The scan of each size's Mamba-2 layers, plain and packed, in 16 bits."""
-    for size, packing in itertools.product(SIZES, (False, True)):
-        H, P, N, G, tokens = size.heads, size.head_dim, size.state, size.groups, size.batch * size.length
-        inputs, outputs = 2 * H * P + 4 * G * N + 2 * H, 2 * H * P  # bytes a token: x, B, C, dt; y
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
+    """The scan of a Mamba-2 layer, plain and packed."""
+    for packing in (False, True):
+        H, P, N, G, tokens, w = size.heads, size.head_dim, size.state, size.groups, size.tokens, dtype.itemsize
+        inputs, outputs = w * (H * P + 2 * G * N + H), w * H * P  # bytes a token: x, B, C, dt; y
         products = 2 * CHUNK * N + CHUNK * P + 4 * N * P  # of a head and token: C·Bᵀ, half of W·x, C·h, B·xᵀ
         yield Case(
             op="ssd",
             shapes=f"{size.name}: B{size.batch} L{size.length} H{H} P{P} N{N} G{G}{', packed' if packing else ''}",
             make=partial(_layer, size, packing),
-            full=size.batch,
-            tiny=1,
+            full=tokens,
+            tiny=70,
             ours=ours,
             exact=partial(ours, backend="torch"),
+            reference=plain,
             bytes_moved=(tokens * (inputs + outputs), tokens * (3 * inputs + 2 * outputs)),
             flops=(tokens * H * products, tokens * H * (3 * products + 2 * N * P)),
             peers={"mamba_ssm": _mamba_ssm} if packing else {"mamba_ssm": _mamba_ssm, "fla": _fla},
-        )
+            cpu_peers={} if packing else {
+                f"transformers, chunk {chunk}": partial(peer, chunk) for chunk in (CHUNK, PEER_DEFAULT_CHUNK)
+            },
+            dtype=dtype,
+            loose=0.0 if dtype is torch.float32 else 3e-2,
+        )  # fmt: skip
 
 
-def _layer(size: Size, packing: bool, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    length = size.length if device == "cuda" else 70
+def _layer(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    batch, length = size.rows(tokens)
     widths = (size.heads * size.head_dim, *[size.groups * size.state] * 2)  # views of the convolution's output
     x, B, C = torch.randn(batch, length, sum(widths), device=device).to(dtype).split(widths, -1)
     x, (B, C) = x.unflatten(-1, (size.heads, -1)), (t.unflatten(-1, (size.groups, -1)) for t in (B, C))
@@ -140,7 +131,7 @@ def sweep() -> None:
 
     from kernels.ssd import triton
 
-    for case in gpu_cases():
+    for case in (case for size in SIZES for case in cases(size, torch.bfloat16)):
         inputs, taken = case.make(case.full, case.dtype, "cuda"), []
         for chunk, block, warps, stages in itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3)):
             triton.trial.update(CHUNK=chunk, BLOCK_P=block, num_warps=warps, num_stages=stages)
@@ -158,13 +149,5 @@ def sweep() -> None:
         )
 
 
-def main() -> None:
-    """Print the table."""
-    if sys.argv[1:] == ["sweep"]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
-
-
 if __name__ == "__main__":
-    main()
+    sweep()

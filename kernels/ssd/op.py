@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
-from kernels.checks import check_decay, check_devices, check_documents, check_floats
+from kernels.checks import check_decay, check_devices, check_documents, check_floats, check_states_of_documents
 from kernels.ssd.cpu import ssd_chunked
+from kernels.ssd.documents import add_document_states
+from kernels.ssd.reference import step_size
 
 MAX_TRITON_STATE = 256  # a head's state lies in registers
 
@@ -50,8 +52,21 @@ def _check_shapes(
     _expect("D", D, (heads,), (heads, width))
     _expect("z", z, (batch, length, heads, width))
     _expect("dt_bias", dt_bias, (heads,))
-    _expect("initial_states", initial_states, (batch, heads, width, state_size))
     _expect("seq_idx", seq_idx, (batch, length))
+    _check_initial(initial_states, (batch, heads, width, state_size), seq_idx)
+
+
+def _check_initial(initial_states: Tensor | None, of_row: tuple[int, ...], seq_idx: Tensor | None) -> None:
+    """A state of each row, or with seq_idx of each document."""
+    if initial_states is None or initial_states.shape == of_row:
+        return
+    got, (batch, *of_head) = tuple(initial_states.shape), of_row
+    if seq_idx is None:
+        hint = "; one for each document needs seq_idx" if len(got) == 5 else ""
+        raise ValueError(f"initial_states: got shape {got}, expected {of_row}{hint}")
+    if len(got) != 5 or (got[0], *got[2:]) != of_row:
+        by_document = f"({batch}, documents, {', '.join(map(str, of_head))})"
+        raise ValueError(f"initial_states: got shape {got}, expected {of_row} or {by_document}")
 
 
 def _check_values(
@@ -101,8 +116,12 @@ def ssd(
         D: (H,) or (H, P), skip connection.
         z: (B, L, H, P), gate: y becomes y silu(z).
         dt_bias: (H,), added to dt before softplus.
-        initial_states: (B, H, P, N), state before the first token; belongs to the first sequence of its row.
-        seq_idx: (B, L) int32 from 0, never decreasing along a row: the state is zeroed where it changes.
+        initial_states: (B, H, P, N), state before the first token; belongs to the first sequence of its row. Or
+            (B, S, H, P, N) with ``seq_idx``, S above its values: sequence s of row b starts from [b, s], and a number
+            that the row does not have leaves its state unused. What these states add is summed with y in fp32, which
+            rounds y twice where x has 16 bits: without them, and with them.
+        seq_idx: (B, L) int32 from 0, never decreasing along a row: the state is zeroed, or set to that sequence's
+            initial state, where it changes.
         dt_softplus: apply softplus (linear past 20) to dt.
         dt_limit: clamp for Δ, after softplus.
         return_final_states: also return the state after the last token.
@@ -121,17 +140,42 @@ def ssd(
     check_floats(**floats)
     check_devices(**floats, seq_idx=seq_idx)
     _check_values(x, A, B, C, seq_idx, chunk_size, dt_limit)
-    if use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
-        D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])
-        fp32 = [t if t is None else t.float() for t in (D_HP, dt_bias, initial_states)]
-        limit = [float(bound) for bound in dt_limit]
-        y, final = ssd_fwd(x, dt, A.float(), B, C, *fp32, seq_idx, dt_softplus, limit, chunk_size)
-        y = y if z is None else (y * F.silu(z.float())).to(x.dtype)
+    how = (dt_softplus, dt_limit, backend)
+    if initial_states is None or initial_states.ndim == 4:
+        y, final = _scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, *how)
     else:
-        y, final = ssd_chunked(
-            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit
-        )
+        assert seq_idx is not None
+        check_states_of_documents("initial_states", initial_states, seq_idx)
+        y, final = _scan(x, dt, A, B, C, chunk_size, D, None, dt_bias, None, seq_idx, *how)
+        step_BLH = step_size(dt, dt_bias, dt_softplus, dt_limit).to(final.dtype)
+        y, final = add_document_states(y, final, C, step_BLH, A.to(final.dtype), z, initial_states, seq_idx, backend)
     return (y, final) if return_final_states else y
+
+
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    backend: Backend | None,
+) -> tuple[Tensor, Tensor]:
+    """y and final states, from checked arguments; initial states (B, H, P, N)."""
+    if not use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
+        return ssd_chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit)
+    D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])
+    fp32 = [t if t is None else t.float() for t in (D_HP, dt_bias, initial_states)]
+    limit = [float(bound) for bound in dt_limit]
+    y, final = ssd_fwd(x, dt, A.float(), B, C, *fp32, seq_idx, dt_softplus, limit, chunk_size)
+    return y if z is None else (y * F.silu(z.float())).to(x.dtype), final
 
 
 @torch.library.custom_op("engramba::ssd_fwd", mutates_args=())

@@ -45,11 +45,16 @@ def ssd_reference(
     dt_BLH = step_size(dt, dt_bias, dt_softplus, dt_limit).to(real)
     B_BLHN, C_BLHN = (t.to(real).repeat_interleave(heads // groups, dim=2) for t in (B, C))
     x_BLHP = x.to(real)
-    state = x_BLHP.new_zeros(batch, heads, width, state_size) if initial_states is None else initial_states.to(real)
+    zeros = x_BLHP.new_zeros(batch, heads, width, state_size)
+    initial = zeros if initial_states is None else initial_states.to(real)
+    by_document, rows = initial.ndim == 5, torch.arange(batch, device=x.device)
+    state = zeros if by_document else initial
     outputs = []
     for t in range(length):
-        if seq_idx is not None and t > 0:
-            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
+        if seq_idx is not None:
+            starts = seq_idx[:, t] != seq_idx[:, t - 1] if t else torch.full_like(rows, by_document, dtype=torch.bool)
+            first = initial[rows, seq_idx[:, t].long()] if by_document else zeros
+            state = torch.where(starts[:, None, None, None], first, state)
         update = (dt_BLH[:, t, :, None] * x_BLHP[:, t])[..., None] * B_BLHN[:, t, :, None]
         state = torch.exp(dt_BLH[:, t] * A.to(real))[..., None, None] * state + update
         outputs.append((state * C_BLHN[:, t, :, None]).sum(-1))
