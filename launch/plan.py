@@ -180,13 +180,13 @@ def _traffic_lines(plans: list[TablePlan]) -> list[str]:
     columns = ("ids", "rows", "gradients", "sent", "host")
     lines = [
         f"  of a rank, with {plans[0].optimizer} on {plans[0].format} rows: bytes sent and host memory traffic a step",
-        f"   ranks micro-batches distinct{''.join(f'{name:>11}' for name in columns)}   step s  sent GB/s host GB/s",
+        f"   ranks micro-batches distinct{''.join(f'{name:>12}' for name in columns)}   step s  sent GB/s host GB/s",
     ]
     for plan in plans:
         parts = (plan.sent_ids, plan.sent_rows, plan.sent_gradients, plan.sent, plan.host_traffic)
         lines.append(
             f"  {plan.ranks:6,} {plan.micro_batches:13,.2f} {plan.distinct:8.1%}"
-            + "".join(f"{_size(part):>11}" for part in parts)
+            + "".join(f"{_size(part):>12}" for part in parts)
             + f" {plan.step_s:8.2f} {plan.sent / plan.step_s / 1e9:10.3f} {plan.host_traffic / plan.step_s / 1e9:9.3f}"
         )
     return lines

@@ -139,7 +139,11 @@ def check_memory(
                 Problem(
                     field=field,
                     value=f"({what})",
-                    rule=f"needs {total / GIB:.2f} GiB of {place} for {kept}, and {free / GIB:.2f} GiB are available",
+                    rule=f"needs {_size(total)} of {place} for {kept}, and {_size(free)} are available",
                     fix=fix,
                 )
             )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes:,} bytes"

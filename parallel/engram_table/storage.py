@@ -3,11 +3,15 @@
 import mmap
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros, locked_zeros
 from parallel.engram_table.store import Allocate
@@ -36,7 +40,7 @@ def open_storage(
         trainable: there will be optimizer state beside the rows, and hot rows if there are to be any.
 
     Raises:
-        RunError: on every rank, when a node has too little memory or disk, or pages cannot be locked.
+        RunError: on every rank, when a node has too little memory or disk, or the directory is not there on one.
     """
     pinned, card = config.placement == "pinned", device.type != "cpu"
     if pinned and trainable and device.type != "cuda":
@@ -55,17 +59,55 @@ def open_storage(
         check_hot(hot_card, _free_memory(device), f"memory of {device}")
     if config.placement == "file":
         directory = Path(config.directory)
-        _check_directory(directory)
-        check_memory(needed, shutil.disk_usage(directory).free, f"disk at {directory}", what, mesh, kept)
+        with refused_together(mesh):
+            _check_directory(directory)
+        free, fix = shutil.disk_usage(directory).free, "use a smaller table, another table.directory, or more nodes"
+        check_memory(needed, free, f"disk at {directory}", what, mesh, kept, fix=fix)
         if hot_host:
             check_hot(in_host, available_host_bytes(), "host memory")
         return torch.device("cpu"), lambda name, shape, dtype: file_zeros(directory, name, shape, dtype)
     if config.placement in ("host", "pinned"):
         check_memory(needed + in_host, available_host_bytes(), "host memory", what, mesh, kept)
         zeros = pinned_zeros if pinned and device.type == "cuda" else host_zeros
-        return torch.device("cpu"), lambda name, shape, dtype: zeros(shape, dtype)
+        return torch.device("cpu"), _or_told(zeros, what)
     check_memory(needed, _free_memory(device), f"memory of {device}", what, mesh, kept)
     return device, lambda name, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what: str) -> Allocate:
+    """Memory that is free and that the process may not have (ulimit -v, no overcommit) is the user's to know, too."""
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        try:
+            return zeros(shape, dtype)
+        except OSError as error:
+            rule = f"cannot have {prod(shape) * dtype.itemsize:,} bytes of host memory: {error.strerror}"
+            fix = "use a smaller table, or allow the process more (ulimit -v, vm.overcommit_memory)"
+            problem = Problem(field="model.engram.table_size", value=f"({what})", rule=_here(rule), fix=fix)
+            raise RunError(problem) from error
+
+    return allocate
+
+
+@contextmanager
+def refused_together(mesh: Mesh) -> Iterator[None]:
+    """What a rank refuses inside, every rank raises at the end: the first such rank's. Collective over ``engram``.
+
+    Nothing inside may be collective: a rank that refuses leaves early.
+
+    Raises:
+        RunError: as above.
+    """
+    problems: list[tuple[Problem | str, ...]] = [()]
+    try:
+        yield
+    except RunError as error:
+        problems = [error.problems]
+    if mesh.size("engram") > 1:
+        mine, problems = problems[0], [()] * mesh.size("engram")
+        dist.all_gather_object(problems, mine, group=mesh.group("engram"))
+    if refused := next(filter(None, problems), None):
+        raise RunError(*refused)
 
 
 def _free_memory(device: torch.device) -> int | None:
@@ -85,7 +127,7 @@ def pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _placement_problem(rule: str) -> Problem:
-    return Problem(field="table.placement", value="pinned", rule=rule, fix='use "host"')
+    return Problem(field="table.placement", value="pinned", rule=_here(rule), fix='use "host"')
 
 
 def file_zeros(directory: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -116,4 +158,9 @@ def _check_directory(directory: Path) -> None:
 
 
 def _directory_problem(directory: Path, rule: str) -> Problem:
-    return Problem(field="table.directory", value=str(directory), rule=rule, fix="name a directory on a disk with room")
+    fix = "name a directory on a disk with room"
+    return Problem(field="table.directory", value=str(directory), rule=_here(rule), fix=fix)
+
+
+def _here(rule: str) -> str:
+    return f"{rule} (on {socket.gethostname()})"  # another rank may tell it

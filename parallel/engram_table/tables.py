@@ -22,7 +22,7 @@ from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.rows import Arrival, Fetch, Rows, dead_positions
 from parallel.engram_table.sinkhorn import MomentumSinkhorn
-from parallel.engram_table.storage import open_storage
+from parallel.engram_table.storage import open_storage, refused_together
 from parallel.engram_table.store import RowStore
 from parallel.engram_table.worker import Job, Worker
 from parallel.mesh import Mesh
@@ -88,7 +88,7 @@ class EngramTables:
             trainable: False is rows alone, without an optimizer, and of zeros: they are to be loaded.
 
         Raises:
-            RunError: a node has too little memory or disk for the rows and their optimizer state.
+            RunError: on every rank, when one cannot have memory or disk for its rows and their optimizer state.
         """
         widths = {shape.width for shape in shapes.values()}
         if len(widths) != 1:
@@ -99,19 +99,20 @@ class EngramTables:
         rank, total = mesh.rank("engram"), sum(shape.num_rows for shape in shapes.values())
         num_rows, what = self.layout.local_rows[rank], f"{total:,} rows x {self.width}"
         self._memory, allocate = open_storage(config, num_rows, self.width, device, dtype, what, mesh, trainable)
-        self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
-        for layer in self.layout.layers if trainable else ():
-            fill_initial_rows(
-                self._store, self.layout.local(layer, rank), self.owned(layer).start, init_std, seed, layer
-            )
         self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
-        if not trainable:
-            self._optimizer = NoOptimizer()
-        elif config.optimizer == "momentum_sinkhorn":
-            parts = [(self.layout.local(layer, rank), shapes[layer].num_rows) for layer in self.layout.layers]
-            self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
-        else:
-            self._optimizer = LazyAdam(self._store, config, allocate)
+        with refused_together(mesh):
+            self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
+            for layer in self.layout.layers if trainable else ():
+                fill_initial_rows(
+                    self._store, self.layout.local(layer, rank), self.owned(layer).start, init_std, seed, layer
+                )
+            if not trainable:
+                self._optimizer = NoOptimizer()
+            elif config.optimizer == "momentum_sinkhorn":
+                parts = [(self.layout.local(layer, rank), shapes[layer].num_rows) for layer in self.layout.layers]
+                self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
+            else:
+                self._optimizer = LazyAdam(self._store, config, allocate)
         self.hot_use = 0, 0
         """Of the fetches accumulated since the last step: rows asked of this rank that were hot, and rows asked."""
         self._hot: HotRows | None = None

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.launch.commands import BIN
-from tests.runs import MPIRUN, TORCHRUN, corpus, forked, records, started, words  # noqa: F401
+from tests.runs import MPIRUN, TORCHRUN, corpus, forked, records, run_forked, started, words  # noqa: F401
 from training.config import RunConfig
+from training.data.config import PrepareConfig
 from training.data.entropy import validation_entropies
 from training.data.files import TokenFiles
+from training.data.prepare import prepare
 from training.hash_artifact import read_artifact
 from training.run_file import load_run_json
 
@@ -110,6 +112,7 @@ def _damaged(directory: Path) -> None:
         stream.write(b"\0")
 
 
+IN_A_FILE = ("--table.placement", "file", "--table.directory")
 # name -> (processes, words, what the box says)
 BAD = {
     "layout": (2, ["--parallel.ep", "3"], "parallel.ep=3 does not divide the 2 processes"),
@@ -123,6 +126,8 @@ BAD = {
     "batch": (2, ["--train.global_batch", "6"], "train.global_batch=6 is not a multiple of train.micro_batch=2 x 2"),
     "preset": (1, [], "preset=tinny is none of tiny, tiny-v41, small, moe-3b, moe-3b-engram-1.6b, hybrid-27b; did you"),
     "memory": (1, ["--model.engram.table_size", str(10**12)], "model.engram.table_size=1000000000000 needs"),
+    "disk": (2, [*IN_A_FILE, ".", "--model.engram.table_size", str(10**10)], "more nodes"),
+    "directory": (2, [*IN_A_FILE, "nowhere"], "table.directory=nowhere is not a directory that this process may write"),
 }  # fmt: skip
 
 
@@ -162,3 +167,62 @@ def test_what_cannot_run_is_told_in_one_box(refused, name):
 
 def test_refused_runs_write_nothing(refused):
     assert not (refused[0] / "runs").exists()
+
+
+def _changed_number(run: Path) -> None:
+    path = run / "engram_hash.json"
+    path.write_text(re.sub(r"\d(?=\], \"primes\")", lambda digit: str((int(digit[0]) + 1) % 10), path.read_text()))
+
+
+def _cut_short(run: Path) -> None:
+    path = run / "engram_hash.json"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def _of_the_checkpoint(run: Path) -> None:
+    (path,) = run.glob("checkpoints/step-*/engram_hash.json")
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+
+
+def _gone(run: Path) -> None:
+    (run / "engram_hash.json").unlink()
+
+
+# what happens to a trained run -> (how, words to resume it with, what the box says)
+OTHER_HASH = {
+    "damaged": (_changed_number, [], "engram_hash.json is damaged: its checksum differs"),
+    "cut": (_cut_short, [], "engram_hash.json is not a hash artefact"),
+    "damaged in the checkpoint": (_of_the_checkpoint, [], "engram_hash.json differs from its checksum"),
+    "seed": (None, ["--model.engram.seed", "5"], "Engram hash: seed=5 is 0 in runs/seed/engram_hash.json"),
+    "tokenizer": (None, ["--data.path", "other"], "Engram hash: tokenizer sha256="),
+    "seed without": (_gone, ["--model.engram.seed", "5"], "model.engram.seed=5 is 0 in runs/seed without/checkpoints"),
+    "tokenizer without": (_gone, ["--data.path", "other"], "token map="),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):  # noqa: F811
+    """A directory with a trained run, and token files of the same documents by another tokenizer."""
+    cwd = tmp_path_factory.mktemp("hashes")
+    source = PrepareConfig(source=str(corpus.parent / "docs.jsonl"), out=str(cwd / "other"), vocab_size=290)
+    prepare(replace(source, val_fraction=0.2))
+    run_forked(cwd, words(corpus, "first", "--train.steps", "2", "--train.eval_every", "0"))
+    return cwd
+
+
+@pytest.mark.parametrize("name", OTHER_HASH)
+def test_rows_of_another_hash_are_not_trained_on(trained, corpus, name):  # noqa: F811
+    spoil, more, told = OTHER_HASH[name]
+    run = trained / "runs" / name
+    shutil.copytree(trained / "runs" / "first", run)
+    if spoil is not None:
+        spoil(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with forked(trained, words(corpus, run.name, "--train.steps", "4", "--resume", *more)) as ranks:
+        code, text = ranks.wait(0), ranks.text(0)
+    assert code == 2, text
+    assert text.count("cannot run ─") == 1
+    assert "Traceback" not in text
+    assert told in " ".join(text.replace("│", " ").split())
+    assert "step 3" not in text
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -41,19 +41,21 @@ def ids_of(step: int, micro: int, rank: int) -> dict[int, torch.Tensor]:
     return ids
 
 
-def train(tables: EngramTables, num_micro: int, busy=lambda: None) -> dict:
-    """What ``embed`` gave in every micro-batch, and the state after all steps. Rows move a micro-batch ahead.
+def train(tables: EngramTables, num_micro: int, busy=lambda: None, first_step: int = 0, ahead: bool = True) -> dict:
+    """What ``embed`` gave in every micro-batch, and the state after all steps.
 
     Args:
         busy: other work of the device, beside which the table's work must keep its order.
+        first_step: the number of the first step, for the optimizer.
+        ahead: rows move a micro-batch ahead, past the update of the step before; otherwise when they are needed.
     """
     rank, device = tables.mesh.rank("engram"), tables.device
     order = [(step, micro) for step in range(STEPS) for micro in range(num_micro)]
-    outputs, coming = [], tables.fetch(ids_of(*order[0], rank))
+    outputs, coming = [], [tables.fetch(ids_of(*order[0], rank))] if ahead else []
     for place, (step, micro) in enumerate(order):
-        rows = coming
-        if place + 1 < len(order):
-            coming = tables.fetch(ids_of(*order[place + 1], rank))
+        if place + ahead < len(order):
+            coming.append(tables.fetch(ids_of(*order[place + ahead], rank)))
+        rows = coming.pop(0)
         busy()
         for fetched in rows.values():
             embedded = fetched.embed()
@@ -63,7 +65,7 @@ def train(tables: EngramTables, num_micro: int, busy=lambda: None) -> dict:
         tables.accumulate(rows)
         if micro == num_micro - 1:
             tables.squared_grad_norm()
-            tables.step(1e-2, 0.5, step)
+            tables.step(1e-2, 0.5, first_step + step)
     report = {str(n): output.cpu().numpy() for n, output in enumerate(outputs)}
     return report | {name: piece.tensor.cpu().float().numpy() for name, piece in tables.state().items()}
 
@@ -105,6 +107,50 @@ def test_hot_rows_change_no_bit_on_two_ranks(optimizer):
     config = TableConfig(optimizer=optimizer, rows="bf16", prefetch=1)
     plain, cached = (run_ranks(run, 2, replace(config, hot_rows=hot), 2) for hot in (0, 8))
     assert all(same(one, other) for one, other in zip(plain, cached, strict=True))
+
+
+def uneven_run(config: TableConfig) -> dict:
+    """Ranks with 24, 5 and no tokens in a micro-batch, in turns; the last rank never has one."""
+    everything, size = ids_of, make_mesh().size("engram")
+
+    def mine(step, micro, rank):
+        tokens = 0 if rank == size - 1 else (24, 5, 0)[(step + micro + rank) % 3]
+        return {layer: ids[:tokens] for layer, ids in everything(step, micro, rank).items()}
+
+    with mock.patch.dict(globals(), ids_of=mine):
+        return train(make_tables(config), 2, ahead=config.prefetch > 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum_sinkhorn"])
+def test_hot_and_prefetched_on_ranks_with_uneven_tokens_is_synchronous_bit_for_bit(optimizer):
+    config = TableConfig(optimizer=optimizer, prefetch=0)
+    plain = run_ranks(uneven_run, 3, config)
+    for prefetch, hot in ((1, 0), (2, 8)):
+        other = run_ranks(uneven_run, 3, replace(config, prefetch=prefetch, hot_rows=hot))
+        assert all(same(*reports) for reports in zip(plain, other, strict=True))
+    assert plain[-1]["0"].shape[0] == 0
+    assert not same(plain[0], plain[1]), "ranks own different rows"
+
+
+def interrupted_run(config: TableConfig, at: int) -> dict:
+    """As ``run``, but the state of step ``at`` goes into tables of their own, which know of no hot row."""
+    tables = make_tables(config)
+    with mock.patch.dict(globals(), STEPS=at):
+        first = train(tables, 2)
+    resumed, rest = make_tables(config), ids_of
+    resumed.load_state(tables.state())
+    with mock.patch.dict(globals(), STEPS=STEPS - at, ids_of=lambda step, *place: rest(step + at, *place)):
+        second = train(resumed, 2, first_step=at)
+    outputs = {name: value for name, value in first.items() if name.isdigit()}
+    late = {str(int(name) + len(outputs)): value for name, value in second.items() if name.isdigit()}
+    return outputs | late | {name: value for name, value in second.items() if not name.isdigit()}
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp8"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_with_hot_rows_is_the_whole_run_without(optimizer, form):
+    config = TableConfig(rows=form, optimizer=optimizer)
+    assert same(interrupted_run(replace(config, hot_rows=16), 20), run(config, 2))
 
 
 def test_without_writing_through_the_run_would_be_another():

@@ -1,12 +1,14 @@
 """Free memory under control groups of both versions; refusal of tables that do not fit; pages that are locked."""
 
 import gc
+import resource
 import socket
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +78,33 @@ def test_tables_beyond_memory_are_refused_before_allocation():
     assert problem.field == "model.engram.table_size"
     assert f"needs {10**12 * (3 * 64 * 4 + 4) / GIB:.2f} GiB of host memory on {socket.gethostname()}" in str(problem)
     assert "GiB are available" in str(problem)
+
+
+def test_memory_that_is_free_and_refused_is_told():
+    """As under ``ulimit -v``, or where the kernel does not overcommit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, hard))
+        with pytest.raises(RunError, match=r"table_size=.* cannot have 2,147,483,648 bytes of host memory: Cannot all"):
+            EngramTables(
+                {1: TableShape(2**23, 64)}, single_mesh(), TableConfig(), init_std=0, seed=0, device=torch.device("cpu")
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_what_is_missing_on_a_small_disk_is_told_in_bytes(tmp_path):
+    full = mock.Mock(free=30_000)
+    with mock.patch.object(storage.shutil, "disk_usage", return_value=full), pytest.raises(RunError) as error:
+        EngramTables(
+            {1: TableShape(50, 64)}, single_mesh(), TableConfig(placement="file", directory=str(tmp_path)),
+            init_std=0.02, seed=0, device=torch.device("cpu"),
+        )  # fmt: skip
+    (problem,) = error.value.problems
+    assert f"needs 38,600 bytes of disk at {tmp_path} on" in problem.rule
+    assert "30,000 bytes are available" in problem.rule
+    assert "another table.directory" in problem.fix
 
 
 def check_on_ranks(needed: list[int], available: list[int | None]) -> str:
@@ -209,6 +238,8 @@ def test_on_a_card_every_placement_gives_the_same_bits(dtype, tmp_path):
         if placement == "pinned":
             assert tables._store.weight.is_pinned()
         reports.append(hot.train(tables, 2, busy))
+    first = [np.array_equal(report[str(n)], reports[0][str(n)]) for report in reports for n in range(4)]
+    assert all(first), "before any update resident rows are those of the host"
     resident = reports[-2:]  # updated by tensor operations, not by the host's loops
     assert all(hot.same(report, reports[0]) for report in reports[1:-2])
     assert hot.same(*resident)

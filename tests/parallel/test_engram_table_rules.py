@@ -5,10 +5,12 @@ import math
 import mmap
 import os
 import resource
+import socket
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel.engram_table import EngramTables, TableConfig, TableShape, host_kernels, row_loops
 from parallel.engram_table.formats import from_fp8, random_bits, row_keys, to_bf16, to_fp8
@@ -413,6 +415,31 @@ def test_a_disk_that_refuses_is_told_before_anything_is_mapped(function, number,
     monkeypatch.undo()
     assert f"table.directory={tmp_path} cannot hold 1,280,000 bytes: {told}" in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+def refused_on_the_last_rank(directory: str, lost: bool) -> str:
+    """What a rank is told when the last one's disk is full, or its directory is not there."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if last and not lost:
+        os.posix_fallocate = refuse
+    config = TableConfig(prefetch=0, placement="file", directory=directory + "/lost" * (last and lost))
+    try:
+        make_tables(TableShape(50, 64), config)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("lost", "told"), [(False, "No space left on device"), (True, "lost is not a directory")])
+def test_what_one_rank_cannot_have_is_told_by_all(lost, told, tmp_path):
+    first, *others = run_ranks(refused_on_the_last_rank, 3, str(tmp_path), lost)
+    assert told in first
+    assert f"(on {socket.gethostname()})" in first
+    assert others == [first, first]
 
 
 def test_wrong_configurations_are_listed():
