@@ -39,6 +39,9 @@ class LazyAdam:
         """State tensors by name, rows first; they are the live ones."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
 
+    def loaded(self) -> None:
+        """Nothing is kept but the state."""
+
     @torch.no_grad()
     def update(
         self, rows_U: torch.Tensor, grad_UW: torch.Tensor, learning_rate: float, grad_scale: float, step: int

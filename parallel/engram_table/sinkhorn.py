@@ -49,12 +49,12 @@ class MomentumSinkhorn:
         self._candidates: torch.Tensor | None = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """State tensors by name, rows first; they are the live ones. ``step``: the step (from 1) of the last touch.
-
-        Whoever has them may load into them: the next update asks the whole table again which rows move.
-        """
-        self._candidates = None
+        """State tensors by name, rows first; they are the live ones. ``step``: the step (from 1) of the last touch."""
         return {"momentum": self.momentum, "momentum_norm": self.norm, "step": self.step}
+
+    def loaded(self) -> None:
+        """State has been loaded: the next update asks the whole table which rows move."""
+        self._candidates = None
 
     @torch.no_grad()
     def update(

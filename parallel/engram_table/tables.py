@@ -50,6 +50,9 @@ class NoOptimizer:
         """Nothing is kept of a row."""
         return {}
 
+    def loaded(self) -> None:
+        """Nothing is known of a row."""
+
     def update(self, *arguments: object) -> torch.Tensor:
         """Always a ValueError."""
         raise ValueError("step: expected trainable tables, got rows without an optimizer (trainable=False)")
@@ -100,6 +103,7 @@ class EngramTables:
         num_rows, what = self.layout.local_rows[rank], f"{total:,} rows x {self.width}"
         self._memory, allocate = open_storage(config, num_rows, self.width, device, dtype, what, mesh, trainable)
         self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
+        self._hot: HotRows | None = None
         with refused_together(mesh):
             self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
             for layer in self.layout.layers if trainable else ():
@@ -113,11 +117,10 @@ class EngramTables:
                 self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
             else:
                 self._optimizer = LazyAdam(self._store, config, allocate)
+            if trainable and config.hot_rows:
+                self._hot = HotRows(config.hot_rows, num_rows, self.width, dtype, device, self._read_table)
         self.hot_use = 0, 0
         """Of the fetches accumulated since the last step: rows asked of this rank that were hot, and rows asked."""
-        self._hot: HotRows | None = None
-        if trainable and config.hot_rows:
-            self._hot = HotRows(config.hot_rows, num_rows, self.width, dtype, device, self._read_table)
         self.worker = Worker(trainable and config.prefetch > 0, device)
         self._ahead: list[Fetch] = []  # whose rows nobody has taken yet
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # (local rows, their gradients)
@@ -293,8 +296,8 @@ class EngramTables:
     def state(self) -> dict[str, Piece]:
         """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the state of an optimizer.
 
-        Waits for what is queued; the values stay as they are until the next step. To load into them is allowed until
-        the next fetch or step.
+        Waits for what is queued; the values stay as they are until the next step. Who loads into them calls ``loaded``
+        before the next fetch or step.
         """
         self._settle()
         tensors = self._store.tensors | self._optimizer.state()
@@ -306,8 +309,14 @@ class EngramTables:
         return pieces
 
     def _settle(self) -> None:
-        """Wait for what is queued. Until the next job, anybody may change rows in place."""
-        self.worker.wait(self.worker.submit(self._hot.forget_values if self._hot else lambda: None))
+        self.worker.wait(self.worker.submit(lambda: None))
+
+    def loaded(self) -> None:
+        """Rows or state have been changed in place: nothing is taken to be as it was."""
+        self._settle()
+        self._optimizer.loaded()
+        if self._hot:
+            self._hot.forget_values()
 
     @torch.no_grad()
     def assign(self, layer: int, first: int, values_UW: torch.Tensor) -> None:
@@ -316,7 +325,7 @@ class EngramTables:
         A short format rounds them stochastically, keyed by (seed, row, -1), as no update of a row has that number: the
         mean of what is stored is the value, on every layout the same, and what the format can hold stays what it is.
         """
-        self._settle()
+        self.loaded()
         local = first - self.owned(layer).start + self.layout.local(layer, self.mesh.rank("engram")).start
         rows_U = torch.arange(local, local + len(values_UW), device=self._memory)
         for rows, values in zip(rows_U.split(ASSIGNED_ROWS), values_UW.split(ASSIGNED_ROWS), strict=True):
@@ -337,3 +346,4 @@ class EngramTables:
             if got != expected:
                 raise ValueError(f"{name}: expected (shape, first row, rows) {expected}, got {got}")
             tensor.copy_(other[0])
+        self.loaded()

@@ -170,6 +170,7 @@ def loaded(tables: EngramTables, other: EngramTables) -> None:
 def loaded_in_place(tables: EngramTables, other: EngramTables) -> None:
     for name, piece in tables.state().items():
         piece.tensor.copy_(other.state()[name].tensor)
+    tables.loaded()
 
 
 def assigned(tables: EngramTables, other: EngramTables) -> None:

@@ -322,6 +322,16 @@ def test_momentum_sinkhorn_is_the_dense_algorithm(size):
     assert rested > 100, "no row ever rested: the threshold was not tested"
 
 
+def test_only_a_load_makes_momentum_sinkhorn_ask_the_whole_table():
+    """A save looks at the state in every interval: a step proportional to the table would follow each."""
+    tables = make_tables(TableShape(61, 8), SINKHORN)
+    train(tables, sinkhorn_ids(0), sinkhorn_grad(0), 0)
+    tables.state()
+    assert tables._optimizer._candidates is not None
+    tables.load_state(tables.state())
+    assert tables._optimizer._candidates is None
+
+
 def test_momentum_sinkhorn_goes_on_bitwise_from_its_state():
     whole, stopped = make_tables(TableShape(61, 8), SINKHORN), make_tables(TableShape(61, 8), SINKHORN)
     for step in range(40):

@@ -222,6 +222,8 @@ def _restore(
         if first:
             read_tensors(path, first, comm.group)
         read_tensors(path, tensors, comm.group)
+    if memory is not None:
+        memory.tables.loaded()
     return manifest
 
 
