@@ -19,6 +19,7 @@ from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
 from training.checkpoint import Saver, latest, load
 from training.checkpoint.rows import told
+from training.checkpoint.storage import passed_over
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
@@ -184,9 +185,12 @@ def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
         RunError: it does not fit, or the data are no longer the same.
     """
     path = latest(directory / "checkpoints")
-    if path is None:
-        if trainer.mesh.global_rank == 0:
+    if trainer.mesh.global_rank == 0:
+        for line in passed_over(directory / "checkpoints", path):
+            print(line, flush=True)
+        if path is None:
             print(f"{directory} has no complete checkpoint yet: starting from step 0", flush=True)
+    if path is None:
         return 0
     manifest: dict[str, Any] = load(path, trainer)
     if manifest["extra"]["data_fingerprint"] != data_print:

@@ -297,6 +297,18 @@ def test_latest_counts_by_number(tmp_path):
     assert latest(tmp_path).name == "step-100000000"
 
 
+def test_later_checkpoints_that_are_passed_over_are_told(tmp_path):
+    paths = {step: write(tmp_path, step, 0) for step in (3, 6, 9, 12)}
+    (paths[3] / "manifest.json").unlink()  # older than the newest good one
+    (paths[9] / "__0_0.distcp").unlink()
+    (paths[12] / "manifest.json").write_text("{")
+    assert latest(tmp_path) == paths[6]
+    cut, unreadable = storage.passed_over(tmp_path, paths[6])
+    assert cut == f"passed over {paths[9]}: it is incomplete: __0_0.distcp is missing"
+    assert unreadable.startswith(f"passed over {paths[12]}: it is damaged: manifest.json cannot be read")
+    assert len(storage.passed_over(tmp_path, None)) == 3
+
+
 def test_a_partial_directory_with_files_of_others_is_left_alone(tmp_path):
     left = tmp_path / "step-00000007.tmp"
     left.mkdir()

@@ -118,6 +118,13 @@ def latest(directory: Path, comm: Comm) -> Path | None:
     return on_rank_0(comm, lambda: next(iter(_complete(directory)), None))
 
 
+def passed_over(directory: Path, chosen: Path | None) -> list[str]:
+    """Later than the checkpoint ``chosen``, in words: what has the name of a complete one, and is none."""
+    first = 0 if chosen is None else _step(chosen) + 1
+    defects = {path: _defect(path) for path in sorted(_named(directory)) if _step(path) >= first}
+    return [f"passed over {path}: it {defect}" for path, defect in defects.items() if defect]
+
+
 def prune(directory: Path, keep: int, comm: Comm, keep_every: int = 0) -> None:
     """Delete all but the ``keep`` newest complete checkpoints and every ``keep_every``-th step's. Collective.
 
@@ -159,13 +166,23 @@ def verify(path: Path, manifest: Manifest, comm: Comm) -> None:
 
 def _complete(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first: their manifests are whole and all files have their sizes."""
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        with contextlib.suppress(RunError):
-            files = read_manifest(path)["files"]
-            if not any(find_damage(path / name, record, content=False) for name, record in files.items()):
-                found.append(path)
+    found = [path for path in _named(directory) if _defect(path) is None]
     return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"), reverse=True)
+
+
+def _named(directory: Path) -> list[Path]:
+    """What has the name of a complete checkpoint."""
+    return [path for path in directory.iterdir() if COMPLETE.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def _defect(path: Path) -> str | None:
+    """Why a directory is no complete checkpoint, but for damage inside its files, or None."""
+    try:
+        files = read_manifest(path)["files"]
+    except RunError as error:
+        return "; ".join(problem.rule if isinstance(problem, Problem) else problem for problem in error.problems)
+    damages = {name: find_damage(path / name, record, content=False) for name, record in files.items()}
+    return next((f"is incomplete: {name} {damage.what}" for name, damage in damages.items() if damage), None)
 
 
 def _step(path: Path) -> int:
@@ -176,7 +193,6 @@ def _holding(path: Path, name: str, damaged: dict[str, Damage]) -> str:
     """The tensors that a damaged file damages, as the end of a sentence."""
     if ".metadata" in damaged:
         return ""
-
     tensors = sorted({
         index.fqn
         for index, place in read_metadata(path).storage_data.items()
