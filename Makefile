@@ -39,7 +39,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed data/stdlib/dataset.json
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.bench $(ARGS)
-	$(BIN)/python -m kernels.bench_all
+	$(BIN)/python -m kernels.bench_cpu
 	$(BIN)/python -m parallel.engram_table.bench
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.checkpoint.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.checkpoint.bench_resize

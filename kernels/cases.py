@@ -1,10 +1,10 @@
-"""What the GPU benchmark times, and what ``kernels.compile_all`` compiles: each op on the shapes of real models.
+"""What the benchmarks time, and what ``kernels.compile_all`` compiles: each op on the shapes of real models.
 
-Every op's ``bench.py`` lists its cases in ``gpu_cases()``.
+Every op's ``bench.py`` lists its cases of one size and dtype in ``cases()``.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -36,6 +36,17 @@ class Size:
     expert_dim: int
     vocab: int
     streams: int = 1
+    decoding: tuple[int, ...] = (1, 32, 256)
+    """Requests that take a decoding step together."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step's micro-batch."""
+        return self.batch * self.length
+
+    def rows(self, tokens: int) -> tuple[int, int]:
+        """Rows and their length of so many tokens: whole rows, or a part of one."""
+        return max(1, tokens // self.length), min(self.length, tokens)
 
 
 SMALL = Size(
@@ -51,6 +62,9 @@ NEMOTRON = Size(
 )  # fmt: skip
 SIZES = (SMALL, MOE_3B, NEMOTRON)
 
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.int64: 0.0}
+"""Largest relative RMSE, of the output and every gradient, at which a speed means anything."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -62,21 +76,32 @@ class Case:
     make: Callable[[int, torch.dtype, str], Sequence[Tensor]]
     """(batch rows or tokens, dtype, device) -> the op's inputs; those that are leaves wanting gradients get them."""
     full: int
-    """What ``make`` gets on a card."""
+    """What ``make`` gets where speed is measured."""
     tiny: int
     """What it gets where the kernels are interpreted or only compiled."""
     ours: Op
     exact: Op
-    """Plain PyTorch on the same inputs: the check's oracle, and a peer once it went through ``torch.compile``."""
+    """Plain PyTorch on the same inputs: the oracle on a card, and a peer once it went through ``torch.compile``."""
     bytes_moved: tuple[int, int]
-    """Least bytes of device memory that forward, and forward with backward, can move at ``full``."""
+    """Least bytes of memory that forward, and forward with backward, can move at ``full``."""
     flops: tuple[int, int]
     """Floating-point operations of the same."""
-    limit: float = 2e-2
-    """Largest relative RMSE, of the output and every gradient, at which a speed means anything (16-bit inputs)."""
+    dtype: torch.dtype
+    reference: Op | None = None
+    """The oracle and a peer on a CPU: the plain formula, where ``exact`` is our own path in PyTorch's operations."""
     peers: dict[str, Callable[[], Op]] = field(default_factory=dict)
-    """Loaders of other people's op with the signature of ``ours``; ImportError where it is not installed."""
-    dtype: torch.dtype = torch.bfloat16
+    """On a card: loaders of other people's op with the signature of ``ours``; ImportError where it is not installed."""
+    cpu_peers: dict[str, Callable[[], Op]] = field(default_factory=dict)
+    """The same on a CPU."""
+    composed: bool = False
+    """Made of ops that have cases of their own, and that need one another's values: not for the compiler."""
+    loose: float = 0.0
+    """A limit of the error above that of its dtype."""
+
+    @property
+    def limit(self) -> float:
+        """Largest error at which a speed means anything."""
+        return max(self.loose, LIMITS[self.dtype])
 
     def forward(self, op: Op, inputs: Sequence[Tensor]) -> Tensor:
         """The op alone."""
@@ -96,6 +121,16 @@ def leaves(*tensors: Tensor, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
 
 
+def in_fp32(op: Op) -> Op:
+    """The formula on 16-bit inputs as mixed precision has it: computed in fp32, rounded once."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        wide = [x.float() if x.is_floating_point() else x for x in inputs]
+        return op(*wide).to(inputs[0].dtype)
+
+    return run
+
+
 def documents(batch: int, length: int, device: str) -> Tensor:
     """seq_idx (B, L) int32 of rows of about eight documents."""
     return (torch.arange(length, device=device) * 8 // length).int().repeat(batch, 1)
@@ -104,6 +139,12 @@ def documents(batch: int, length: int, device: str) -> Tensor:
 def elements(*tensors: Any) -> int:
     """How many values the tensors hold together."""
     return sum(tensor.numel() for tensor in tensors)
+
+
+def of_sizes(cases: Callable[[Size, torch.dtype], Iterable[Case]]) -> Iterator[Case]:
+    """An op's cases of all sizes in bf16."""
+    for size in SIZES:
+        yield from cases(size, torch.bfloat16)
 
 
 def sweep_constants(launchers: ModuleType, cases: Iterable[Case], **choices: Sequence[int]) -> None:

@@ -68,6 +68,19 @@ def check_documents(seq_idx: Tensor | None) -> None:
         raise ValueError("seq_idx: got an index that falls along a row, expected rows that never decrease")
 
 
+def check_states_of_documents(name: str, states: Tensor, seq_idx: Tensor) -> None:
+    """Refuse (B, S, ...) states, one a document, that are fewer than the document numbers.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    if _readable(seq_idx) and seq_idx.numel() and int(seq_idx.max()) >= states.shape[1]:
+        raise ValueError(
+            f"{name}: got states of {states.shape[1]} documents, expected at least {int(seq_idx.max()) + 1}: "
+            f"seq_idx goes up to {int(seq_idx.max())}"
+        )
+
+
 def check_decay(A: Tensor, name: str = "A") -> None:
     """Refuse an A whose real part is not negative: the state would grow, in the end to NaN.
 

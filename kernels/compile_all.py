@@ -6,6 +6,7 @@ kernel what the compiler made of it over all cases, or with ``--cases`` for each
 """
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels import backend
-from kernels.bench_all import gpu_cases
+from kernels.bench import all_cases
+from kernels.cases import SIZES, SMALL
 from kernels.timing import print_table
 
 ARCHES = (80, 90)
@@ -104,8 +108,12 @@ def caught_launches(arch: int) -> Iterator[list[Any]]:
 
 
 def compile_cases(arch: int) -> Iterator[Report]:
-    """Every kernel that the cases of all ops launch, forward and backward, once for each way it is compiled."""
-    for case in gpu_cases():
+    """Every kernel that the cases of all ops launch, forward and backward, once for each way it is compiled.
+
+    All sizes in bf16, and ``small`` in fp16 and fp32.
+    """
+    others = all_cases([SMALL], [torch.float16, torch.float32])
+    for case in (case for case in itertools.chain(all_cases(SIZES, [torch.bfloat16]), others) if not case.composed):
         seen = set()
         with caught_launches(arch) as caught:
             case.forward_backward(case.ours, case.make(case.tiny, case.dtype, "cpu"))

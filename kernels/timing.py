@@ -8,37 +8,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 ROUNDS, WARMUP = 15, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One comparison: ours and a peer on the same inputs."""
-
-    op: str
-    case: str
-    peer: str
-    error: float = 0.0
-    """Relative RMSE of ours against the peer or a reference, the largest over output and gradients."""
-    limit: float = 0.0
-    """Largest error at which a speed means anything."""
-    ours_ms: list[float] = field(default_factory=list)
-    """Milliseconds of each round; empty where the error is above the limit."""
-    peer_ms: list[float] = field(default_factory=list)
-
-    def cells(self) -> list[str]:
-        """The row of the table."""
-        if not self.error <= self.limit:
-            return [self.op, self.case, f"wrong by {self.error:.0e}: no speed", self.peer, "", ""]
-        ratio = paired_ratio(self.peer_ms, self.ours_ms)
-        return [self.op, self.case, spread(self.ours_ms), self.peer, spread(self.peer_ms), f"{ratio:.1f}x"]
+QUANTILES = (0.2, 0.5, 0.8)
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
@@ -51,6 +27,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
+def quantiles(values: Sequence[float]) -> list[float]:
+    """The 20th, 50th and 80th percentiles."""
+    at = torch.tensor(QUANTILES, dtype=torch.float64)
+    found: list[float] = torch.tensor(values, dtype=torch.float64).quantile(at).tolist()
+    return found
+
+
 def gradients(fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | None = None) -> tuple[Tensor, ...]:
     """Forward and backward: the output and the gradients of all inputs; ``dy`` is ones by default."""
     y = fn(*inputs)
@@ -59,56 +42,33 @@ def gradients(fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | 
 
 def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """Largest relative RMSE of the pairs; NaN counts as infinite."""
-    errors = (float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True))
+    errors = (_relative_rmse(a, b) for a, b in zip(got, expected, strict=True))
     return max(error if error == error else float("inf") for error in errors)
 
 
+def _relative_rmse(got: Tensor, expected: Tensor) -> float:
+    wide = torch.promote_types(expected.dtype, torch.float64)
+    return float((got.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
+
+
 def times_in_turn(
-    candidates: Sequence[Callable[[], object]], rounds: int = ROUNDS, warmup: int = WARMUP
+    candidates: Sequence[Callable[[], object]],
+    rounds: int = ROUNDS,
+    warmup: int = WARMUP,
+    limit_s: float = float("inf"),
 ) -> list[list[float]]:
-    """Milliseconds of each candidate in each round, called one after another; the first rounds warm up."""
+    """Milliseconds of each candidate in each round, called one after another; the first rounds warm up.
+
+    A candidate that has taken ``limit_s`` seconds sits out the rest, and keeps its last time if it only warmed up.
+    """
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(warmup + rounds):
         for candidate, taken in zip(candidates, times, strict=True):
-            start = time.perf_counter()
-            candidate()
-            taken.append(1e3 * (time.perf_counter() - start))
-    return [taken[warmup:] for taken in times]
-
-
-def compare(
-    op: str,
-    case: str,
-    ours: Callable[..., Tensor],
-    peers: dict[str, Callable[..., Tensor]],
-    inputs: Sequence[Tensor],
-    *,
-    limit: float,
-    dy: Tensor | None = None,
-    error: float | None = None,
-    rounds: int = ROUNDS,
-) -> list[Row]:
-    """Forward and backward of ours beside each peer, on leaves ``inputs``.
-
-    Args:
-        error: already measured against a reference; None compares with the first peer on these inputs.
-    """
-    if error is None:
-        error = relative_error(gradients(ours, inputs, dy), gradients(next(iter(peers.values())), inputs, dy))
-    rows = [Row(op=op, case=case, peer=peer, error=error, limit=limit) for peer in peers]
-    if not error <= limit:
-        return rows
-    own, *others = times_in_turn([partial(gradients, fn, inputs, dy) for fn in (ours, *peers.values())], rounds)
-    return [
-        Row(op=op, case=case, peer=peer, error=error, limit=limit, ours_ms=own, peer_ms=taken)
-        for peer, taken in zip(peers, others, strict=True)
-    ]
-
-
-def print_rows(rows: Iterable[Row]) -> None:
-    """The table of comparisons, in milliseconds."""
-    head = ["op", "case", "ours, ms: median (range)", "peer", "peer, ms", "ours is faster by"]
-    print_table([head, *(row.cells() for row in rows)])
+            if sum(taken) < 1e3 * limit_s:
+                start = time.perf_counter()
+                candidate()
+                taken.append(1e3 * (time.perf_counter() - start))
+    return [taken[warmup:] or taken[-1:] for taken in times]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

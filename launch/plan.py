@@ -103,7 +103,8 @@ def find_problems(request: Request) -> list[Problem]:
         if value is not None and value <= 0:
             problems.append(Problem(field=f"--{field}", value=value, rule="is not positive", fix="use more than 0"))
     if not request.ranks or min(request.ranks) < 1:
-        problems.append(Problem(field="--ranks", value=request.ranks, rule="is below 1", fix="use 8 64 1024"))
+        ranks = " ".join(map(str, request.ranks))
+        problems.append(Problem(field="--ranks", value=ranks, rule="is below 1", fix="use 8 64 1024"))
     if request.distinct is not None and not 0 < request.distinct <= 1:
         fix = "use 1 where no n-gram repeats"
         problems.append(Problem(field="--distinct", value=request.distinct, rule="is outside 0 to 1", fix=fix))

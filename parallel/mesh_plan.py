@@ -48,7 +48,7 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
                     field=f"parallel.{axis}",
                     value=size,
                     rule=f"does not divide the {world_size} processes of this run",
-                    fix=f"use one of {', '.join(map(str, divisors))}",
+                    fix=f"use {' or '.join(map(str, divisors))}",
                 )
             )
     if parallel.zero_stage not in (1, 2):

@@ -1,5 +1,6 @@
 """How Engram rows are stored and trained. No torch in here: the CLI imports it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,11 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
         value = getattr(config, name)
         if not all(0 <= rate < 1 for rate in (value if isinstance(value, tuple) else (value,))):
             refuse(name, value, "must lie in 0 <= rate < 1", "use the default")
+    for name in ("learning_rate_multiple", "eps", "sinkhorn_scale"):
+        if not 0 < getattr(config, name) < math.inf:
+            refuse(name, getattr(config, name), "must be above 0, and finite", "use the default")
+    if not 0 <= config.weight_decay < math.inf:
+        refuse("weight_decay", config.weight_decay, "must be 0 or more, and finite", "use 0")
     if config.optimizer == "momentum_sinkhorn" and config.weight_decay:
         refuse("weight_decay", config.weight_decay, "is not part of momentum_sinkhorn", "use 0, or adam")
     return problems

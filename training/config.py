@@ -1,5 +1,6 @@
 """One run, wholly described: RunConfig composes its owners' dataclasses. No torch in here: the CLI imports it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -92,15 +93,42 @@ def validate(config: RunConfig, world_size: int) -> list[Problem]:
         problems += _batch_problems(config, world_size)
     if config.model.engram is not None:
         problems += table_problems(config.table, config.model.engram.head_dim)
-    return problems + _checkpoint_problems(config.train)
+    return problems + _range_problems(config)
 
 
-def _checkpoint_problems(train: TrainConfig) -> list[Problem]:
-    lowest = {"save_every": 1, "keep": 1, "keep_every": 0, "checkpoint_timeout_s": 1}
-    return [
+def _range_problems(config: RunConfig) -> list[Problem]:
+    """Numbers outside of what they can be."""
+    train, optimizer = config.train, config.optimizer
+    lowest = {
+        "steps": 1, "log_every": 1, "eval_every": 0, "eval_rows": 1, "save_every": 1, "keep": 1, "keep_every": 0,
+        "checkpoint_timeout_s": 1,
+    }  # fmt: skip
+    problems = [
         Problem(field=f"train.{name}", value=value, rule=f"is below {least}", fix=f"use {least} or more")
         for name, least in lowest.items()
         if (value := getattr(train, name)) < least
+    ]
+    positive, shares = "must be above 0, and finite", "must lie in 0 to 1"
+    rules = {
+        "learning_rate": (0 < optimizer.learning_rate < math.inf, positive),
+        "betas": (all(0 <= beta < 1 for beta in optimizer.betas), "must lie in 0 <= rate < 1"),
+        "eps": (0 < optimizer.eps < math.inf, positive),
+        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "must be 0 or more, and finite"),
+        "clip_norm": (0 <= optimizer.clip_norm < math.inf, "must be 0 (no clipping) or more, and finite"),
+        "warmup_steps": (optimizer.warmup_steps >= 0, "must be 0 or more"),
+        "min_ratio": (0 <= optimizer.min_ratio <= 1, shares),
+        "decay_fraction": (0 <= optimizer.decay_fraction <= 1, shares),
+    }
+    default = OptimizerConfig()
+    return problems + [
+        Problem(
+            field=f"optimizer.{name}",
+            value=getattr(optimizer, name),
+            rule=rule,
+            fix=f"the default is {getattr(default, name)}",
+        )
+        for name, (holds, rule) in rules.items()
+        if not holds
     ]
 
 

@@ -1,4 +1,4 @@
-"""The gate beside its plain formula: ``python -m kernels.engram_gate.bench``.
+"""The gate beside its plain formula: ``python -m kernels.engram_gate.bench`` tries launch options on a card.
 
 On a GPU it is bound by bytes. A token of S streams and D channels, the streams in fp32 and the rest in bf16: forward
 reads 6 S D + 2 D and writes 2 S D; backward reads 8 S D + 2 D and writes 6 S D + 2 D. With the residual forward writes
@@ -9,7 +9,6 @@ Compiled for sm_90, S = 4 and D = 1,280, the three kernels take 80, 96 and 66 re
 SM, each thread with 48 to 80 bytes on their way in one round of loads. With the residual the last takes 80: 24 warps.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -21,9 +20,8 @@ from kernels.backend import Backend
 from kernels.cases import SIZES, Case, Size, leaves
 from kernels.engram_gate import engram_gate
 from kernels.engram_gate.reference import engram_gate_reference
-from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
-TOKENS, WIDTH, EPS = 2048, 256, 1e-5
+EPS = 1e-5
 
 
 def draw(streams: int, width: int, tokens: int) -> list[Tensor]:
@@ -31,15 +29,6 @@ def draw(streams: int, width: int, tokens: int) -> list[Tensor]:
     h_BLSD = torch.randn(1, tokens, streams, width)
     k_BLSD = torch.randn_like(h_BLSD) + h_BLSD * (torch.randint(0, 2, (1, tokens, streams, 1)) * 2 - 1)
     return [h_BLSD, k_BLSD, torch.randn(1, tokens, width), *(torch.rand(streams, width) + 0.5 for _ in range(2))]
-
-
-def make_inputs(streams: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    """Leaves of one dtype, the weights in fp32."""
-    h_BLSD, k_BLSD, v_BLD, *weights = draw(streams, WIDTH, tokens)
-    return [
-        *leaves(h_BLSD, k_BLSD, v_BLD, dtype=dtype, device="cpu"),
-        *leaves(*weights, dtype=torch.float32, device="cpu"),
-    ]
 
 
 def ours(
@@ -55,36 +44,15 @@ def plain(h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Ten
     return engram_gate_reference(h, k, v, query_weight, key_weight, EPS, residual=residual)[0]
 
 
-def measure() -> list[Row]:
-    """One residual stream and four, checked against fp64."""
-    rows = []
-    for streams in (1, 4):
-        for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
-            few = make_inputs(streams, 100, dtype)
-            exact = gradients(plain, [x.detach().double().requires_grad_() for x in few])
-            case = f"{TOKENS} x {streams} x {WIDTH}, {str(dtype)[6:]}"
-            rows += compare(
-                "engram_gate",
-                case,
-                ours,
-                {"the formula": plain},
-                make_inputs(streams, TOKENS, dtype),
-                limit=limit,
-                error=relative_error(gradients(ours, few), exact),
-                rounds=9,
-            )
-    return rows
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
+    """As the model calls it, with and without a convolution after it: streams in fp32, keys and values in 16 bits."""
+    for streams, residual in product(sorted({1, size.streams}), (False, True)):
+        yield _case(size, streams, residual, dtype)
 
 
-def gpu_cases() -> Iterator[Case]:
-    """As the model calls it, with and without a convolution after it: streams in fp32, keys and values in bf16."""
-    for size, residual in product(SIZES, (False, True)):
-        yield _case(size, residual)
-
-
-def _case(size: Size, residual: bool) -> Case:
-    tokens, S, D = size.batch * size.length, size.streams, size.d_model
-    out = 4 if residual else 2  # bytes of a value of the output, and of its gradient
+def _case(size: Size, S: int, residual: bool, dtype: torch.dtype) -> Case:
+    tokens, D, w = size.tokens, size.d_model, dtype.itemsize
+    out = 4 if residual else w  # bytes of a value of the output, and of its gradient
     return Case(
         op="engram_gate",
         shapes=f"{size.name}: {tokens} x {S} x {D}{', residual' if residual else ''}",
@@ -93,8 +61,9 @@ def _case(size: Size, residual: bool) -> Case:
         tiny=16,
         ours=partial(ours, residual=residual),
         exact=partial(plain, residual=residual),
-        bytes_moved=(tokens * D * ((6 + out) * S + 2), tokens * D * ((18 + 2 * out) * S + 6)),
+        bytes_moved=(tokens * D * ((4 + w + out) * S + w), tokens * D * ((12 + 3 * w + 2 * out) * S + 3 * w)),
         flops=((8 + residual) * tokens * S * D, (23 + 2 * residual) * tokens * S * D),
+        dtype=dtype,
     )
 
 
@@ -112,7 +81,7 @@ def sweep() -> None:
     from kernels.engram_gate import triton
 
     for size, residual in product(SIZES, (False, True)):
-        case = _case(size, residual)
+        case = _case(size, size.streams, residual, torch.bfloat16)
         h, k, v, query_weight, key_weight = (x.detach() for x in case.make(case.full, case.dtype, "cuda"))
         u, scalars = triton.forward(h, k, v, query_weight, key_weight, EPS, None, residual)
         gradient = (u, h, k, v, query_weight, key_weight, None, scalars, residual)  # u of the shape and type of du
@@ -128,13 +97,5 @@ def sweep() -> None:
                 )
 
 
-def main() -> None:
-    """Print the table; with ``sweep``, time tiles and warps on a card instead."""
-    if sys.argv[1:] == ["sweep"]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
-
-
 if __name__ == "__main__":
-    main()
+    sweep()

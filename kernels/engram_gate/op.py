@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import TRITON_DTYPES, Backend, use_triton
+from kernels.checks import check_devices, check_floats
 from kernels.engram_gate.cpu import EngramGate
 
 MAX_STREAMS = 8  # each is unrolled, and has its sums in registers
@@ -30,17 +31,13 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-    for name, tensor in {"h_BLSD": h_BLSD, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
-        if tensor.device != h_BLSD.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {h_BLSD.device}, that of h_BLSD")
+    floats = {"h_BLSD": h_BLSD, **{name: tensor for name, (tensor, _) in expected.items()}}
+    check_floats(**floats)
+    check_devices(**floats, dead_BL=dead_BL)
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
     if dead_BL is not None and (dead_BL.dtype != torch.bool or dead_BL.shape != (batch, length)):
         raise ValueError(f"dead_BL: got {dead_BL.dtype} {tuple(dead_BL.shape)}, expected bool {(batch, length)}")
-    if dead_BL is not None and dead_BL.device != h_BLSD.device:
-        raise ValueError(f"dead_BL: got device {dead_BL.device}, expected {h_BLSD.device}, that of h_BLSD")
 
 
 @overload

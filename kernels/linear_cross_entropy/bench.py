@@ -1,10 +1,11 @@
-"""linear_cross_entropy beside F.cross_entropy(F.linear): ``python -m kernels.linear_cross_entropy.bench``.
+"""linear_cross_entropy beside F.cross_entropy(F.linear) and Liger's.
 
-``sweep`` tries launch options on a card. On a GPU the op is bound by its three products, 6 D FLOPs a logit. At 700
-TFLOP/s these take 11 ps at D = 1,280; the 10 bytes that a bf16 logit and its gradient move (product, two sweeps, two
-products) take 2.5 ps at 4 TB/s, and the weight's gradient in fp32, 8 D / tokens of a chunk bytes a logit, 1.3 ps at
-2,048 tokens, most of it under its product. The softmax kernel has 32 registers a thread on sm_90 and 39 on sm_80, no
-spills and no shared memory to speak of: 4 and 3 rows an SM, 16 KiB a row on their way.
+``python -m kernels.linear_cross_entropy.bench`` tries launch options on a card. On a GPU the op is bound by its three
+products, 6 D FLOPs a logit. At 700 TFLOP/s these take 11 ps at D = 1,280; the 10 bytes that a bf16 logit and its
+gradient move (product, two sweeps, two products) take 2.5 ps at 4 TB/s, and the weight's gradient in fp32, 8 D / tokens
+of a chunk bytes a logit, 1.3 ps at 2,048 tokens, most of it under its product. The softmax kernel has 32 registers a
+thread on sm_90 and 39 on sm_80, no spills and no shared memory to speak of: 4 and 3 rows an SM, 16 KiB a row on their
+way.
 
 Peers. Liger-Kernel makes chunks of the same kind, but waits for the device twice a step (the number of valid targets,
 whether the incoming gradient is 1), cuts chunks by D / V (256 tokens at moe-3b, so the weight's gradient moves eight
@@ -12,7 +13,6 @@ times as often) and rounds it to bf16 before it is scaled. PyTorch's own op, fro
 operations and sums the weight's gradient over chunks in bf16.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -21,54 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import MOE_3B, SIZES, Case, Op, leaves
+from kernels.cases import MOE_3B, Case, Op, Size, leaves
 from kernels.linear_cross_entropy.op import linear_cross_entropy
-from kernels.timing import Row, compare, machine, print_rows, print_table
+from kernels.timing import print_table
 
-T, V, D = 2048, 8192, 256
-
-
-def measure() -> list[Row]:
-    """bf16 and fp32, at the size of the benchmark model's head."""
-    rows = []
-    targets_T, dloss = torch.randint(V, (T,)), torch.tensor(1 / T)
-
-    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets_T)
-
-    def peer(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets_T, reduction="sum")
-
-    for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
-        inputs = [x.to(dtype).requires_grad_() for x in (torch.randn(T, D), 0.05 * torch.randn(V, D))]
-        case = f"{T} x {V}, D {D}, {str(dtype)[6:]}"
-        rows += compare(
-            "linear_cross_entropy", case, ours, {"cross_entropy(linear)": peer}, inputs, limit=limit, dy=dloss, rounds=7
-        )
-    return rows
+TINY = 4
 
 
-def gpu_cases() -> Iterator[Case]:
-    """The head and loss of each size."""
-    for size in SIZES:
-        tokens, V, D = size.batch * size.length, size.vocab, size.d_model
-        yield Case(
-            op="linear_cross_entropy",
-            shapes=f"{size.name}: {tokens} x {V}, D {D}",
-            make=partial(_head, V, D),
-            full=tokens,
-            tiny=4,
-            ours=linear_cross_entropy,
-            exact=_all_logits,
-            bytes_moved=(2 * (tokens + V) * D, 4 * (tokens + V) * D),
-            flops=(2 * tokens * V * D, 6 * tokens * V * D),
-            peers={"liger": _liger, "F.linear_cross_entropy": _pytorch},
-        )
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
+    """The head and loss."""
+    tokens, V, D, w = size.tokens, size.vocab, size.d_model, dtype.itemsize
+    yield Case(
+        op="linear_cross_entropy",
+        shapes=f"{size.name}: {tokens} x {V}, D {D}",
+        make=partial(_head, V, D),
+        full=tokens,
+        tiny=TINY,
+        ours=linear_cross_entropy,
+        exact=_all_logits,
+        bytes_moved=(w * (tokens + V) * D, 2 * w * (tokens + V) * D),
+        flops=(2 * tokens * V * D, 6 * tokens * V * D),
+        peers={"liger": _liger, "F.linear_cross_entropy": _pytorch},
+        dtype=dtype,
+    )
 
 
 def _head(V: int, D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Hidden, weight and targets. Off a card D is small: it concerns the products alone, which are not ours."""
-    D = D if device == "cuda" else 32
+    """Hidden, weight and targets. Of few tokens D is small: it concerns the products alone, which are not ours."""
+    D = D if tokens > TINY else 32
     inputs = leaves(torch.randn(tokens, D), torch.randn(V, D) / D**0.5, dtype=dtype, device=device)
     return [*inputs, torch.randint(V, (tokens,), device=device)]
 
@@ -106,13 +86,5 @@ def sweep() -> None:
     print_table(rows)
 
 
-def main() -> None:
-    """Print the table."""
-    if "sweep" in sys.argv[1:]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
-
-
 if __name__ == "__main__":
-    main()
+    sweep()

@@ -1,27 +1,26 @@
-"""S4D's kernel and its convolution beside the published forms: ``python -m kernels.lti_conv.bench``."""
+"""S4D's kernel and its convolution beside the published forms.
+
+The convolution's bytes are those of u, K and y. Operations are left out: they depend on how the transform is cut.
+"""
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.cases import Case, Size, documents, leaves
 from kernels.lti_conv.init import s4d_init
 from kernels.lti_conv.op import lti_conv
-from kernels.lti_conv.reference import lti_conv_reference
 from kernels.lti_conv.s4d import s4d_kernel
-from kernels.timing import Row, compare, machine, print_rows, relative_error
 
-BATCH, LENGTH, CHANNELS, STATES = 2, 1024, 512, 16
-ROUNDS = 7
+STATES = 16
 
 
-def ours_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor) -> Tensor:
-    """Zero-order hold."""
-    return s4d_kernel(dt_D, A_DN, C_DN, LENGTH)
-
-
-def vandermonde_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor) -> Tensor:
+def vandermonde_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, length: int) -> Tensor:
     """The published way: all powers exp(l·dt·A), (D, N, L), then a sum over n."""
     step = dt_D[:, None] * A_DN
-    powers_DNL = torch.exp(step.unsqueeze(-1) * torch.arange(LENGTH))
+    powers_DNL = torch.exp(step.unsqueeze(-1) * torch.arange(length, device=dt_D.device))
     return 2 * torch.einsum("dn,dnl->dl", C_DN * (torch.exp(step) - 1) / A_DN, powers_DNL).real
 
 
@@ -32,42 +31,61 @@ def padded_fft(u_BDL: Tensor, K_DL: Tensor) -> Tensor:
     return torch.fft.irfft(product, n=2 * length)[..., :length]
 
 
-def measure() -> list[Row]:
-    """The kernel, the convolution, and the convolution over packed documents, which the peer cannot tell apart."""
-    dt_D = torch.exp(torch.empty(CHANNELS).uniform_(-6.9, -2.3)).requires_grad_()
-    A_DN = s4d_init("lin", STATES).to(torch.complex64).repeat(CHANNELS, 1).requires_grad_()
-    C_DN = torch.randn(CHANNELS, STATES // 2, dtype=torch.complex64).requires_grad_()
-    seq_idx = (torch.rand(BATCH, LENGTH) < 0.01).int().cumsum(1)
-    leaves = [torch.randn(BATCH, CHANNELS, LENGTH), ours_kernel(dt_D, A_DN, C_DN).detach()]
-    u, K, documents = leaves[0][:, :4, :100].double(), leaves[1][:4, :100].double(), seq_idx[:, :100]
-    packed_error = relative_error(
-        [lti_conv(u.float(), K.float(), seq_idx=documents)], [lti_conv_reference(u, K, seq_idx=documents)]
+def document_by_document(u_BDL: Tensor, K_DL: Tensor, seq_idx: Tensor) -> Tensor:
+    """The same for rows that are cut at the same places."""
+    lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+    return torch.cat([padded_fft(u, K_DL[:, : u.shape[-1]]) for u in u_BDL.split(lengths, -1)], -1)
+
+
+def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
+    """The kernel, the convolution, and the convolution of packed rows, in fp32."""
+    D, L, tokens = size.d_model, size.length, size.tokens
+    yield Case(
+        op="s4d_kernel",
+        shapes=f"{size.name}: L{L} D{D} N{STATES}",
+        make=partial(_parameters, D),
+        full=L,
+        tiny=70,
+        ours=partial(_of_length, s4d_kernel),
+        exact=partial(_of_length, vandermonde_kernel),
+        bytes_moved=(4 * D * L, 8 * D * L),
+        flops=(0, 0),
+        dtype=torch.float32,
+        loose=1e-4,
     )
-    inputs = [x.requires_grad_() for x in leaves]
-    shape, peer = f"B{BATCH} L{LENGTH} D{CHANNELS}, float32", {"padded FFT": padded_fft}
-
-    def packed(u_BDL: Tensor, K_DL: Tensor) -> Tensor:
-        return lti_conv(u_BDL, K_DL, seq_idx=seq_idx)
-
-    return [
-        *_kernel_rows([dt_D, A_DN, C_DN]),
-        *compare("lti_conv", shape, lti_conv, peer, inputs, limit=1e-5, rounds=ROUNDS),
-        *compare("lti_conv", f"{shape}, packed", packed, peer, inputs, limit=1e-5, error=packed_error, rounds=ROUNDS),
-    ]
-
-
-def _kernel_rows(inputs: list[Tensor]) -> list[Row]:
-    case, peers = f"L{LENGTH} D{CHANNELS} N{STATES}, float32", {"Vandermonde": vandermonde_kernel}
-    with torch.no_grad():
-        error = relative_error([ours_kernel(*inputs)], [vandermonde_kernel(*inputs)])
-    return compare("s4d_kernel", case, ours_kernel, peers, inputs, limit=1e-4, error=error, rounds=ROUNDS)
+    for packing in (False, True):
+        yield Case(
+            op="lti_conv",
+            shapes=f"{size.name}: B{size.batch} L{L} D{D}{', packed' if packing else ''}",
+            make=partial(_signals, size, packing),
+            full=tokens,
+            tiny=70,
+            ours=_packed if packing else lti_conv,
+            exact=document_by_document if packing else padded_fft,
+            bytes_moved=(4 * D * (2 * tokens + L), 4 * D * (5 * tokens + 3 * L)),
+            flops=(0, 0),
+            dtype=torch.float32,
+        )
 
 
-def main() -> None:
-    """Print the table."""
-    print(machine())
-    print_rows(measure())
+def _of_length(kernel, dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, positions_L: Tensor) -> Tensor:
+    return kernel(dt_D, A_DN, C_DN, len(positions_L))
 
 
-if __name__ == "__main__":
-    main()
+def _packed(u_BDL: Tensor, K_DL: Tensor, seq_idx: Tensor) -> Tensor:
+    return lti_conv(u_BDL, K_DL, seq_idx=seq_idx)
+
+
+def _parameters(D: int, length: int, _: torch.dtype, device: str) -> list[Tensor]:
+    dt_D = torch.exp(torch.empty(D).uniform_(-6.9, -2.3))
+    A_DN = s4d_init("lin", STATES).to(torch.complex64).repeat(D, 1)
+    C_DN = torch.randn(D, STATES // 2, dtype=torch.complex64)
+    inputs = [x.to(device).requires_grad_() for x in (dt_D, A_DN, C_DN)]
+    return [*inputs, torch.arange(length, device=device)]
+
+
+def _signals(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    batch, length = size.rows(tokens)
+    K_DL = torch.randn(size.d_model, length) * torch.exp(-0.05 * torch.arange(length))
+    inputs = leaves(torch.randn(batch, size.d_model, length), K_DL, dtype=dtype, device=device)
+    return [*inputs, documents(batch, length, device)] if packing else inputs

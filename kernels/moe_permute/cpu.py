@@ -23,7 +23,7 @@ class Permutation:
     slots: torch.Tensor
     """(M,) int64: the flat slot ``token * K + k`` of sorted row m."""
     inverse: torch.Tensor
-    """(T, K) int64: the sorted row of a slot; -1 for a slot that is not routed."""
+    """(T, K) int64: the sorted row of a slot; negative for a slot that is not routed."""
     counts_E: torch.Tensor
     """(E,) int64: rows of each expert, exact."""
     top_k: int

@@ -33,8 +33,9 @@ def permute(
         x_MD, differentiable in ``x_TD``, and the permutation with the exact row counts ``counts_E``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, ids outside -1 .. E-1, or -1 where dropless (ids are checked in
-            host memory), or the backend cannot.
+        ValueError: shapes or dtypes that do not fit, ids outside -1 .. E-1, or -1 where dropless, or the backend
+            cannot. Ids are looked at in host memory only: on a card one outside 0 .. E-1 is not routed, and where
+            dropless the rows that are then too many are zeros behind those of the last expert.
     """
     if x_TD.dim() != 2:
         raise ValueError(f"x_TD has shape {tuple(x_TD.shape)}, expected (T, D)")

@@ -50,7 +50,10 @@ def moe_permute_sort_kernel(
     ids_ptr, counts_ptr, ends_ptr, order_ptr, slots_ptr, inverse_ptr, N, K, E,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """order, slots (N,) and inverse (N,) of ends, the running sum of counts (E + 1, blocks); grid as for the counts."""
+    """order, slots (N,) and inverse (N,) of ends, the running sum of counts (E + 1, blocks); grid as for the counts.
+
+    A dropped slot's place behind the routed rows is in inverse too, as -2 - place.
+    """
     block, blocks = tl.program_id(0), tl.num_programs(0)
     n = block.to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
@@ -61,18 +64,23 @@ def moe_permute_sort_kernel(
     row = tl.load(ends_ptr + at, mask=mine, other=0) - tl.load(counts_ptr + at, mask=mine, other=0) + rank - 1
     tl.store(order_ptr + row, n // K, mask=mine)
     tl.store(slots_ptr + row, n, mask=mine)
-    tl.store(inverse_ptr + n, tl.where(expert < E, row, -1), mask=mine)
+    tl.store(inverse_ptr + n, tl.where(expert < E, row, -2 - row), mask=mine)
 
 
 @triton.jit
 def moe_permute_spread_kernel(
-    x_ptr, y_ptr, weights_ptr, inverse_ptr, out_ptr, dots_ptr, N, K, D, stride_xt, stride_ym,
+    x_ptr, y_ptr, weights_ptr, inverse_ptr, out_ptr, dots_ptr, N, K, D, M, stride_xt, stride_ym,
     HAS_WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[row of slot n] = weights[n] x[token of n]; dots[n] = <x[token of n], y[row of n]>; grid (blocks of N,)."""
+    """out[row of slot n] = weights[n] x[token of n]; dots[n] = <x[token of n], y[row of n]>; grid (blocks of N,).
+
+    A dropped slot whose place is within the M rows, because the caller counted on none, has a row of zeros.
+    """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = tl.load(inverse_ptr + n, mask=n < N, other=-1)
     routed = row >= 0
+    target = tl.where(routed, row, -2 - row)
+    written = (target >= 0) & (target < M)
     x_ptrs = x_ptr + (n // K)[:, None] * stride_xt
     if HAS_WEIGHTS:
         weights = tl.load(weights_ptr + n, mask=routed, other=0.0).to(tl.float32)
@@ -86,7 +94,7 @@ def moe_permute_spread_kernel(
             y = tl.load(y_ptr + row[:, None] * stride_ym + d[None, :], mask=mask, other=0.0).to(tl.float32)
             dots += tl.sum(x * y, 1)
             x *= weights[:, None]
-        tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=mask)
+        tl.store(out_ptr + target[:, None] * D + d[None, :], x, mask=written[:, None] & (d < D)[None, :])
     if HAS_WEIGHTS:
         tl.store(dots_ptr + n, dots, mask=n < N)
 
@@ -111,7 +119,10 @@ def moe_permute_sum_kernel(
 
 
 def sort(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """order_N, slots_N, inverse_TK and counts_E, all int64; dropped slots come last in order and slots."""
+    """order_N, slots_N, inverse_TK and counts_E, all int64; dropped slots come last in order and slots.
+
+    They are those whose id is not 0 to E - 1; their places are in inverse as -2 - place.
+    """
     ids_TK, E = expert_ids_TK.contiguous(), num_experts
     (_, K), N = ids_TK.shape, ids_TK.numel()
     order_N, slots_N, inverse_TK = ids_TK.new_empty(N), ids_TK.new_empty(N), torch.empty_like(ids_TK)
@@ -137,14 +148,14 @@ def spread(
     if T * K:
         moe_permute_spread_kernel[(triton.cdiv(T * K, rows),)](
             x_TD, y_MD, weights_TK if weights_TK is None else weights_TK.contiguous(), inverse_TK, out_MD, dots_TK,
-            T * K, K, D, x_TD.stride(0), 0 if y_MD is None else y_MD.stride(0),
+            T * K, K, D, num_rows, x_TD.stride(0), 0 if y_MD is None else y_MD.stride(0),
             HAS_WEIGHTS=weights_TK is not None, ROWS=rows, BLOCK_D=block_D,
         )  # fmt: skip
     return out_MD, dots_TK
 
 
 def sum_copies(y_MD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """y_TD[t] = sum_k weights[t, k] * y_MD[inverse[t, k]]; -1 adds nothing."""
+    """y_TD[t] = sum_k weights[t, k] * y_MD[inverse[t, k]]; a negative place adds nothing."""
     (T, K), D, y_MD = inverse_TK.shape, y_MD.shape[1], dense_rows(y_MD)
     out_TD = torch.empty((T, D), dtype=y_MD.dtype, device=y_MD.device)
     rows, block_D = _tile(D)

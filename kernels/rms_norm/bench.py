@@ -1,12 +1,11 @@
-"""rms_norm and the gated norm beside PyTorch's operations: ``python -m kernels.rms_norm.bench``.
+"""rms_norm and the gated norm beside PyTorch's operations.
 
-``sweep`` tries launch options on a card. On a GPU both are bound by bytes. Plain, a residual stream in fp32 to bf16, a
-token and channel: forward 4 + 2, backward reads 4 + 2 and writes 4. Gated, all bf16: forward reads 4 and writes 2,
-backward reads 6 and writes 4. Compiled for sm_90, forward takes 56 to 80 registers a thread for its 32 values (24 warps
-an SM and more), backward 69 to 164 for 16 (12 and more); no spills.
+``python -m kernels.rms_norm.bench`` tries launch options on a card. On a GPU both are bound by bytes. Plain, a residual
+stream in fp32 to bf16, a token and channel: forward 4 + 2, backward reads 4 + 2 and writes 4. Gated, all bf16: forward
+reads 4 and writes 2, backward reads 6 and writes 4. Compiled for sm_90, forward takes 56 to 80 registers a thread for
+its 32 values (24 warps an SM and more), backward 69 to 164 for 16 (12 and more); no spills.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,84 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Op, Size, leaves, sweep_constants
+from kernels.cases import Case, Op, Size, in_fp32, leaves, of_sizes, sweep_constants
 from kernels.rms_norm.op import gated_rms_norm, rms_norm
-from kernels.timing import Row, compare, machine, print_rows
+from kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 
-TOKENS, EPS = 2048, 1e-5
-
-
-def to_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    """The residual stream's norm, in the dtype of the matrices that follow."""
-    return rms_norm(x, weight, EPS, torch.bfloat16)
+EPS = 1e-5
 
 
-def peer(x: Tensor, weight: Tensor) -> Tensor:
-    """PyTorch's."""
-    return F.rms_norm(x, weight.shape, weight, EPS).bfloat16()
+def pytorchs(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the stream, rounded to the dtype of the matrices that follow."""
+    return F.rms_norm(x, weight.shape, weight, EPS).to(dtype)
 
 
-def gated(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """Mamba-2's."""
-    return gated_rms_norm(x, z, weight, EPS)
+def plain(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The formula."""
+    return rms_norm_reference(x, weight, EPS).to(dtype)
 
 
-def gated_peer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """As the Mamba-2 blocks of transformers write it."""
-    u = x.float() * F.silu(z.float())
-    return weight * (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def measure() -> list[Row]:
-    """A residual stream in fp32 normed to bf16, and the gated norm in bf16."""
-    rows = []
-    for D in (256, 1024):
-        inputs = [torch.randn(TOKENS, D).requires_grad_(), torch.ones(D, requires_grad=True)]
-        case = f"{TOKENS} x {D}, float32 to bfloat16"
-        rows += compare("rms_norm", case, to_bf16, {"F.rms_norm": peer}, inputs, limit=2e-2)
-    pair = [torch.randn(TOKENS, 512).bfloat16().requires_grad_() for _ in "xz"]
-    inputs = [*pair, torch.ones(512, requires_grad=True)]
-    peers = {"transformers' formula": gated_peer}
-    rows += compare("gated_rms_norm", f"{TOKENS} x 512, bfloat16", gated, peers, inputs, limit=2e-2)
-    return rows
-
-
-def gpu_cases() -> Iterator[Case]:
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """The residual stream's norm and Mamba-2's gated norm."""
-    for size in SIZES:
-        tokens, D = size.batch * size.length, size.d_model
-        yield Case(
-            op="rms_norm",
-            shapes=f"{size.name}: {tokens} x {D}, float32 to bfloat16",
-            make=partial(_stream, D),
-            full=tokens,
-            tiny=64,
-            ours=to_bf16,
-            exact=peer,
-            bytes_moved=(6 * tokens * D, 16 * tokens * D),
-            flops=(4 * tokens * D, 14 * tokens * D),
-            peers={"liger-kernel": _liger},
-        )
-        D, group = size.heads * size.head_dim, size.heads * size.head_dim // size.groups
-        yield Case(
-            op="gated_rms_norm",
-            shapes=f"{size.name}: {tokens} x {D} in groups of {group}",
-            make=partial(_pair, size),
-            full=tokens,
-            tiny=64,
-            ours=partial(gated_rms_norm, eps=EPS, group_size=group),
-            exact=partial(gated_rms_norm, eps=EPS, group_size=group, backend="torch"),
-            bytes_moved=(6 * tokens * D, 16 * tokens * D),
-            flops=(9 * tokens * D, 30 * tokens * D),
-            peers={"mamba_ssm": partial(_mamba_ssm, group)},
-        )
+    tokens, D, w = size.tokens, size.d_model, dtype.itemsize
+    yield Case(
+        op="rms_norm",
+        shapes=f"{size.name}: {tokens} x {D}, float32 to {str(dtype)[6:]}",
+        make=partial(_stream, D),
+        full=tokens,
+        tiny=64,
+        ours=partial(rms_norm, eps=EPS, out_dtype=dtype),
+        exact=partial(pytorchs, dtype=dtype),
+        reference=partial(plain, dtype=dtype),
+        bytes_moved=((4 + w) * tokens * D, (12 + 2 * w) * tokens * D),
+        flops=(4 * tokens * D, 14 * tokens * D),
+        peers={"liger-kernel": partial(_liger, dtype)},
+        cpu_peers={"F.rms_norm": lambda: partial(pytorchs, dtype=dtype)},
+        dtype=dtype,
+    )
+    D, group = size.heads * size.head_dim, size.heads * size.head_dim // size.groups
+    yield Case(
+        op="gated_rms_norm",
+        shapes=f"{size.name}: {tokens} x {D} in groups of {group}",
+        make=partial(_pair, size),
+        full=tokens,
+        tiny=64,
+        ours=partial(gated_rms_norm, eps=EPS, group_size=group),
+        exact=partial(gated_rms_norm, eps=EPS, group_size=group, backend="torch"),
+        reference=in_fp32(partial(gated_rms_norm_reference, eps=EPS, group_size=group)),
+        bytes_moved=(3 * w * tokens * D, 8 * w * tokens * D),
+        flops=(9 * tokens * D, 30 * tokens * D),
+        peers={"mamba_ssm": partial(_mamba_ssm, group)},
+        dtype=dtype,
+    )
 
 
-def _liger() -> Op:
+def _liger(dtype: torch.dtype) -> Op:
     """Liger's, whose output has the dtype of its input."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False).bfloat16()
+    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False).to(dtype)
 
 
 def _mamba_ssm(group: int) -> Op:
@@ -116,16 +94,8 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.rms_norm import triton
 
-    sweep_constants(triton, gpu_cases(), TILE=(2048, 4096, 8192), GRADIENT_PROGRAMS=(512, 1024, 2048))
-
-
-def main() -> None:
-    """Print the table."""
-    if sys.argv[1:] == ["sweep"]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
+    sweep_constants(triton, of_sizes(cases), TILE=(2048, 4096, 8192), GRADIENT_PROGRAMS=(512, 1024, 2048))
 
 
 if __name__ == "__main__":
-    main()
+    sweep()

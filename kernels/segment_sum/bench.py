@@ -1,13 +1,11 @@
-"""Sums of rows that share an id, beside index_add_: ``python -m kernels.segment_sum.bench``.
+"""Sums of rows that share an id, beside index_add_: ``python -m kernels.segment_sum.bench`` sweeps on a card.
 
 On a GPU bound by bytes. W values a row: forward reads 2 W and 8 of its place, and writes 4 W a sum; backward reads 4 W
 a sum and writes 2 W a row. Ids are drawn as n-grams fall: a few of them often, most once or twice, 42 % distinct.
 Compiled for sm_90, the kernel for short segments takes 52 to 96 registers a thread (20 warps an SM and more), the two
 for long ones 38 to 40.
-``sweep`` tries launch options on a card.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,12 +13,11 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.cases import SIZES, Case, leaves, sweep_constants
+from kernels.cases import Case, Size, leaves, of_sizes, sweep_constants
 from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.cpu import sum_sorted_cpu
-from kernels.timing import Row, machine, print_rows, relative_error, times_in_turn
 
-IDS, COLUMNS = 65_536, 16  # of a CPU measurement; looked up by a token
+COLUMNS = 16  # looked up by a token
 SPREADS = {"Zipfian": 0.42, "all in one": 0.0}  # distinct ids of a batch: as in parallel.engram_table.bench, and one
 
 
@@ -47,46 +44,27 @@ def index_add(rows_MW: Tensor, order_M: Tensor, starts_S: Tensor, index_M: Tenso
     )
 
 
-def measure() -> list[Row]:
-    """Forward alone (it is the backward pass of a lookup), in a known order, fp32."""
-    rows = []
-    for case, distinct in SPREADS.items():
-        rows_MW, order_M, starts_S, index_M = (x.detach() for x in _gradients(64, distinct, IDS, torch.float32, "cpu"))
-        calls = [partial(op, rows_MW, order_M, starts_S, index_M) for op in (ours, index_add)]
-        error = relative_error([calls[0]()], [calls[1]()])
-        ours_ms, peer_ms = times_in_turn(calls)
-        row = Row(
-            op="segment_sum",
-            case=f"forward, {IDS} x 64, {case}",
-            peer="index_add",
-            error=error,
-            limit=1e-4,
-            ours_ms=ours_ms,
-            peer_ms=peer_ms,
-        )
-        rows.append(row)
-    return rows
-
-
-def gpu_cases() -> Iterator[Case]:
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """Gradients of looked-up rows of one layer, in a known order, as the table has them."""
-    for size in SIZES:
-        ids, width = size.batch * size.length * COLUMNS, 128 if size.d_model > 2048 else 64
-        for spread, distinct in SPREADS.items():
-            num_segments = max(1, int(distinct * ids))
-            forward = ids * (2 * width + 8) + num_segments * (4 * width + 8)
-            yield Case(
-                op="segment_sum",
-                shapes=f"{size.name}: {ids} x {width}, {spread}",
-                make=partial(_gradients, width, distinct),
-                full=ids,
-                tiny=4096,
-                ours=ours,
-                exact=exact,
-                bytes_moved=(forward, forward + 4 * num_segments * width + 2 * ids * width),
-                flops=(ids * width, ids * width),
-                peers={"index_add (atomics)": lambda: index_add},
-            )
+    ids, w, width = size.tokens * COLUMNS, dtype.itemsize, 128 if size.d_model > 2048 else 64
+    for spread, distinct in SPREADS.items():
+        num_segments = max(1, int(distinct * ids))
+        forward = ids * (w * width + 8) + num_segments * (4 * width + 8)
+        yield Case(
+            op="segment_sum",
+            shapes=f"{size.name}: {ids} x {width}, {spread}",
+            make=partial(_gradients, width, distinct),
+            full=ids,
+            tiny=4096,
+            ours=ours,
+            exact=exact,
+            reference=index_add,
+            bytes_moved=(forward, forward + 4 * num_segments * width + w * ids * width),
+            flops=(ids * width, ids * width),
+            peers={"index_add (atomics)": lambda: index_add},
+            dtype=dtype,
+            loose=1e-4,
+        )
 
 
 def _gradients(width: int, distinct: float, num_ids: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -103,16 +81,8 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.segment_sum import triton
 
-    sweep_constants(triton, gpu_cases(), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8))
-
-
-def main() -> None:
-    """Print the table."""
-    if sys.argv[1:] == ["sweep"]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
+    sweep_constants(triton, of_sizes(cases), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8))
 
 
 if __name__ == "__main__":
-    main()
+    sweep()

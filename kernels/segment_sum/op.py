@@ -29,8 +29,9 @@ def sum_sorted(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Back
         (S, W), differentiable in the rows; a segment without rows is zero.
 
     Raises:
-        ValueError: a shape, dtype, device, position or start is wrong (values are looked at on CPUs only: on a GPU that
-            would wait for it), or the backend cannot.
+        ValueError: a shape, dtype, device, position or start is wrong, or the backend cannot. Values are looked at on
+            CPUs only: on a GPU that would wait for it. There a position beyond the rows makes its segment's sum NaN,
+            starts that do not rise give sums without meaning, and nothing is read outside the tensors.
     """
     if rows_MW.dim() != 2:
         raise ValueError(f"rows_MW: got {tuple(rows_MW.shape)}, expected (M, W)")

@@ -12,6 +12,9 @@ How many units there are is not known on the host, nor waited for: there is one 
 order. Each whole unit has exactly one position that is a multiple of UNIT, and the program of that position looks up by
 a search in ``starts`` which unit of which segment is its own; programs without one end there.
 
+A position that is no row's makes its segment NaN; starts that do not rise give sums without meaning. Nothing is read
+outside the tensors.
+
 Legend: M rows, W row width, N positions, S segments.
 """
 # A tuple grows load by load; Triton's compiler knows neither stars in it nor annotations.
@@ -46,19 +49,35 @@ def _segment_of(position, starts_ptr, S, WAYS: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(acc, rows_ptr, order_ptr, first, end, w, W, stride_m, ROWS: tl.constexpr):
+def _load_rows(rows_ptr, place, summed, w, M, W, stride_m):
+    """The rows at the places that are ``summed``, in fp32; NaN for a place that is no row's."""
+    exists = (place >= 0) & (place < M)
+    mask = (summed & exists)[:, None] & (w < W)[None, :]
+    rows = tl.load(rows_ptr + place[:, None] * stride_m + w[None, :], mask=mask, other=0.0).to(tl.float32)
+    return rows + tl.where(summed & ~exists, float("nan"), 0.0)[:, None]
+
+
+@triton.jit
+def _bounds(starts_ptr, segment, mask, N, S):
+    """First position and end of segments, inside the order whatever ``starts`` holds."""
+    first = tl.load(starts_ptr + segment, mask=mask, other=0)
+    end = tl.load(starts_ptr + segment + 1, mask=mask & (segment + 1 < S), other=N)
+    return tl.maximum(first, 0), tl.minimum(end, N)
+
+
+@triton.jit
+def _sum_rows(acc, rows_ptr, order_ptr, first, end, w, M, W, stride_m, ROWS: tl.constexpr):
     """acc (ROWS, BLOCK_W) plus the rows at positions ``first`` to ``end``."""
     for start in range(first, end, ROWS):
         n = start + tl.arange(0, ROWS)
         place = tl.load(order_ptr + n, mask=n < end, other=0)
-        mask = (n < end)[:, None] & (w < W)[None, :]
-        acc += tl.load(rows_ptr + place[:, None] * stride_m + w[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += _load_rows(rows_ptr, place, n < end, w, M, W, stride_m)
     return acc
 
 
 @triton.jit
 def segment_sum_part_kernel(
-    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, N, S, W, stride_m,
+    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, M, N, S, W, stride_m,
     UNIT: tl.constexpr, MAX_PARTS: tl.constexpr, WAYS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """parts (N / UNIT, W) of long segments; owner (N / UNIT), the segment whose first unit is here, or -1.
@@ -68,8 +87,7 @@ def segment_sum_part_kernel(
     unit = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
     segment = _segment_of(unit * UNIT, starts_ptr, S, WAYS)
-    first = tl.load(starts_ptr + segment, mask=segment >= 0, other=0)
-    end = tl.load(starts_ptr + segment + 1, mask=(segment >= 0) & (segment + 1 < S), other=N)
+    first, end = _bounds(starts_ptr, segment, segment >= 0, N, S)
     number = unit - (first + UNIT - 1) // UNIT
     units = tl.where(segment >= 0, (end - first) // UNIT, 0)
     if tl.program_id(1) == 0:
@@ -78,13 +96,13 @@ def segment_sum_part_kernel(
     if (number < units) & (number % units_of_part == 0):
         last = first + tl.minimum(number + units_of_part, units) * UNIT
         acc = tl.zeros((ROWS, BLOCK_W), tl.float32)
-        acc = _sum_rows(acc, rows_ptr, order_ptr, first + number * UNIT, last, w, W, stride_m, ROWS)
+        acc = _sum_rows(acc, rows_ptr, order_ptr, first + number * UNIT, last, w, M, W, stride_m, ROWS)
         tl.store(parts_ptr + unit * W + w, tl.sum(acc, 0), mask=w < W)
 
 
 @triton.jit
 def segment_sum_long_kernel(
-    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, out_ptr, N, S, W, stride_m,
+    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, out_ptr, M, N, S, W, stride_m,
     UNIT: tl.constexpr, MAX_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Rows of out (S, W) that have parts: their sum, and the rest. Grid (N / UNIT, blocks of W)."""
@@ -92,8 +110,7 @@ def segment_sum_long_kernel(
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
     segment = tl.load(owner_ptr + unit)
     if segment >= 0:
-        first = tl.load(starts_ptr + segment)
-        end = tl.load(starts_ptr + segment + 1, mask=segment + 1 < S, other=N)
+        first, end = _bounds(starts_ptr, segment, segment >= 0, N, S)
         units = (end - first) // UNIT
         units_of_part = (units + MAX_PARTS - 1) // MAX_PARTS
         acc = tl.zeros((ROWS, BLOCK_W), tl.float32)
@@ -101,20 +118,19 @@ def segment_sum_long_kernel(
             number = start + tl.arange(0, ROWS) * units_of_part
             mask = (number < units)[:, None] & (w < W)[None, :]
             acc += tl.load(parts_ptr + (unit + number)[:, None] * W + w[None, :], mask=mask, other=0.0)
-        acc = _sum_rows(acc, rows_ptr, order_ptr, first + units * UNIT, end, w, W, stride_m, ROWS)
+        acc = _sum_rows(acc, rows_ptr, order_ptr, first + units * UNIT, end, w, M, W, stride_m, ROWS)
         tl.store(out_ptr + segment * W + w, tl.sum(acc, 0), mask=w < W)
 
 
 @triton.jit
 def segment_sum_fwd_kernel(
-    rows_ptr, order_ptr, starts_ptr, out_ptr, N, S, W, stride_m,
+    rows_ptr, order_ptr, starts_ptr, out_ptr, M, N, S, W, stride_m,
     UNIT: tl.constexpr, AHEAD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Rows of out (S, W) of segments shorter than UNIT; grid (blocks of S, blocks of W)."""
     s = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
-    first = tl.load(starts_ptr + s, mask=s < S, other=0)
-    end = tl.load(starts_ptr + s + 1, mask=s + 1 < S, other=N)
+    first, end = _bounds(starts_ptr, s, s < S, N, S)
     short = (s < S) & (end - first < UNIT)
     length = tl.where(short, end - first, 0)
     acc = tl.zeros((SEGMENTS, BLOCK_W), tl.float32)
@@ -124,9 +140,7 @@ def segment_sum_fwd_kernel(
             at = start + ahead
             places = places + (tl.load(order_ptr + first + at, mask=at < length, other=0),)
         for ahead in tl.static_range(AHEAD):
-            row = rows_ptr + places[ahead][:, None] * stride_m + w[None, :]
-            mask = (start + ahead < length)[:, None] & (w < W)[None, :]
-            acc += tl.load(row, mask=mask, other=0.0).to(tl.float32)
+            acc += _load_rows(rows_ptr, places[ahead], start + ahead < length, w, M, W, stride_m)
     tl.store(out_ptr + s[:, None] * W + w[None, :], acc, mask=short[:, None] & (w < W)[None, :])
 
 
@@ -140,7 +154,7 @@ def forward(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
         return out
     block = max(16, min(triton.next_power_of_2(W), 256))
     tile, blocks, units = min(TILE // block, 32), triton.cdiv(W, block), N // UNIT
-    sizes = (N, S, W, rows.stride(0))
+    sizes = (rows.shape[0], N, S, W, rows.stride(0))
     if units:
         units = triton.cdiv(N, UNIT)
         parts = torch.empty((units, W), dtype=torch.float32, device=rows.device)

@@ -1,9 +1,8 @@
-"""Speed of the selective scan: ``python -m kernels.selective_scan.bench``; ``sweep`` tries launch options on a card.
+"""A Mamba-1 layer's scan beside mambapy's and mamba_ssm's: ``python -m kernels.selective_scan.bench`` sweeps on a card.
 
-On a CPU beside mambapy's parallel scan and two loops over time; all candidates take the same channels-last inputs, with
-D, softplus and gate; each round runs all, one after another.
+All candidates take channels-last inputs, with D, softplus and gate.
 
-On a GPU (``gpu_cases``) a Mamba-1 layer's scan, all of which is bound by instructions rather than bytes. The compiler's
+On a GPU all of it is bound by instructions rather than bytes. The compiler's
 report for sm_90 (``make compile-kernels``) and its instructions, in bf16 with z, at 16 elements (token, channel, state)
 a thread and turn of the innermost loop:
 
@@ -20,7 +19,6 @@ of 16 lose 16-byte loads and spill outside the innermost loop.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -28,90 +26,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Size, documents, leaves
+from kernels.cases import Case, Op, Size, documents, in_fp32, leaves, of_sizes
 from kernels.selective_scan.op import selective_scan
-from kernels.selective_scan.reference import selective_scan_reference
-from kernels.timing import Row, compare, gradients, machine, print_rows, relative_error
 
-BATCH, LENGTH, CHANNELS, STATES = 2, 1024, 512, 16
-ROUNDS = 5
-EXPAND, GPU_STATES = 2, 16  # as Mamba-1 is published
+EXPAND, STATES = 2, 16  # as Mamba-1 is published
 
 
-def scan_ours(u_BLD: Tensor, raw_dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor):
-    u, raw_dt, B, C, z = (x.transpose(1, 2) for x in (u_BLD, raw_dt_BLD, B_BLN, C_BLN, z_BLD))
-    y = selective_scan(u, raw_dt, A, B, C, D, z, delta_softplus=True)
-    assert isinstance(y, Tensor)
-    return y.transpose(1, 2)
-
-
-def _with_scan(scan: Callable[[Tensor, Tensor], Tensor]):
-    """A peer's way: decays and inputs of all states materialised, (B, L, D, N), then ``scan(decays, inputs)``."""
-
-    def run(u_BLD, raw_dt_BLD, A, B_BLN, C_BLN, D, z_BLD):
-        dt_BLD1 = F.softplus(raw_dt_BLD).unsqueeze(-1)
-        h_BLDN = scan(torch.exp(dt_BLD1 * A), dt_BLD1 * B_BLN.unsqueeze(2) * u_BLD.unsqueeze(-1))
-        return ((h_BLDN @ C_BLN.unsqueeze(-1)).squeeze(3) + D * u_BLD) * F.silu(z_BLD)
-
-    return run
-
-
-def _pscan(decays_BLDN: Tensor, inputs_BLDN: Tensor) -> Tensor:
-    from mambapy.pscan import pscan
-
-    return pscan(decays_BLDN, inputs_BLDN)
-
-
-def _unbind_loop(decays_BLDN: Tensor, inputs_BLDN: Tensor) -> Tensor:
-    h, states = torch.zeros_like(inputs_BLDN[:, 0]), []
-    for decay, x in zip(decays_BLDN.unbind(1), inputs_BLDN.unbind(1), strict=True):
+def plain(
+    u_BLD: Tensor, dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor, bias: Tensor,
+    seq_idx: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Step by step as ``reference.py``, but cut once: a slice at every step makes backward quadratic in the length."""
+    dt_BLD1 = F.softplus(dt_BLD + bias).unsqueeze(-1)
+    decays, inputs = torch.exp(dt_BLD1 * A), dt_BLD1 * B_BLN.unsqueeze(2) * u_BLD.unsqueeze(-1)
+    if seq_idx is not None:
+        decays = decays * (seq_idx.diff(dim=1, prepend=seq_idx[:, :1]) == 0)[..., None, None]
+    h, states = torch.zeros_like(inputs[:, 0]), []
+    for decay, x in zip(decays.unbind(1), inputs.unbind(1), strict=True):
         h = decay * h + x
         states.append(h)
-    return torch.stack(states, 1)
+    y_BLD = (torch.stack(states, 1) @ C_BLN.unsqueeze(-1)).squeeze(3)
+    return (y_BLD + D * u_BLD) * F.silu(z_BLD)
 
 
-def scan_slicing_loop(u_BLD, raw_dt_BLD, A, B_BLN, C_BLN, D, z_BLD):
-    """Slices small inputs at every step: each slice's gradient is a full-size tensor, so backward is quadratic in L."""
-    dt_BLD, h, outputs = F.softplus(raw_dt_BLD), u_BLD.new_zeros(u_BLD.shape[0], *A.shape), []
-    for t in range(u_BLD.shape[1]):
-        dt_BD1 = dt_BLD[:, t, :, None]
-        h = torch.exp(dt_BD1 * A) * h + dt_BD1 * B_BLN[:, t, None] * u_BLD[:, t, :, None]
-        outputs.append((h @ C_BLN[:, t, :, None]).squeeze(-1))
-    return (torch.stack(outputs, 1) + D * u_BLD) * F.silu(z_BLD)
+def _mambapy() -> Op:
+    """Its parallel scan, on decays and inputs of all states materialised, (B, L, D, N)."""
+    from mambapy.pscan import pscan
 
+    def run(
+        u_BLD: Tensor, dt_BLD: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor, D: Tensor, z_BLD: Tensor, bias: Tensor
+    ) -> Tensor:
+        dt_BLD1 = F.softplus(dt_BLD + bias).unsqueeze(-1)
+        h_BLDN = pscan(torch.exp(dt_BLD1 * A), dt_BLD1 * B_BLN.unsqueeze(2) * u_BLD.unsqueeze(-1))
+        return ((h_BLDN @ C_BLN.unsqueeze(-1).to(h_BLDN)).squeeze(3) + D * u_BLD) * F.silu(z_BLD)
 
-def make_inputs(batch: int, length: int) -> list[Tensor]:
-    shapes = [(batch, length, CHANNELS)] * 2 + [(CHANNELS, STATES)] + [(batch, length, STATES)] * 2
-    inputs = [torch.randn(shape) for shape in [*shapes, (CHANNELS,), (batch, length, CHANNELS)]]
-    inputs[1] -= 4  # softplus gives steps near 0.02, as the published initialisation does
-    inputs[2] = -torch.arange(1.0, STATES + 1).repeat(CHANNELS, 1)
-    return [x.requires_grad_() for x in inputs]
-
-
-def _error() -> float:
-    """Output and gradients of ours against the fp64 reference on a short sequence."""
-    inputs = make_inputs(1, 48)
-    channels_first = (0, 1, 3, 4, 6)
-
-    def reference(*x: Tensor) -> Tensor:
-        u, dt, A, B, C, D, z = (v.transpose(1, 2) if i in channels_first else v for i, v in enumerate(x))
-        y = selective_scan_reference(u, dt, A, B, C, D, z, delta_softplus=True)
-        assert isinstance(y, Tensor)
-        return y.transpose(1, 2)
-
-    expected = gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
-    return relative_error(gradients(scan_ours, inputs), expected)
-
-
-def measure() -> list[Row]:
-    """fp32, at length 1,024."""
-    peers = {
-        "mambapy pscan": _with_scan(_pscan),
-        "unbind loop": _with_scan(_unbind_loop),
-        "slicing loop": scan_slicing_loop,
-    }
-    case, inputs = f"B{BATCH} L{LENGTH} D{CHANNELS} N{STATES}, float32", make_inputs(BATCH, LENGTH)
-    return compare("selective_scan", case, scan_ours, peers, inputs, limit=1e-5, error=_error(), rounds=ROUNDS)
+    return run
 
 
 def of_layer(
@@ -126,27 +75,30 @@ def of_layer(
     return y.transpose(1, 2)
 
 
-def gpu_cases() -> Iterator[Case]:
-    """The scan of a Mamba-1 layer of each size's model width, plain and packed, in 16 bits."""
-    for size, packing in itertools.product(SIZES, (False, True)):
-        D, N, tokens = EXPAND * size.d_model, GPU_STATES, size.batch * size.length
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
+    """The scan of a Mamba-1 layer of the model's width, plain and packed."""
+    for packing in (False, True):
+        D, N, tokens, w = EXPAND * size.d_model, STATES, size.tokens, dtype.itemsize
         yield Case(
             op="selective_scan",
             shapes=f"{size.name}: B{size.batch} L{size.length} D{D} N{N}{', packed' if packing else ''}",
             make=partial(_layer, size, packing),
-            full=size.batch,
-            tiny=1,
+            full=tokens,
+            tiny=130,
             ours=of_layer,
             exact=partial(of_layer, scan=partial(selective_scan, backend="torch")),
-            bytes_moved=(tokens * (8 * D + 4 * N), tokens * (22 * D + 12 * N)),
+            reference=in_fp32(plain),
+            bytes_moved=(w * tokens * (4 * D + 2 * N), w * tokens * (11 * D + 6 * N)),
             flops=(7 * tokens * D * N, 26 * tokens * D * N),
             peers={} if packing else {"mamba_ssm": _mamba_ssm},
+            cpu_peers={} if packing else {"mambapy pscan": _mambapy},
+            dtype=dtype,
         )
 
 
-def _layer(size: Size, packing: bool, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    on_a_card = device == "cuda"  # elsewhere as many tokens as fill a lane, and channels: more compile alike
-    length, D, N = size.length if on_a_card else 130, EXPAND * size.d_model if on_a_card else 64, GPU_STATES
+def _layer(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    batch, length = size.rows(tokens)
+    D, N = EXPAND * size.d_model if length == size.length else 64, STATES  # of a part of a row: more compile alike
     u, dt, B, C, z = leaves(
         *(torch.randn(batch, length, width) for width in (D, D, N, N, D)), dtype=dtype, device=device
     )
@@ -171,7 +123,7 @@ def sweep() -> None:
     fixed, fixed_backward, fixed_programs = dict(triton.FORWARD), dict(triton.BACKWARD), triton.MIN_PROGRAMS
     forward = [(16, 8, 128), (16, 8, None), (8, 4, 128), (8, 4, 168), (32, 16, 128)]
     backward = [(8, 4, None), (8, 4, 168), (8, 4, 128), (16, 8, None), (4, 4, 128)]
-    for case in gpu_cases():
+    for case in of_sizes(cases):
         inputs = case.make(case.full, case.dtype, "cuda")
         taken: list[tuple[float, str, int, tuple[int | None, ...]]] = []
         for lane_tokens, options in itertools.product((4, 8), forward):
@@ -189,13 +141,5 @@ def sweep() -> None:
         print(case.shapes, *(f"{ms:.3f} ms {rest}" for ms, *rest in sorted(taken, key=lambda row: row[0])), sep="\n")
 
 
-def main() -> None:
-    """Print the table."""
-    if sys.argv[1:] == ["sweep"]:
-        return sweep()
-    print(machine())
-    print_rows(measure())
-
-
 if __name__ == "__main__":
-    main()
+    sweep()

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.cases import SIZES, Case, Size, documents, leaves
+from kernels.cases import Case, Size, documents, leaves, of_sizes
 from kernels.ssd.op import ssd
-from kernels.ssd.reference import ssd_reference
 
 CHUNK = 64
 PEER_DEFAULT_CHUNK = 256  # chunk size in transformers' configurations of Mamba-2 and GraniteMoeHybrid
@@ -52,10 +52,20 @@ def peer(chunk: int) -> Callable[..., Tensor]:
 def plain(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, seq_idx: Tensor | None = None
 ) -> Tensor:
-    """Token by token."""
-    y = ssd_reference(x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True)
-    assert isinstance(y, Tensor)
-    return y
+    """The dual form, masked attention over whole rows (arXiv 2405.21060, section 3.2), in fp32.
+
+    The recurrence of ``reference.py`` is no peer: its backward pass is quadratic too, a slice's gradient after another.
+    """
+    steps = F.softplus(dt.float() + dt_bias)
+    length, per_group = x.shape[1], x.shape[2] // B.shape[2]
+    total_BHL = (steps * A).double().cumsum(1).mT  # fp32 would lose the differences
+    visible_BLL = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None]
+    if seq_idx is not None:
+        visible_BLL = visible_BLL & (seq_idx[:, :, None] == seq_idx[:, None])
+    log_decay = (total_BHL[..., None] - total_BHL[:, :, None]).masked_fill(~visible_BLL[:, None], -torch.inf)
+    scores = torch.einsum("blgn,bsgn->bgls", C.float(), B.float()).repeat_interleave(per_group, 1)
+    y = torch.einsum("bhls,bshp->blhp", scores * log_decay.float().exp(), steps[..., None] * x.float())
+    return (y + D[:, None] * x.float()).to(x.dtype)
 
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
@@ -115,7 +125,7 @@ def _fla() -> Callable[..., Tensor]:
     from fla.ops.simple_gla import chunk_simple_gla
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-        step = torch.nn.functional.softplus(dt.float() + dt_bias)
+        step = F.softplus(dt.float() + dt_bias)
         heads = x.shape[2] // B.shape[2]
         k, q = ((t.repeat_interleave(heads, 2)) for t in (B, C))
         v = (x * step[..., None]).to(x.dtype)
@@ -131,7 +141,7 @@ def sweep() -> None:
 
     from kernels.ssd import triton
 
-    for case in (case for size in SIZES for case in cases(size, torch.bfloat16)):
+    for case in of_sizes(cases):
         inputs, taken = case.make(case.full, case.dtype, "cuda"), []
         for chunk, block, warps, stages in itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3)):
             triton.trial.update(CHUNK=chunk, BLOCK_P=block, num_warps=warps, num_stages=stages)

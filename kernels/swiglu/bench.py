@@ -1,11 +1,10 @@
-"""SwiGLU of packed gate and up beside PyTorch's operations, on a card: cases of ``kernels.bench_gpu``.
+"""SwiGLU of packed gate and up beside PyTorch's operations.
 
-``python -m kernels.swiglu.bench sweep`` tries launch options. Bound by bytes: a value of the activation, forward reads
-2 and writes 1, backward reads 3 and writes 2 values. Compiled for sm_90, forward takes 38 registers a thread (48 warps
-an SM), backward up to 62 (32 warps), without shared memory.
+``python -m kernels.swiglu.bench`` tries launch options on a card. Bound by bytes: a value of the activation, forward
+reads 2 and writes 1, backward reads 3 and writes 2 values. Compiled for sm_90, forward takes 38 registers a thread (48
+warps an SM), backward up to 62 (32 warps), without shared memory.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import SIZES, Case, Op, leaves, sweep_constants
+from kernels.cases import Case, Op, Size, leaves, of_sizes, sweep_constants
 from kernels.swiglu.op import swiglu
+from kernels.swiglu.reference import reference_swiglu
 
 
 def plain(h: Tensor) -> Tensor:
@@ -30,22 +30,23 @@ def liger() -> Op:
     return lambda h: LigerSiLUMulFunction.apply(*(half.contiguous() for half in h.chunk(2, -1)))
 
 
-def gpu_cases() -> Iterator[Case]:
+def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """The experts' inner width, a row for every routed copy."""
-    for size in SIZES:
-        rows, inner = size.batch * size.length * size.top_k, size.expert_dim
-        yield Case(
-            op="swiglu",
-            shapes=f"{size.name}: {rows} x {inner}",
-            make=partial(_rows, inner),
-            full=rows,
-            tiny=64,
-            ours=swiglu,
-            exact=plain,
-            bytes_moved=(6 * rows * inner, 16 * rows * inner),
-            flops=(5 * rows * inner, 16 * rows * inner),
-            peers={"liger-kernel": liger},
-        )
+    rows, inner, w = size.tokens * size.top_k, size.expert_dim, dtype.itemsize
+    yield Case(
+        op="swiglu",
+        shapes=f"{size.name}: {rows} x {inner}",
+        make=partial(_rows, inner),
+        full=rows,
+        tiny=64,
+        ours=swiglu,
+        exact=plain,
+        reference=reference_swiglu,
+        bytes_moved=(3 * w * rows * inner, 8 * w * rows * inner),
+        flops=(5 * rows * inner, 16 * rows * inner),
+        peers={"liger-kernel": liger},
+        dtype=dtype,
+    )
 
 
 def _rows(inner: int, rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -56,15 +57,8 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.swiglu import triton
 
-    sweep_constants(triton, gpu_cases(), TILE=(1024, 2048, 4096))
-
-
-def main() -> None:
-    """On a card only: PyTorch's operations are the CPU path."""
-    if sys.argv[1:] != ["sweep"]:
-        raise SystemExit("use: python -m kernels.swiglu.bench sweep, on a card; make bench-gpu has the times")
-    sweep()
+    sweep_constants(triton, of_sizes(cases), TILE=(1024, 2048, 4096))
 
 
 if __name__ == "__main__":
-    main()
+    sweep()

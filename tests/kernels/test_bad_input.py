@@ -11,6 +11,7 @@ import torch
 from kernels import backend
 from kernels.causal_attention import causal_attention
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.engram_gate import engram_gate
 from kernels.engram_hash import engram_hash, ngram_hashes
 from kernels.grouped_matmul import grouped_matmul, grouped_mlp
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -55,6 +56,10 @@ OPS = {
         "x": r(2, 6, 4, 3), "dt": r(2, 6, 4), "A": r(4), "B": r(2, 6, 2, 5), "C": r(2, 6, 2, 5), "D": r(4),
         "z": r(2, 6, 4, 3), "dt_bias": r(4), "initial_states": r(2, 4, 3, 5), "seq_idx": seq_idx(),
     }),
+    "ssd, documents with states": (ssd, lambda: {
+        "x": r(2, 6, 4, 3), "dt": r(2, 6, 4), "A": r(4), "B": r(2, 6, 2, 5), "C": r(2, 6, 2, 5),
+        "initial_states": r(2, 3, 4, 3, 5), "seq_idx": seq_idx(),
+    }),
     "selective_scan": (selective_scan, lambda: {
         "u": r(2, 4, 6), "delta": r(2, 4, 6), "A": r(4, 3), "B": r(2, 3, 6), "C": r(2, 3, 6), "D": r(4),
         "z": r(2, 4, 6), "delta_bias": r(4), "initial_state": r(2, 4, 3), "seq_idx": seq_idx(),
@@ -89,6 +94,10 @@ OPS = {
     "engram_hash": (hashed, lambda: {
         "ids_BL": torch.randint(0, 50, (2, 6)), "seq_idx": seq_idx(), "history_BK": torch.zeros(2, 2).long(),
     }),
+    "engram_gate": (partial(engram_gate, eps=1e-5), lambda: {
+        "h_BLSD": r(2, 6, 2, 4), "k_BLSD": r(2, 6, 2, 4), "v_BLD": r(2, 6, 4), "query_weight_SD": r(2, 4),
+        "key_weight_SD": r(2, 4), "dead_BL": torch.zeros(2, 6, dtype=torch.bool),
+    }),
     "sum_sorted": (sum_sorted, lambda: {
         "rows_MW": r(5, 3), "order_N": torch.arange(5), "starts_S": torch.tensor([0, 2]),
     }),
@@ -121,7 +130,7 @@ def refused(op, change, *names):
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS)
 def test_other_dtypes(op, name):
     given = OPS[op][1]()[name]
-    wrong = [torch.bool, torch.complex64]
+    wrong = [torch.complex64, torch.bool if given.dtype is not torch.bool else torch.int64]
     wrong += [torch.int64, torch.float8_e4m3fn] if given.is_floating_point() else [torch.float32]
     matrices = {"x_MD": ("weight_EDF", "gate_up_ED2F"), "q_BLHP": ("k_BLGP",), "x": ("B",), "hidden_TD": ("weight_VD",)}
     for dtype in wrong:

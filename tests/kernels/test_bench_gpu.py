@@ -8,67 +8,54 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import bench_gpu
-from kernels.bench_gpu import Ceilings, rows_of
-from kernels.cases import Case, sweep_constants
-
-CEILINGS = Ceilings(copy_gb_s=4000.0, matmul_tflop_s=800.0)
-
-
-def double(x):
-    return 2 * x
+from kernels.bench import rows_of
+from kernels.bench_gpu import Card
+from kernels.cases import sweep_constants
+from tests.kernels.benchmarks import MachineWithAClock, make_case
 
 
-def absent():
-    raise ImportError("not here")
+class TimedCard(MachineWithAClock, Card):
+    """p20, p50 and p80 of whatever is timed: 4, 5 and 8 ms."""
 
-
-def broken():
-    raise RuntimeError("no kernel image")
-
-
-def make_case(**changed):
-    """Forward moves 8 GB and does 1 TFLOP, with backward 16 GB and 8 TFLOP."""
-    fields = {
-        "op": "double", "shapes": "small: 4", "make": lambda count, dtype, _: [torch.ones(count).requires_grad_()],
-        "full": 4, "tiny": 2, "ours": double, "exact": lambda x: x + x, "bytes_moved": (8 * 10**9, 16 * 10**9),
-        "flops": (10**12, 8 * 10**12), "peers": {"peer": lambda: double, "other": absent, "third": broken},
-    }  # fmt: skip
-    return Case(**fields | changed)
+    def memory(self, run):
+        run()
+        return ["0.50"]
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """p20, p50 and p80 of whatever is timed: 4, 5 and 8 ms; peers through torch.compile are not compiled."""
-    monkeypatch.setattr(bench_gpu, "_quantiles", lambda run: [4.0, 5.0, 8.0] if run() is not None else [])
-    monkeypatch.setattr(bench_gpu, "_peak_gib", lambda run: 0.5)
+def card(monkeypatch):
+    """4 TB/s, 800 TFLOP/s; what goes through torch.compile is not compiled."""
     monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
+    products = {torch.bfloat16: 800e12, torch.float32: 50e12}
+    return TimedCard(device="cpu", unit=("TFLOP/s", 1e12), copy_gb_s=4000.0, products=products)
 
 
-@pytest.mark.usefixtures("clock")
-def test_rows_of_the_table():
-    forward, both = rows_of(make_case(), CEILINGS)
-    assert forward[:4] == ["double", "small: 4", "forward", "5 (4-8)"]
-    assert forward[4:8] == ["1600", "40%", "200.0", "25%"]  # of 8 GB and 1 TFLOP in 5 ms
-    assert forward[8:10] == ["2", "0.50"]  # 8 GB at 4 TB/s take longer than 1 TFLOP at 800 TFLOP/s
-    assert both[2] == "forward+backward"
-    assert both[8] == "10"  # 8 TFLOP at 800 TFLOP/s take longer than 16 GB
+def test_rows_of_the_table(card):
+    forward, both = rows_of(make_case(), card)
+    assert forward[:5] == ["double", "small: 4", "bfloat16", "forward", "5 (4-8)"]
+    assert forward[5:9] == ["1.6e+03", "40%", "200", "25%"]  # of 8 GB and 1 TFLOP in 5 ms
+    assert forward[9:11] == ["2", "0.50"]  # 8 GB at 4 TB/s take longer than 1 TFLOP at 800 TFLOP/s
+    assert both[3] == "forward+backward"
+    assert both[9] == "10"  # 8 TFLOP at 800 TFLOP/s take longer than 16 GB
     peers = "torch.compile: 5, 1.00x; peer: 5, 1.00x; other: not installed; third: RuntimeError"
     assert [forward[-1], both[-1]] == [peers, peers]
 
 
-@pytest.mark.usefixtures("clock")
-def test_a_wrong_result_prints_no_speed():
+def test_a_wrong_result_prints_no_speed(card):
     for wrong in (lambda x: 2.1 * x, lambda x: x / 0):
-        (row,) = rows_of(make_case(ours=wrong), CEILINGS)
-        assert row[3].startswith("wrong by")
-        assert not any(row[4:])
+        (row,) = rows_of(make_case(ours=wrong), card)
+        assert row[4].startswith("wrong by")
+        assert not any(row[5:])
 
 
-@pytest.mark.usefixtures("clock")
-def test_an_op_without_gradients_has_one_row():
+def test_an_op_without_gradients_has_one_row(card):
     case = make_case(make=lambda count, dtype, _: [torch.ones(count)])
-    assert [row[2] for row in rows_of(case, CEILINGS)] == ["forward"]
+    assert [row[3] for row in rows_of(case, card)] == ["forward"]
+
+
+def test_a_case_in_fp32_has_fp32s_ceiling(card):
+    forward, _ = rows_of(make_case(dtype=torch.float32), card)
+    assert forward[7:10] == ["200", "400%", "20"]  # 1 TFLOP at 50 TFLOP/s
 
 
 def run(*ops):

@@ -199,9 +199,9 @@ def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
     many = [x.to(device) for x in make_inputs(1, 1, 9, 4).values()]
     with pytest.raises(ValueError, match="do not serve 9 streams"):
         engram_gate(*many, EPS, backend="triton")
-    with pytest.raises(ValueError, match="k_BLSD: got device meta, expected"):
+    with pytest.raises(ValueError, match="k_BLSD: got a tensor on meta, expected"):
         engram_gate(inputs[0], inputs[1].to("meta"), *inputs[2:], EPS)
-    with pytest.raises(ValueError, match="dead_BL: got device meta, expected"):
+    with pytest.raises(ValueError, match="dead_BL: got a tensor on meta, expected"):
         engram_gate(*inputs, EPS, torch.zeros(2, 7, dtype=torch.bool, device="meta"))
 
 

@@ -117,6 +117,32 @@ def test_views_and_rows_that_are_left_out(device):
     assert torch.equal(sum_by_index(rows_MW.T.contiguous().T, index_M, 4, "triton"), expected)
 
 
+@pytest.mark.usefixtures("poison", "small_units")
+@pytest.mark.parametrize("place", [-1, 12, 1 << 40])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_place_that_is_no_rows_makes_its_own_sum_nan(device, monkeypatch, place, at):
+    """As on a card, whose values are not read; in a short segment, a part and the rest of a long one."""
+    monkeypatch.setattr("kernels.segment_sum.op._check_places", lambda *_: None)
+    rows_MW, starts_S = whole_numbers(12, 5, device), torch.tensor([0, 1, 10], device=device)
+    order_N = torch.randperm(12, device=device)
+    expected = sum_sorted(rows_MW, order_N, starts_S, "torch")
+    order_N[at] = place
+    out = sum_sorted(rows_MW, order_N, starts_S, "triton")
+    wrong = 0 if at == 0 else 1
+    assert out[wrong].isnan().all()
+    right = [segment for segment in range(3) if segment != wrong]
+    assert torch.equal(out[right], expected[right])
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("starts", [[0, 4, 1 << 40], [-5, 3, 9], [9, 2, 50]])
+def test_starts_beyond_the_order_read_nothing_outside(device, monkeypatch, starts):
+    monkeypatch.setattr("kernels.segment_sum.op._check_places", lambda *_: None)
+    rows_MW = whole_numbers(12, 5, device)
+    out = sum_sorted(rows_MW, torch.arange(12, device=device), torch.tensor(starts, device=device), "triton")
+    assert out.shape == (3, 5)
+
+
 @pytest.mark.parametrize(("num_rows", "num_segments", "width"), [(0, 3, 2), (0, 0, 2), (3, 2, 0)])
 def test_nothing_to_sum(poison, device, num_rows, num_segments, width):
     rows_MW = torch.ones(num_rows, width, device=device).requires_grad_()

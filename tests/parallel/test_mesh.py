@@ -80,9 +80,9 @@ def test_each_axis_partitions_the_ranks(world_size, tp, ep):
 
 def test_layouts_that_do_not_divide():
     (tp,) = layout_problems(ParallelConfig(tp=3), 4)
-    assert str(tp) == "parallel.tp=3 does not divide the 4 processes of this run; use one of 1, 2, 4"
+    assert str(tp) == "parallel.tp=3 does not divide the 4 processes of this run; use 1 or 2 or 4"
     (ep,) = layout_problems(ParallelConfig(ep=4), 6)
-    assert str(ep) == "parallel.ep=4 does not divide the 6 processes of this run; use one of 1, 2, 3, 6"
+    assert str(ep) == "parallel.ep=4 does not divide the 6 processes of this run; use 1 or 2 or 3 or 6"
     assert [problem.field for problem in layout_problems(ParallelConfig(tp=0, ep=8, zero_stage=3), 4)] == [
         "parallel.tp", "parallel.ep", "parallel.zero_stage",
     ]  # fmt: skip

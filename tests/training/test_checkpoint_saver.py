@@ -26,7 +26,7 @@ from training.checkpoint import Saver, latest, load, planners, save, saver, snap
 from training.checkpoint.boxes import Box
 from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
 from training.checkpoint.snapshot import Snapshot
-from training.config import RunConfig, TrainConfig, validate
+from training.config import OptimizerConfig, RunConfig, TrainConfig, validate
 from training.data.ranks import ONE_PROCESS
 from training.metrics import read_metrics
 
@@ -251,11 +251,32 @@ def test_files_are_stored_and_verified(tmp_path, monkeypatch):
         ({"keep": 0}, "train.keep=0 is below 1"),
         ({"keep_every": -1}, "train.keep_every=-1 is below 0"),
         ({"checkpoint_timeout_s": 0}, "train.checkpoint_timeout_s=0 is below 1"),
+        ({"steps": 0}, "train.steps=0 is below 1"),
+        ({"log_every": 0}, "train.log_every=0 is below 1"),
     ],
 )
 def test_settings_that_cannot_be(fields, problem):
     (found,) = validate(RunConfig(train=TrainConfig(**fields), parallel=ParallelConfig()), 1)
     assert problem in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", -1.0), ("learning_rate", float("nan")), ("betas", (2.0, 2.0)), ("eps", 0.0), ("clip_norm", -1.0),
+     ("weight_decay", float("inf")), ("warmup_steps", -1), ("min_ratio", 1.5), ("decay_fraction", -0.1)],
+)  # fmt: skip
+def test_optimizers_that_cannot_be(name, value):
+    (found,) = validate(RunConfig(optimizer=OptimizerConfig(**{name: value})), 1)
+    assert str(found).startswith(f"optimizer.{name}={value} must ")
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/checkpoints cannot be written: .*Not a directory"):
+        storage.require_writable(tmp_path / "file" / "checkpoints")
+    monkeypatch.setattr(storage.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(RunError, match=r"cannot be written: .*Permission denied"):
+        storage.require_writable(tmp_path / "checkpoints")
 
 
 def never_ending(rank: int) -> None:

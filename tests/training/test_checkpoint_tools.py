@@ -157,7 +157,7 @@ def test_all_damage_is_told_and_no_bad_one_called_good(copy):
     text = str(error.value)
     assert "__0_0.distcp is missing" in text
     assert "__1_0.distcp has" in text
-    assert "no older checkpoint beside it is good" in text
+    assert "none beside it is good" in text
 
 
 @pytest.mark.parametrize(("file", "fault"), [(".metadata", "differs"), ("manifest.json", "is damaged: manifest.json")])

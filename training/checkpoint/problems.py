@@ -8,8 +8,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from parallel.errors import Problem, RunError
 
+OLDER = "move it away: --resume takes the newest that is left"
 
-def checkpoint_problem(path: Path, rule: str, fix: str = "resume from an older checkpoint") -> RunError:
+
+def checkpoint_problem(path: Path, rule: str, fix: str = OLDER) -> RunError:
     """An error about the checkpoint at ``path``."""
     return RunError(Problem(field="checkpoint", value=path, rule=rule, fix=fix))
 
@@ -27,6 +29,6 @@ def told_for(path: Path, what: str) -> Iterator[None]:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, RunError):
             raise RunError(*(f"{path}: {problem}" for problem in cause.problems)) from error
-        fix = "check the disk's space and permissions" if what == "written" else "resume from an older checkpoint"
+        fix = "check the disk's space and permissions" if what == "written" else OLDER
         rule = f"cannot be {what}: rank {rank}: {type(cause).__name__}: {cause}"
         raise checkpoint_problem(path, rule, fix) from error

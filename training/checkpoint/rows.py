@@ -39,7 +39,7 @@ def fit_rows(path: Path, tensors: Tensors, census: Census, tables: EngramTables)
     theirs = row_optimizer({name: record["shape"] for name, record in census.items()})
     if None not in (mine, theirs) and mine != theirs:
         if not tables.config.restart_optimizer:
-            rule = f"is {theirs} in {path}, whose state of the rows it cannot go on from"
+            rule = f"cannot go on from the state of the rows in {path}, which is that of {theirs}"
             fix = f"use {theirs}, or --table.restart_optimizer True to leave that state behind"
             raise RunError(Problem(field="table.optimizer", value=tables.config.optimizer, rule=rule, fix=fix))
         tensors = {name: tensor for name, tensor in tensors.items() if not is_row_state(name)}

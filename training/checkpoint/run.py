@@ -210,7 +210,7 @@ def _restore(
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
     if manifest.get("weights_only") and wanted is not is_weight:
-        rule, fix = "holds weights only: there is nothing to resume from", "start a run from it, or resume from another"
+        rule, fix = "holds weights only: there is nothing to resume from", "resume from another; generate reads it"
         raise checkpoint_problem(path, rule, fix)
     stored: Census = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
     first: Tensors = {}

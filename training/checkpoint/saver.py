@@ -21,6 +21,7 @@ from training.checkpoint.logical import Tensors, trainer_tensors
 from training.checkpoint.run import GroupComm, describe, write
 from training.checkpoint.snapshot import Snapshot, require_memory
 from training.checkpoint.storage import Manifest
+from training.data.ranks import on_rank_0
 from training.trainer import Trainer
 
 POLL_S = 0.1
@@ -45,7 +46,7 @@ class Saver:
             files: name in each checkpoint (one of ``storage.ATTACHED``) -> a file to be copied, where it exists.
 
         Raises:
-            RunError: on every rank: a host has no memory for the copies.
+            RunError: on every rank: the directory cannot be written to, or a host has no memory for the copies.
         """
         self._directory, self._trainer, self._extra = directory, trainer, extra
         self._settings, self._sources = trainer.config.train, dict(files or {})
@@ -55,6 +56,7 @@ class Saver:
         self._outstanding: Future[float] | None = None
         self._all_done = torch.zeros(1, device=trainer.device)
         self._figures: dict[str, float] = {}
+        on_rank_0(self._comm, lambda: storage.require_writable(directory))
         if self._settings.async_save:
             require_memory(trainer_tensors(trainer), self._comm)
 

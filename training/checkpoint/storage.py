@@ -5,6 +5,7 @@ moment leaves what was complete before. ``step-00000100.old`` is a checkpoint th
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -28,6 +29,18 @@ ATTACHED = ("run.json", "metrics.jsonl", "tokenizer.json", "token_map.json", "en
 WRITTEN = re.compile("|".join([r"__\d+_\d+\.distcp", r"\.metadata(\.tmp)?", *map(re.escape, (MANIFEST, *ATTACHED))]))
 
 Manifest = dict[str, Any]
+
+
+def require_writable(directory: Path) -> None:
+    """Find out before training what the first save would.
+
+    Raises:
+        RunError: ``directory`` cannot be made, or written to.
+    """
+    with told_for(directory, "written"):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
 
 
 def start_directory(directory: Path, step: int) -> Path:
@@ -94,6 +107,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         RunError: no checkpoint, an incomplete or damaged one, or one of a newer format.
     """
+    if not path.exists():
+        raise checkpoint_problem(path, "does not exist", "name a directory step-NNNNNNNN that does")
     if not COMPLETE.fullmatch(path.name) or not path.is_dir():
         raise checkpoint_problem(path, "is no complete checkpoint", "name a directory step-NNNNNNNN")
     try:

@@ -34,7 +34,8 @@ def load_documents(config: PrepareConfig, cache: Path) -> "Dataset":
     if config.max_documents:
         documents = documents.select(range(min(config.max_documents, len(documents))))
     if len(documents) < 2:
-        raise _bad_source(config, f"has {len(documents)} documents", "two are needed: one to train, one to validate")
+        fix = "give two or more, for one is to validate on: a text file is one, a line of JSON is one"
+        raise _bad_source(config, f"has {len(documents)} documents", fix)
     return documents
 
 

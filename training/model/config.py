@@ -173,7 +173,7 @@ def _stack_rules(model: ModelConfig) -> Rules:
     if unknown or not model.pattern:
         yield _problem("pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
     if model.num_streams < 1:
-        yield _problem("num_streams", model.num_streams, "is below 1", "use 1 or 4")
+        yield _problem("num_streams", model.num_streams, "is below 1", "use 1 or more; the papers have 1 and 4")
 
 
 def _mamba2_rules(model: ModelConfig, tp: int) -> Rules:

@@ -1,4 +1,4 @@
-"""Weights from safetensors into a run that generation and training's initial weights read."""
+"""Weights from safetensors into a run that generation reads."""
 
 import json
 from collections.abc import Iterator

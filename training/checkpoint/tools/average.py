@@ -22,7 +22,7 @@ MAX_LISTED = 10
 def average(paths: Sequence[Path], output: Path) -> Path:
     """Write the mean of the fp32 masters, router biases and Engram rows of ``paths`` as a run in ``output``.
 
-    Sums are fp64. The new checkpoint has the step of the last one; generation and training's initial weights read it,
+    Sums are fp64. The new checkpoint has the step of the last one; generation reads it,
     resuming does not: it has no optimizer state. Configuration and tokenizer are the last one's.
 
     Raises:

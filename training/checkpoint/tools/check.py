@@ -39,8 +39,12 @@ def verify(path: Path, track: Track = lambda files: files) -> Verified:
         total = sum(record["bytes"] for record in manifest["files"].values())
         return Verified(path, len(manifest["files"]), total, len(tensors))
     good = next((other for other in _older(path) if not list(_faults(other))), None)
-    advice = f"{good} is good" if good else "no older checkpoint beside it is good"
-    raise RunError(*problems, Problem(field="instead", value=good, rule=advice, fix="resume from what is good"))
+    advice = (
+        f"{good} is good: with {path.name} moved away, --resume takes it"
+        if good
+        else "of the older checkpoints none beside it is good"
+    )
+    raise RunError(*problems, advice)
 
 
 def newest_named(path: Path) -> Path:
