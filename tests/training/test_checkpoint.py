@@ -308,7 +308,7 @@ def test_a_checkpoint_without_manifest_or_name_is_refused(copy):
     (copy / "manifest.json").unlink()
     with pytest.raises(RunError, match=r"has no manifest\.json"):
         read_into(copy)
-    with pytest.raises(RunError, match="is no complete checkpoint"):
+    with pytest.raises(RunError, match="does not exist"):
         read_into(copy.parent / "step-00000099")
 
 
