@@ -5,11 +5,11 @@ target. So what is compiled is what would be launched: same tiles, same types, s
 kernel what the compiler made of it over all cases, or with ``--cases`` for each. A type or layout error ends the run.
 """
 
+import argparse
 import importlib.util
 import itertools
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,11 +164,14 @@ def summary(reports: list[Report]) -> Iterator[list[str]]:
 
 def main() -> None:
     """Compile, print the table, and fail where a kernel would not launch."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile_all", description="Compile every Triton kernel.")
+    parser.add_argument("arches", nargs="*", type=int, default=ARCHES, help="compute capabilities, as 80 90")
+    parser.add_argument("--cases", action="store_true", help="a row for each case, not for each kernel")
+    arguments = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("triton is not installed: pip install triton")
-    every_case, arches = "--cases" in sys.argv[1:], [int(arg) for arg in sys.argv[1:] if arg != "--cases"]
-    reports = [compiled for arch in arches or ARCHES for compiled in compile_cases(arch)]
-    if every_case:
+    reports = [compiled for arch in arguments.arches for compiled in compile_cases(arch)]
+    if arguments.cases:
         head = ["kernel", "case", "target", "warps", "stages", "shared KiB", "registers", "spilled B", "occupancy"]
         print_table([head, *(compiled.cells() for compiled in reports)])
     else:
