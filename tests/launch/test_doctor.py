@@ -43,6 +43,8 @@ def test_missing_packages(monkeypatch):
 def test_a_crowded_node(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "cores", lambda: 2)
     monkeypatch.setattr(doctor, "free_memory", lambda: 2**30)
+    room = doctor.shutil.disk_usage(tmp_path)._replace(free=2**40)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: room)
     findings = {f.subject: f for f in check_node(Process(world_size=4, local_world_size=4), shm=tmp_path / "none")}
     assert [name for name, f in findings.items() if f.status == "warning"] == ["cores", "memory", "/dev/shm"]
     show(list(findings.values()))
