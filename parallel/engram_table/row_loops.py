@@ -63,12 +63,26 @@ def decode_bf16(codes, r, bits):
 
 
 @_inline
-def encode_fp8(w, w_bits, key, codes, exponents, r, powers, noise, scaled, scaled_bits, inverse, inverse_bits):
-    """Row r of ``codes`` (R, K, X), e4m3's bits, and ``exponents`` (R, K), of the blocks' scales, from w (1, K, X).
+def scratch_of(width, num_blocks):
+    """Room for a row: its fp32 values (1, W), the same memory by blocks (1, K, X), and two more (K, X), all three with
+    their bits; and 16 random bits a column (W,).
 
-    The last five are scratch: ``noise`` (W,), the others (K, X). ``w``, ``scaled`` and ``inverse`` are the same memory
-    as their bits; ``powers`` is 2^(i - 127) for i of 0 to 255.
+    Views that are made inside a loop over columns would keep it from being vectorised.
     """
+    shape = (num_blocks, width // num_blocks)
+    w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
+    scaled, inverse = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
+    blocks, blocks_bits = w.reshape((1, *shape)), bits.reshape((1, *shape))
+    return w, bits, blocks, blocks_bits, scaled, scaled_bits, inverse, inverse_bits, noise
+
+
+@_inline
+def encode_fp8(scratch, key, codes, exponents, powers, r):
+    """Row r of ``codes`` (R, K, X), e4m3's bits, and ``exponents`` (R, K), of the blocks' scales, from the values in
+    ``scratch``; ``powers`` is 2^(i - 127) for i of 0 to 255.
+    """
+    _, _, w, w_bits, scaled, scaled_bits, inverse, inverse_bits, noise = scratch
     _draw(key, noise)
     blocks, size = scaled.shape
     for k in range(blocks):
@@ -99,24 +113,50 @@ def encode_fp8(w, w_bits, key, codes, exponents, r, powers, noise, scaled, scale
 
 
 @_inline
-def decode_fp8(codes, exponents, r, powers, w, u, scratch, scratch_bits):
-    """w[u] (K, X) = the fp32 values of row r; arguments as of ``encode_fp8``.
+def decode_fp8(codes, exponents, powers, r, w, u, number, number_bits):
+    """w[u] (K, X) = the fp32 values of row r; ``number`` is scratch (K, X), with its bits.
 
     By arithmetic: looking 64 values up in a table of 256 takes 44 ns instead of 8.
     """
-    blocks, size = scratch.shape
+    blocks, size = number.shape
     for k in range(blocks):
         for j in range(size):  # e4m3's bits in fp32's places; without a power, as if it were 1, which is 2^-6 too much
             magnitude = _u32(codes[r, k, j]) & _u32(0x7F)
             power = magnitude if magnitude > _u32(7) else _u32(8)
-            number = _u32(_u32(_u32(magnitude | power) << _u32(20)) + _u32(120 << 23))
-            scratch_bits[k, j] = number if magnitude < _u32(0x7F) else _u32(0x7FC00000)
+            finite = _u32(_u32(_u32(magnitude | power) << _u32(20)) + _u32(120 << 23))
+            number_bits[k, j] = finite if magnitude < _u32(0x7F) else _u32(0x7FC00000)
         scale = powers[exponents[r, k]]
         for j in range(size):
             code = _u32(codes[r, k, j])
             excess = np.float32(0) if _u32(code & _u32(0x7F)) > _u32(7) else np.float32(2.0**-6)
             sign = np.float32(1) - np.float32(np.int32(_u32(code >> _u32(7)) << _u32(1)))
-            w[u, k, j] = (scratch[k, j] - excess) * scale * sign
+            w[u, k, j] = (number[k, j] - excess) * scale * sign
+
+
+@_inline
+def _read(form, weight, exponents, powers, r, scratch):
+    """The fp32 values of row r, into ``scratch``."""
+    w, bits, blocks, _, scaled, scaled_bits, _, _, _ = scratch
+    if form == FP32:
+        for c in range(w.shape[1]):
+            w[0, c] = weight[r, c]
+    elif form == BF16:
+        decode_bf16(weight, r, bits)
+    else:
+        decode_fp8(weight, exponents, powers, r, blocks, 0, scaled, scaled_bits)
+
+
+@_inline
+def _write(form, scratch, key, weight, exponents, powers, r):
+    """Row r = the values in ``scratch``; ``key`` is that of the random bits by which a short format rounds."""
+    w, bits = scratch[0], scratch[1]
+    if form == FP32:
+        for c in range(w.shape[1]):
+            weight[r, c] = w[0, c]
+    elif form == BF16:
+        encode_bf16(bits, key, weight, r, scratch[8])
+    else:
+        encode_fp8(scratch, key, weight, exponents, powers, r)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
@@ -164,12 +204,8 @@ def adam_rows(form, row_wise):
         corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
     ):  # fmt: skip
         width, last = mean.shape[1], corrections.shape[1] - 1
-        w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
-        w_bits = w.view(np.uint32)  # a view made inside a loop over columns would keep it from being vectorised
-        if form == FP8:
-            blocks, blocks_bits = w.reshape((1, *weight.shape[1:])), w_bits.reshape((1, *weight.shape[1:]))
-            scaled, inverse = np.empty(weight.shape[1:], np.float32), np.empty(weight.shape[1:], np.float32)
-            scaled_bits, inverse_bits = scaled.view(np.uint32), inverse.view(np.uint32)
+        scratch = scratch_of(width, max(1, exponents.shape[1]))
+        w = scratch[0]
         for u in range(rows.size):
             ahead = rows[min(u + AHEAD, rows.size - 1)]
             prefetch_row(mean, ahead)
@@ -183,27 +219,12 @@ def adam_rows(form, row_wise):
             t = min(np.int64(step[r]), last)
             factor = np.float32(rate * corrections[1, t] / corrections[0, t])
             floor = np.float32(eps * corrections[1, t])
-            if form == FP32:
-                for c in range(width):
-                    w[0, c] = weight[r, c]
-            elif form == BF16:
-                decode_bf16(weight, r, w_bits)
-            else:
-                decode_fp8(weight, exponents, r, powers, blocks, 0, scaled, scaled_bits)
+            _read(form, weight, exponents, powers, r, scratch)
             if row_wise:
                 _rowwise_adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
             else:
                 _adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
-            if form == FP32:
-                for c in range(width):
-                    weight[r, c] = w[0, c]
-            elif form == BF16:
-                encode_bf16(w_bits, row_key(ids[u], step[r], seed), weight, r, noise)
-            else:
-                encode_fp8(
-                    blocks, blocks_bits, row_key(ids[u], step[r], seed), weight, exponents, r, powers,
-                    noise, scaled, scaled_bits, inverse, inverse_bits,
-                )  # fmt: skip
+            _write(form, scratch, row_key(ids[u], step[r], seed), weight, exponents, powers, r)
 
     return loop
 
@@ -236,33 +257,17 @@ def move_rows(form):
     @_compile
     def loop(weight, exponents, powers, rows, ids, g, scale_rows, scale_columns, update, seed):
         width = g.shape[1]
-        w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
-        w_bits = w.view(np.uint32)
-        if form == FP8:
-            blocks, blocks_bits = w.reshape((1, *weight.shape[1:])), w_bits.reshape((1, *weight.shape[1:]))
-            scaled, inverse = np.empty(weight.shape[1:], np.float32), np.empty(weight.shape[1:], np.float32)
-            scaled_bits, inverse_bits = scaled.view(np.uint32), inverse.view(np.uint32)
+        scratch = scratch_of(width, max(1, exponents.shape[1]))
+        w = scratch[0]
         for u in range(rows.size):
             r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
             prefetch_row(weight, ahead)
-            if form == FP32:
-                for c in range(width):
-                    weight[r, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
-                continue
-            if form == BF16:
-                decode_bf16(weight, r, w_bits)
-            else:
+            if form == FP8:
                 prefetch_row(exponents, ahead)
-                decode_fp8(weight, exponents, r, powers, blocks, 0, scaled, scaled_bits)
+            _read(form, weight, exponents, powers, r, scratch)
             for c in range(width):
                 w[0, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
-            if form == BF16:
-                encode_bf16(w_bits, row_key(ids[u], update, seed), weight, r, noise)
-            else:
-                encode_fp8(
-                    blocks, blocks_bits, row_key(ids[u], update, seed), weight, exponents, r, powers,
-                    noise, scaled, scaled_bits, inverse, inverse_bits,
-                )  # fmt: skip
+            _write(form, scratch, row_key(ids[u], update, seed), weight, exponents, powers, r)
 
     return loop
 
@@ -270,13 +275,13 @@ def move_rows(form):
 @_compile
 def read_fp8(codes, exponents, powers, rows, out):
     """out[u] (K, X) = the fp32 values of row rows[u]."""
-    scratch = np.empty(codes.shape[1:], np.float32)
-    scratch_bits = scratch.view(np.uint32)
+    number = np.empty(codes.shape[1:], np.float32)
+    number_bits = number.view(np.uint32)
     for u in range(rows.size):
         ahead = rows[min(u + AHEAD, rows.size - 1)]
         prefetch_row(codes, ahead)
         prefetch_row(exponents, ahead)
-        decode_fp8(codes, exponents, rows[u], powers, out, u, scratch, scratch_bits)
+        decode_fp8(codes, exponents, powers, rows[u], out, u, number, number_bits)
 
 
 @_compile

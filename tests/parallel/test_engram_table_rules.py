@@ -121,17 +121,16 @@ def test_host_kernels_store_the_same_bits():
     values, rows = awkward_values(), torch.arange(30) + (3 << 40)
     keys = row_keys(rows, torch.arange(30), seed=11)
     short, (codes, exponents) = to_bf16(values, keys).view(torch.int16), to_fp8(values, keys)
-    noise, *scratch = np.empty(64, np.uint32), *np.empty((2, 2, 32), np.uint32)
+    scratch = row_loops.scratch_of(64, 2)
+    w, w_bits, noise = scratch[0], scratch[1], scratch[-1]
     powers = np.float32(2) ** (np.arange(255) - 127)
     bf16, fp8, scale = np.empty((1, 64), np.uint16), np.empty((1, 2, 32), np.uint8), np.empty((1, 2), np.uint8)
     for i in range(30):
         key = row_loops.row_key(int(rows[i]), i, 11)
         assert int(key) == int(keys[i])
-        value = values[i : i + 1].numpy()
-        blocks = value.reshape(1, 2, 32)
-        row_loops.encode_bf16(value.view(np.uint32), key, bf16, 0, noise)
-        bits = [part for each in scratch for part in (each.view(np.float32), each)]
-        row_loops.encode_fp8(blocks, blocks.view(np.uint32), key, fp8, scale, 0, powers, noise, *bits)
+        w[0] = values[i].numpy()
+        row_loops.encode_bf16(w_bits, key, bf16, 0, noise)
+        row_loops.encode_fp8(scratch, key, fp8, scale, powers, 0)
         assert np.array_equal(bf16.view(np.int16)[0], short[i].numpy())
         assert np.array_equal(fp8.reshape(64), codes[i].numpy())
         assert np.array_equal(scale[0], exponents[i].numpy())
