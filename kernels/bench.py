@@ -7,6 +7,7 @@ same run.
 """
 
 import statistics
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,13 +121,16 @@ class Machine(ABC):
 
 
 def print_cases(cases: Iterable[Case], machine: Machine) -> bool:
-    """Check and time the cases, print the table; whether a result was wrong."""
+    """Check and time the cases, naming each on stderr, and print the table; whether a result was wrong."""
     unit = machine.unit[0]
     head = [
         "op", "case", "dtype", "pass", "ms: p50 (p20-p80)", "GB/s", "of copy", unit, "of product", "floor, ms",
         *(["GiB"] if machine.device == "cuda" else []), "peers: ms, ours is faster by",
     ]  # fmt: skip
-    rows = [row for case in cases for row in rows_of(case, machine)]
+    rows = []
+    for case in cases:
+        print(f"{case.op}, {case.shapes}, {str(case.dtype)[6:]}", file=sys.stderr, flush=True)
+        rows += rows_of(case, machine)
     print_table([head, *(row + [""] * (len(head) - len(row)) for row in rows)])
     return any(row[4].startswith("wrong") for row in rows)
 

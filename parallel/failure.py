@@ -103,7 +103,8 @@ def _tell(cause: str, rank: int, world_size: int) -> None:
         first, silent = _find_first(cause, world_size)
     except Exception:  # the store died with its host
         first = f"the process that hosts the rendezvous is gone: rank 0, or torchrun ({cause})"
-    print(f"rank {rank} of {world_size} stops: {first}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"rank {rank} of {world_size} stops: {first}\n")  # print writes the line's end apart
+    sys.stderr.flush()
     try:
         _store().set(f"{KEY}/read/{rank}", "")
         if rank == 0:  # the store may live in this process: let the others read

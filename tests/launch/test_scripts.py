@@ -9,7 +9,8 @@ from tests.launch.commands import ROOT, run
 PROGRAM = """
 import os, sys
 names = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"
-print(sys.argv[1:], *(os.environ[name] for name in names), flush=True)
+line = " ".join([str(sys.argv[1:]), *(os.environ[name] for name in names)])
+os.write(1, f"{line}\\n".encode())  # at once: torchrun's processes are unbuffered, their words would mingle
 """
 
 
