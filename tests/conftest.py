@@ -1,6 +1,7 @@
 """What every test shares: one thread a process, the environment as it was, memory poisoned by NaN."""
 
 import os
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -15,6 +16,20 @@ def pytest_collection_modifyitems(config, items):
         on_a_card = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=on_a_card)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The kernels' tests by op: how many passed, and whether any did not."""
+    ops = {}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            if report.nodeid.startswith("tests/kernels/"):
+                op = report.nodeid.partition("::")[0].removeprefix("tests/kernels/test_").removesuffix(".py")
+                ops.setdefault(op, Counter())[outcome] += 1
+    if ops:
+        terminalreporter.section("tests of kernels")
+    for op, counts in sorted(ops.items()):
+        terminalreporter.line(f"{op:32}" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,9 @@ class RunConfig:
 def validate(config: RunConfig, world_size: int) -> list[Problem]:
     """Every rule between fields, and between the run and the number of its processes, that is broken."""
     problems = layout_problems(config.parallel, world_size)
-    if not problems:
+    if problems:
+        problems += model_problems(config.model, 1, 1)  # what is wrong on any layout
+    else:
         problems += model_problems(config.model, config.parallel.tp, config.parallel.ep)
         problems += _batch_problems(config, world_size)
     if config.model.engram is not None:
@@ -100,8 +102,8 @@ def _range_problems(config: RunConfig) -> list[Problem]:
     """Numbers outside of what they can be."""
     train, optimizer = config.train, config.optimizer
     lowest = {
-        "steps": 1, "log_every": 1, "eval_every": 0, "eval_rows": 1, "save_every": 1, "keep": 1, "keep_every": 0,
-        "checkpoint_timeout_s": 1,
+        "steps": 1, "global_batch": 1, "micro_batch": 1, "seed": 0, "log_every": 1, "eval_every": 0, "eval_rows": 1,
+        "save_every": 1, "keep": 1, "keep_every": 0, "checkpoint_timeout_s": 1,
     }  # fmt: skip
     problems = [
         Problem(field=f"train.{name}", value=value, rule=f"is below {least}", fix=f"use {least} or more")
@@ -135,7 +137,7 @@ def _range_problems(config: RunConfig) -> list[Problem]:
 def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
     problems = []
     train, tp = config.train, config.parallel.tp
-    rows = train.micro_batch * (world_size // tp)
+    rows = max(1, train.micro_batch) * (world_size // tp)
     if train.global_batch % rows:
         problems.append(
             Problem(

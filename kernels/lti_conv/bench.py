@@ -87,5 +87,6 @@ def _parameters(D: int, length: int, _: torch.dtype, device: str) -> list[Tensor
 def _signals(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     batch, length = size.rows(tokens)
     K_DL = torch.randn(size.d_model, length) * torch.exp(-0.05 * torch.arange(length))
-    inputs = leaves(torch.randn(batch, size.d_model, length), K_DL, dtype=dtype, device=device)
+    u_BDL = torch.randn(batch, length, size.d_model).transpose(1, 2)  # as a layer has it
+    inputs = leaves(u_BDL, K_DL, dtype=dtype, device=device)
     return [*inputs, documents(batch, length, device)] if packing else inputs

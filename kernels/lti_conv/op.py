@@ -1,11 +1,15 @@
 """Causal convolution of every channel with its own kernel as long as the sequence, by FFT, never across documents.
 
-Shapes: B batch, D channels, L length, S documents of a bucket, W positions of the longest of them.
+Shapes: B batch, D channels, L length, T tokens (B x L); S documents of a bucket, W positions of the longest of them, N
+those of all buckets.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.checks import check_devices, check_documents, check_floats, check_integers
 
@@ -35,13 +39,44 @@ def lti_conv(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None = None, seq_idx: Tens
 
 
 def _causal_conv(u_BDL: Tensor, K_DL: Tensor) -> Tensor:
-    """By FFT, over the last dim; both of the same length."""
-    length = u_BDL.shape[-1]
+    """Over the last dim; both of the same length."""
     if u_BDL.numel() == 0:
         return u_BDL * K_DL
-    num_points = _fft_length(2 * length)
-    spectrum = torch.fft.rfft(u_BDL, n=num_points) * torch.fft.rfft(K_DL, n=num_points)
-    return torch.fft.irfft(spectrum, n=num_points)[..., :length]
+    y_BDL: Tensor = _Convolution.apply(u_BDL, K_DL)
+    return y_BDL
+
+
+class _Convolution(torch.autograd.Function):
+    """By FFT of so many points that nothing wraps round; the gradients are correlations, products with conjugates.
+
+    Spectra are twice as large as their signals: backward computes them again. It needs real transforms only, where
+    PyTorch's own gradient of one is a complex transform of twice the work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u_BDL: Tensor, K_DL: Tensor) -> Tensor:
+        ctx.save_for_backward(u_BDL, K_DL)
+        return _signal(_spectrum(u_BDL).mul_(_spectrum(K_DL)), u_BDL.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BDL: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        u_BDL, K_DL = ctx.saved_tensors
+        length, du_BDL, dK_DL = u_BDL.shape[-1], None, None
+        dy_BDF = _spectrum(dy_BDL)
+        if ctx.needs_input_grad[1]:
+            dK_DL = _signal(_spectrum(u_BDL).conj_physical_().mul_(dy_BDF).sum(0), length)
+        if ctx.needs_input_grad[0]:
+            du_BDL = _signal(dy_BDF.mul_(_spectrum(K_DL).conj_physical_()), length)
+        return du_BDL, dK_DL
+
+
+def _spectrum(signal_L: Tensor) -> Tensor:
+    return torch.fft.rfft(signal_L, n=_fft_length(2 * signal_L.shape[-1]))
+
+
+def _signal(spectrum_F: Tensor, length: int) -> Tensor:
+    return torch.fft.irfft(spectrum_F, n=_fft_length(2 * length))[..., :length]
 
 
 def _fft_length(least: int) -> int:
@@ -51,23 +86,44 @@ def _fft_length(least: int) -> int:
 
 
 def _conv_documents(u_BDL: Tensor, K_DL: Tensor, seq_idx_BL: Tensor) -> Tensor:
-    """Each document convolved alone: gathered to rows (S, D, W) by bucket of length, and put back."""
+    """Each document convolved alone: its tokens spread to a row of its bucket (S, W, D), and collected from there."""
     batch, channels, length = u_BDL.shape
     starts, lengths = _documents(seq_idx_BL)
-    u_TD = u_BDL.transpose(1, 2).reshape(batch * length, channels)
-    positions, outputs = [torch.empty(0, dtype=torch.long, device=u_BDL.device)], [u_TD[:0]]
-    buckets = torch.ceil(torch.log2(lengths.double()))
-    for bucket in buckets.unique().tolist():
-        in_bucket = buckets == bucket
+    exponents = torch.ceil(torch.log2(lengths.double()))
+    buckets, tokens = [], [torch.empty(0, dtype=torch.long, device=u_BDL.device)]
+    for exponent in exponents.unique().tolist():
+        in_bucket = exponents == exponent
         offset_W = torch.arange(int(lengths[in_bucket].max()), device=u_BDL.device)
-        valid_SW = offset_W < lengths[in_bucket, None]
-        position_SW = torch.where(valid_SW, starts[in_bucket, None] + offset_W, 0)
-        u_SWD = u_TD.index_select(0, position_SW.flatten()).unflatten(0, position_SW.shape) * valid_SW[..., None]
-        y_SWD = _causal_conv(u_SWD.transpose(1, 2), K_DL[:, : len(offset_W)]).transpose(1, 2)
-        positions.append(position_SW[valid_SW])
-        outputs.append(y_SWD.flatten(0, 1).index_select(0, valid_SW.flatten().nonzero().squeeze(1)))
-    y_TD = torch.cat(outputs).index_select(0, torch.cat(positions).argsort())
+        token_SW = torch.where(offset_W < lengths[in_bucket, None], starts[in_bucket, None] + offset_W, -1)
+        buckets.append(token_SW.shape)
+        tokens.append(token_SW.flatten())
+    token_N = torch.cat(tokens)
+    filled = (token_N >= 0).nonzero().squeeze(1)
+    place_T = torch.empty_like(filled).scatter_(0, token_N.index_select(0, filled), filled)
+
+    u_TD = u_BDL.transpose(1, 2).reshape(batch * length, channels)
+    rows = _Move.apply(u_TD, token_N, place_T).split([S * W for S, W in buckets])
+    convolved = [
+        _causal_conv(u_ND.view(S, W, channels).transpose(1, 2), K_DL[:, :W]).transpose(1, 2).flatten(0, 1)
+        for u_ND, (S, W) in zip(rows, buckets, strict=True)
+    ]
+    y_TD = _Move.apply(torch.cat(convolved) if convolved else u_TD, place_T, token_N)
     return y_TD.reshape(batch, length, channels).transpose(1, 2)
+
+
+class _Move(torch.autograd.Function):
+    """Rows to other places: out[m] = x[there[m]], zero where that is -1. ``back`` says the same of the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, there_M: Tensor, back_N: Tensor) -> Tensor:
+        ctx.save_for_backward(there_M, back_N)
+        out_MD = x_ND.index_select(0, there_M.clamp_min(0))
+        return out_MD.index_fill_(0, (there_M < 0).nonzero().squeeze(1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, dout_MD: Tensor) -> tuple[Tensor, None, None]:
+        there_M, back_N = ctx.saved_tensors
+        return _Move.apply(dout_MD, back_N, there_M), None, None
 
 
 def _documents(seq_idx_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # Rows a block on CPU, so that a block's fp32 rows stay in cache.
@@ -34,33 +35,45 @@ def sort_by_expert(expert_ids_TK: torch.Tensor, num_experts: int) -> Permutation
     """Stable sort of the slots by expert; slots with id -1 are left out."""
     num_tokens, top_k = expert_ids_TK.shape
     ids_N = expert_ids_TK.reshape(-1)
-    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
-    counts_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
-    num_rows = int(counts_E.sum())
-    slots_N = torch.argsort(ids_N, stable=True)
-    rows_N = torch.arange(slots_N.numel(), device=slots_N.device)
-    inverse_N = torch.empty_like(slots_N).scatter_(0, slots_N, torch.where(rows_N < num_rows, rows_N, -1))
-    slots_M = slots_N[:num_rows]
-    return Permutation(slots_M // max(top_k, 1), slots_M, inverse_N.view(num_tokens, top_k), counts_E, top_k)
+    if ids_N.device.type != "cpu":  # where nobody has looked at them
+        ids_N = torch.where((ids_N >= 0) & (ids_N < num_experts), ids_N, -1)
+    counts = torch.bincount(ids_N + 1, minlength=num_experts + 1)
+    num_left_out = int(counts[0])
+    slots_N = torch.argsort(ids_N, stable=True)  # those left out come first
+    rows_N = torch.arange(-num_left_out, slots_N.numel() - num_left_out, device=slots_N.device).clamp_min_(-1)
+    inverse_N = torch.empty_like(slots_N).scatter_(0, slots_N, rows_N)
+    slots_M = slots_N[num_left_out:]
+    return Permutation(slots_M // max(top_k, 1), slots_M, inverse_N.view(num_tokens, top_k), counts[1:], top_k)
 
 
 def sum_copies(y_MD: torch.Tensor, inverse_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:
     """y_TD[t] = sum_k weights[t, k] * y_MD[inverse[t, k]], summed in fp32 (fp64 for fp64); -1 adds nothing."""
-    num_tokens, top_k = inverse_TK.shape
-    y_TD = torch.empty(num_tokens, y_MD.shape[1], dtype=y_MD.dtype, device=y_MD.device)
-    if y_MD.shape[0] == 0:
-        return y_TD.zero_()
-    dropped = y_MD.shape[0] < inverse_TK.numel()
-    for part in _blocks(num_tokens, y_MD):
-        total = torch.zeros_like(y_TD[part], dtype=_sum_dtype(y_MD))
-        for slot in range(top_k):
-            rows = inverse_TK[part, slot]
-            copies = y_MD.index_select(0, rows.clamp_min(0) if dropped else rows).to(total.dtype)
-            if dropped:
-                copies.masked_fill_(rows[:, None] < 0, 0)
-            total = total.add_(copies) if weights_TK is None else total.addcmul_(copies, weights_TK[part, slot, None])
-        y_TD[part] = total
-    return y_TD
+    if y_MD.shape[0] == inverse_TK.numel():
+        starts_T = torch.arange(len(inverse_TK), device=y_MD.device) * inverse_TK.shape[1]
+        return _sum_rows(y_MD, inverse_TK.flatten(), starts_T, None if weights_TK is None else weights_TK.flatten())
+    routed_TK = inverse_TK >= 0
+    counts_T = routed_TK.sum(1)
+    weights_M = None if weights_TK is None else weights_TK[routed_TK]
+    return _sum_rows(y_MD, inverse_TK[routed_TK], counts_T.cumsum(0) - counts_T, weights_M)
+
+
+def _sum_rows(
+    rows_RD: torch.Tensor, places_M: torch.Tensor, starts_T: torch.Tensor, weights_M: torch.Tensor | None
+) -> torch.Tensor:
+    """out[t] = the sum of weights[m] * rows[places[m]] over starts[t] <= m < starts[t + 1], rounded once.
+
+    PyTorch's embedding bag: on CPUs 5 to 10 times as fast as gathers and additions, also in 16 bits, which it sums in
+    fp32. It wants weights in the dtype of the rows: a 16-bit weight and what its rounding left are as exact as fp32.
+    """
+    if not (rows_RD.numel() and starts_T.numel()):
+        return rows_RD.new_zeros(starts_T.numel(), rows_RD.shape[1])
+    if weights_M is None:
+        return F.embedding_bag(places_M, rows_RD, starts_T, mode="sum")
+    parts = [weights_M.to(rows_RD.dtype)]
+    if rows_RD.dtype.itemsize < weights_M.dtype.itemsize:
+        parts.append((weights_M - parts[0]).to(rows_RD.dtype))
+    places, weights = places_M.repeat_interleave(len(parts)), torch.stack(parts, 1).flatten()
+    return F.embedding_bag(places, rows_RD, starts_T * len(parts), mode="sum", per_sample_weights=weights)
 
 
 class Permute(torch.autograd.Function):
@@ -94,17 +107,13 @@ class Unpermute(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         y_MD, weights_TK, order_M, slots_M = ctx.saved_tensors
         weights_M = weights_TK.reshape(-1).index_select(0, slots_M)
-        dweights_M, dy_MD = torch.empty_like(weights_M), torch.empty_like(y_MD)
+        dy_MD = _sum_rows(dy_TD, order_M, torch.arange(order_M.numel(), device=dy_TD.device), weights_M)
+        dweights_M = torch.empty_like(weights_M)
         for part in _blocks(order_M.numel(), y_MD):
-            copies = dy_TD.index_select(0, order_M[part]).to(_sum_dtype(y_MD))
-            dweights_M[part] = (copies * y_MD[part]).sum(1)
-            dy_MD[part] = copies.mul_(weights_M[part, None])
+            copies = dy_TD.index_select(0, order_M[part]).to(torch.promote_types(y_MD.dtype, torch.float32))
+            dweights_M[part] = copies.mul_(y_MD[part]).sum(1)
         dweights_N = weights_TK.new_zeros(weights_TK.numel()).index_copy_(0, slots_M, dweights_M)
         return dy_MD, dweights_N.view(weights_TK.shape), None, None, None
-
-
-def _sum_dtype(y_MD: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(y_MD.dtype, torch.float32)
 
 
 def _blocks(num_rows: int, y_MD: torch.Tensor) -> Iterator[slice]:

@@ -3,6 +3,8 @@
 Legend: B batch, L length, H heads, P head width, F = P / 2 frequencies.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,27 @@ def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
         ValueError: shapes, dtypes, devices or theta that do not fit.
     """
     check_inputs(x_BLHP, positions_BL, theta)
-    cos_BL1F, sin_BL1F = rotation(positions_BL, x_BLHP.shape[-1], theta, x_BLHP.dtype)
-    low, high = x_BLHP.to(cos_BL1F.dtype).chunk(2, -1)
-    turned = (low * cos_BL1F - high * sin_BL1F, high * cos_BL1F + low * sin_BL1F)
-    return torch.cat(turned, -1).to(x_BLHP.dtype)
+    turned: Tensor = _Turn.apply(x_BLHP, *rotation(positions_BL, x_BLHP.shape[-1], theta, x_BLHP.dtype))
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    """(low, high) -> (low cos - high sin, high cos + low sin); its gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLHP: Tensor, cos_BL1F: Tensor, sin_BL1F: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BL1F, sin_BL1F)
+        low, high = x_BLHP.to(cos_BL1F.dtype).chunk(2, -1)
+        y_BLHP = torch.empty(x_BLHP.shape, dtype=cos_BL1F.dtype, device=x_BLHP.device)
+        y_low, y_high = y_BLHP.chunk(2, -1)
+        torch.mul(low, cos_BL1F, out=y_low).addcmul_(high, sin_BL1F, value=-1)
+        torch.mul(high, cos_BL1F, out=y_high).addcmul_(low, sin_BL1F)
+        return y_BLHP.to(x_BLHP.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor, None, None]:
+        cos_BL1F, sin_BL1F = ctx.saved_tensors
+        return _Turn.apply(dy_BLHP, cos_BL1F, -sin_BL1F), None, None
 
 
 def rotation(positions_BL: Tensor, P: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Segment sums: argument checks, the choice of the path, and the library op of the Triton kernels.
+"""Segment sums: argument checks, and the library op of both paths.
 
 Legend: M rows, W row width, N positions in the order of their segments, S segments.
 """
@@ -6,6 +6,7 @@ Legend: M rows, W row width, N positions in the order of their segments, S segme
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
@@ -42,9 +43,7 @@ def sum_sorted(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Back
     check_devices(rows_MW=rows_MW, order_N=order_N, starts_S=starts_S)
     if rows_MW.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_places(order_N, starts_S, len(rows_MW))
-    if not use_triton(backend, rows_MW):
-        return sum_sorted_cpu(rows_MW, order_N, starts_S)
-    return segment_sum_fwd(rows_MW, order_N, starts_S)
+    return segment_sum_fwd(rows_MW, order_N, starts_S, use_triton(backend, rows_MW))
 
 
 def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
@@ -59,8 +58,10 @@ def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
 
 
 @torch.library.custom_op("engramba::segment_sum_fwd", mutates_args=())
-def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """(S, W) in fp32 of rows (M, W), order (N,), starts (S,)."""
+def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor, by_triton: bool) -> Tensor:
+    """(S, W) in fp32 or wider of rows (M, W), order (N,), starts (S,)."""
+    if not by_triton:
+        return sum_sorted_cpu(rows, order, starts)
     from kernels.segment_sum import triton
 
     return triton.forward(rows, order, starts)
@@ -68,17 +69,21 @@ def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
 
 @torch.library.custom_op("engramba::segment_sum_bwd", mutates_args=())
 def segment_sum_bwd(dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """(M, W): each row's gradient is that of its segment; zero for rows that are in none. One gather, one scatter."""
-    drows = torch.zeros((num_rows, dout.shape[1]), dtype=dtype, device=dout.device)
-    if not starts.numel():
-        return drows
-    segment = torch.searchsorted(starts, torch.arange(order.numel(), device=dout.device), right=True) - 1
-    return drows.index_copy_(0, order, dout.to(dtype).index_select(0, segment))
+    """(M, W): each row's gradient is that of its segment; zero for rows that are in none."""
+    num_segments, num_places = starts.numel(), order.numel()
+    lengths = torch.diff(starts, append=starts.new_tensor([num_places]))
+    segments = torch.repeat_interleave(lengths, output_size=num_places)
+    dout = dout.to(dtype)
+    if num_places < num_rows:
+        dout = F.pad(dout, (0, 0, 0, 1))
+    segment_of_row = order.new_full((num_rows,), num_segments).scatter_(0, order, segments)
+    return dout.index_select(0, segment_of_row)
 
 
 @segment_sum_fwd.register_fake
-def _(rows, order, starts):
-    return rows.new_empty((starts.shape[0], rows.shape[1]), dtype=torch.float32)
+def _(rows, order, starts, by_triton):
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return rows.new_empty((starts.shape[0], rows.shape[1]), dtype=dtype)
 
 
 @segment_sum_bwd.register_fake
@@ -87,14 +92,14 @@ def _(dout, order, starts, num_rows, dtype):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, order, starts = inputs
+    rows, order, starts, _ = inputs
     ctx.save_for_backward(order, starts)
     ctx.num_rows, ctx.dtype = rows.shape[0], rows.dtype
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     order, starts = ctx.saved_tensors
-    return segment_sum_bwd(dout, order, starts, ctx.num_rows, ctx.dtype), None, None
+    return segment_sum_bwd(dout, order, starts, ctx.num_rows, ctx.dtype), None, None, None
 
 
 segment_sum_fwd.register_autograd(_backward, setup_context=_save)

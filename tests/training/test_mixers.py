@@ -26,7 +26,6 @@ from training.model.config import (
     ModelConfig,
     MoEConfig,
     S4DConfig,
-    model_problems,
 )
 from training.model.mamba1 import Mamba1
 from training.model.mamba2 import Mamba2
@@ -393,25 +392,3 @@ def test_balance_evens_a_skewed_router():
         figures.append(float(update_balance(layer, expert_loads(layer), single_mesh())))
     assert figures[0] > 1.5
     assert max(figures[-5:]) < 1.25
-
-
-@pytest.mark.parametrize(
-    ("field", "model", "tp"),
-    [
-        ("model.s4d.state_dim", ModelConfig(pattern="L", s4d=S4DConfig(state_dim=7)), 1),
-        (
-            "model.attention.head_dim",
-            ModelConfig(pattern="*", attention=AttentionConfig(head_dim=7, positions="rope")),
-            1,
-        ),
-        ("model.d_model", ModelConfig(pattern="L", d_model=6, s4d=S4DConfig(expand=1)), 4),
-        ("model.d_model", ModelConfig(pattern="S", d_model=6, mamba1=Mamba1Config(expand=1)), 4),
-    ],
-)
-def test_widths_that_a_mixer_cannot_have_are_problems(field, model, tp):
-    assert [problem.field for problem in model_problems(model, tp, 1)] == [field]
-
-
-def test_odd_widths_that_a_mixer_can_have_are_none():
-    mixers = {"s4d": S4DConfig(state_dim=7, init="real"), "attention": AttentionConfig(head_dim=7)}
-    assert model_problems(ModelConfig(pattern="L*", **mixers), 1, 1) == []

@@ -1,11 +1,14 @@
 """What a model is made of: one dataclass a block, composed by ModelConfig. No torch in here: the CLI imports it."""
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
 from parallel.errors import Problem
 
+MAY_BE_ZERO = ("mamba1.dt_rank", "moe.shared_dim", "engram.seed")
+POSITIVE = ("norm_eps", "attention.rope_theta", "moe.route_scale")
 MIXERS = {"M": "mamba2", "S": "mamba1", "L": "s4d", "*": "attention", "-": "mlp", "E": "moe"}
 
 
@@ -158,6 +161,8 @@ class ModelConfig:
 
 def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
     """Every rule inside the model, and between it and the layout, that is broken."""
+    if out_of_range := list(_range_rules(model)):
+        return out_of_range  # the other rules divide by these
     rules = [_stack_rules(model)]
     rules += [of_layer(model, tp) for letter, of_layer in LAYER_RULES.items() if letter in model.pattern]
     rules += [_expert_rules(model, tp, ep), _engram_rules(model)]
@@ -167,13 +172,31 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
 Rules = Iterator[Problem]
 
 
+def _range_rules(model: ModelConfig) -> Rules:
+    """Counts and widths are 1 or more, other numbers 0 or more, but for those that stand below."""
+    for name, value in _numbers(model):
+        if name in POSITIVE:
+            least = "more than 0"
+        else:
+            least = "0 or more" if isinstance(value, float) or name in MAY_BE_ZERO else "1 or more"
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
+            yield _problem(name, value, "is out of range", f"use {least}")
+
+
+def _numbers(block: object, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Names and values of the numbers in a dataclass and in those it consists of."""
+    for name, value in vars(block).items():
+        if is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
 def _stack_rules(model: ModelConfig) -> Rules:
     unknown = sorted(set(model.pattern) - set(MIXERS))
     fault = f"has letters {unknown} that name no layer" if unknown else "is empty"
     if unknown or not model.pattern:
         yield _problem("pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
-    if model.num_streams < 1:
-        yield _problem("num_streams", model.num_streams, "is below 1", "use 1 or more; the papers have 1 and 4")
 
 
 def _mamba2_rules(model: ModelConfig, tp: int) -> Rules:

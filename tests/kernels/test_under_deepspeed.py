@@ -1,0 +1,30 @@
+"""All Triton kernels of a model at once, interpreted: under DeepSpeed's engine, cut over ranks, recomputed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.backend import serve_cpu_tensors
+from tests import parity
+
+CASES = (
+    parity.Case("TP2 x EP2, ZeRO 2, recompute", 2, {"tp": 2, "ep": 2, "zero_stage": 2}, recompute=True),
+    parity.Case("4 streams, EP2, ZeRO 1", 2, {"ep": 2}, model="streams"),
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_step_equals_pytorchs_path_on_one_process(case, monkeypatch):
+    monkeypatch.setattr(parity, "STEPS", 1)  # the interpreter is slow, and not for two threads: no prefetch
+    expected, config = parity.reference_run(case.model), case.config()
+    try:
+        serve_cpu_tensors(True)  # also in the processes forked from here
+        got = parity.run_case(replace(config, table=replace(config.table, prefetch=0)), case.world_size)
+    finally:
+        serve_cpu_tensors(False)
+    found = parity.differences(got, expected)
+    for kind, tolerance in parity.TOLERANCE.items():
+        worst = max(found[kind], key=found[kind].get)
+        assert found[kind][worst] < tolerance, f"{kind} {worst}: {found[kind][worst]:.1e}"
