@@ -56,8 +56,8 @@ def route(
     expert_ids_TK = choose_experts(scores_TE, top_k, bias_E, "torch")
     chosen_TK = scores_TE.gather(1, expert_ids_TK)
     # All chosen sigmoids can underflow to zero; then every weight is zero.
-    weights_TK = chosen_TK * (route_scale / chosen_TK.sum(1, keepdim=True).clamp_min(torch.finfo(chosen_TK.dtype).tiny))
-    return expert_ids_TK, weights_TK, scores_TE
+    weights_TK = chosen_TK / (chosen_TK.sum(1, keepdim=True) + torch.finfo(chosen_TK.dtype).tiny)
+    return expert_ids_TK, weights_TK if route_scale == 1.0 else route_scale * weights_TK, scores_TE
 
 
 @torch.no_grad()
@@ -78,8 +78,9 @@ def choose_experts(
     left_TE = left_TE.clamp_min(torch.finfo(torch.float32).min)  # above what is taken, which is -inf
     chosen = []
     for _ in range(top_k):
+        if chosen:
+            left_TE.scatter_(1, chosen[-1], -torch.inf)
         chosen.append(left_TE.max(1, keepdim=True).indices)  # the first of equal ones; topk leaves open which
-        left_TE.scatter_(1, chosen[-1], -torch.inf)
     return torch.cat(chosen, 1)
 
 
