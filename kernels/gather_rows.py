@@ -22,7 +22,7 @@ def gather_rows(table_RW: Tensor, rows_U: Tensor) -> Tensor:
     """
     if table_RW.device.type != "cpu" or not table_RW.is_contiguous() or not (rows_U.numel() and table_RW.numel()):
         return table_RW.index_select(0, rows_U)
-    from kernels.gather_rows_loop import gather
+    from kernels.gather_rows_loop import gather_loop
 
     low, high = (int(bound) for bound in rows_U.aminmax())
     if low < 0 or high >= len(table_RW):
@@ -31,6 +31,6 @@ def gather_rows(table_RW: Tensor, rows_U: Tensor) -> Tensor:
     num_bytes = table_RW.stride(0) * table_RW.dtype.itemsize
     word = next(word for word in _WORDS if num_bytes % word.itemsize == 0)
     table, out = (tensor.detach().view(torch.uint8).view(word).numpy() for tensor in (table_RW, out_UW))
-    rows = rows_U.contiguous().numpy()
+    rows, gather = rows_U.contiguous().numpy(), gather_loop(table.shape[1])
     for_ranges(lambda part: gather(table, rows[part], out[part]), len(rows))
     return out_UW

@@ -3,16 +3,26 @@
 # numba has types of its own
 # mypy: ignore-errors
 
+from functools import lru_cache
+
 import numba
 
 from kernels.prefetch import AHEAD, prefetch_row
 
 
-@numba.njit(nogil=True, cache=True)
-def gather(table, rows, out):
-    """out[u] = table[rows[u]], all C-contiguous; rows exist."""
-    for u in range(rows.size):
-        prefetch_row(table, rows[min(u + AHEAD, rows.size - 1)])
-        r = rows[u]
-        for c in range(table.shape[1]):
-            out[u, c] = table[r, c]
+@lru_cache
+def gather_loop(num_words):
+    """The loop out[u] = table[rows[u]] for rows of so many words, all C-contiguous; rows exist.
+
+    Compiled for each width: unrolled, the copy of 32 bytes costs what reading them does, otherwise up to 1.4 times.
+    """
+
+    @numba.njit(nogil=True, cache=True)
+    def gather(table, rows, out):
+        for u in range(rows.size):
+            prefetch_row(table, rows[min(u + AHEAD, rows.size - 1)])
+            r = rows[u]
+            for c in range(num_words):
+                out[u, c] = table[r, c]
+
+    return gather

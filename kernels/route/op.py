@@ -76,7 +76,7 @@ def choose_experts(
         return choose_experts_fwd(scores_TE, bias_E, top_k)
     left_TE = (scores_TE if bias_E is None else scores_TE + bias_E).float()
     left_TE = left_TE.clamp_min(torch.finfo(torch.float32).min)  # above what is taken, which is -inf
-    chosen = []
+    chosen: list[Tensor] = []
     for _ in range(top_k):
         if chosen:
             left_TE.scatter_(1, chosen[-1], -torch.inf)

@@ -1,4 +1,4 @@
-"""Segment sums: argument checks, and the library op of both paths.
+"""Segment sums: argument checks, the choice of the path, and the library op of the Triton kernels.
 
 Legend: M rows, W row width, N positions in the order of their segments, S segments.
 """
@@ -43,7 +43,10 @@ def sum_sorted(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Back
     check_devices(rows_MW=rows_MW, order_N=order_N, starts_S=starts_S)
     if rows_MW.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_places(order_N, starts_S, len(rows_MW))
-    return segment_sum_fwd(rows_MW, order_N, starts_S, use_triton(backend, rows_MW))
+    if use_triton(backend, rows_MW):
+        return segment_sum_fwd(rows_MW, order_N, starts_S)
+    out_SW: Tensor = _SumSorted.apply(rows_MW, order_N, starts_S)
+    return out_SW
 
 
 def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
@@ -58,10 +61,8 @@ def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
 
 
 @torch.library.custom_op("engramba::segment_sum_fwd", mutates_args=())
-def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor, by_triton: bool) -> Tensor:
-    """(S, W) in fp32 or wider of rows (M, W), order (N,), starts (S,)."""
-    if not by_triton:
-        return sum_sorted_cpu(rows, order, starts)
+def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """(S, W) in fp32 of rows (M, W), order (N,), starts (S,)."""
     from kernels.segment_sum import triton
 
     return triton.forward(rows, order, starts)
@@ -81,9 +82,8 @@ def segment_sum_bwd(dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, 
 
 
 @segment_sum_fwd.register_fake
-def _(rows, order, starts, by_triton):
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return rows.new_empty((starts.shape[0], rows.shape[1]), dtype=dtype)
+def _(rows, order, starts):
+    return rows.new_empty((starts.shape[0], rows.shape[1]), dtype=torch.float32)
 
 
 @segment_sum_bwd.register_fake
@@ -92,14 +92,25 @@ def _(dout, order, starts, num_rows, dtype):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, order, starts, _ = inputs
+    rows, order, starts = inputs
     ctx.save_for_backward(order, starts)
     ctx.num_rows, ctx.dtype = rows.shape[0], rows.dtype
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     order, starts = ctx.saved_tensors
-    return segment_sum_bwd(dout, order, starts, ctx.num_rows, ctx.dtype), None, None, None
+    return segment_sum_bwd(dout, order, starts, ctx.num_rows, ctx.dtype), None, None
 
 
 segment_sum_fwd.register_autograd(_backward, setup_context=_save)
+
+
+class _SumSorted(torch.autograd.Function):
+    """PyTorch's path, with the same gradient: a library op would cost as much again as a small sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MW: Tensor, order_N: Tensor, starts_S: Tensor) -> Tensor:
+        _save(ctx, (rows_MW, order_N, starts_S), rows_MW)
+        return sum_sorted_cpu(rows_MW, order_N, starts_S)
+
+    backward = staticmethod(_backward)

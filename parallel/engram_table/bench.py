@@ -11,6 +11,7 @@ an update must touch, as many at a time, on the same memory in the same run.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -112,10 +113,13 @@ def rounds_of(calls: Mapping[str, Callable[[int], object]], rounds: int) -> dict
     """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first ID_SETS rounds warm up.
 
     Calls of a round take different id sets: none finds rows in the caches that the call before it has brought there.
+    Each round has an order of its own: a call that follows a whole step finds less of its own there than another.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    turns, order = list(calls.items()), random.Random(0)
     for index in range(ID_SETS + rounds):
-        for turn, (name, call) in enumerate(calls.items()):
+        order.shuffle(turns)
+        for turn, (name, call) in enumerate(turns):
             begin = time.perf_counter()
             call((index + turn) % ID_SETS)
             if index >= ID_SETS:

@@ -166,7 +166,7 @@ def test_under_compilation_and_recomputation(device):
         out = again(rows_MW)
         assert torch.equal(out, twice(rows_MW))
         assert torch.equal(torch.autograd.grad(out.sum(), rows_MW)[0], expected)
-    torch.library.opcheck(torch.ops.engramba.segment_sum_fwd.default, (rows_MW, order_N, starts_S, True))
+    torch.library.opcheck(torch.ops.engramba.segment_sum_fwd.default, (rows_MW, order_N, starts_S))
 
 
 def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
