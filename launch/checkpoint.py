@@ -9,6 +9,7 @@ import tyro
 
 from launch.env import discover
 
+WEIGHTS_ONLY = "weights only: generate reads it, and --train.start_from begins a run with it"
 PathArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
 
 
@@ -91,7 +92,7 @@ class Average:
         from training.checkpoint.tools.reader import find_checkpoint
 
         path = average([find_checkpoint(path) for path in self.paths], self.output)
-        print(f"{path}: the mean of {len(self.paths)} checkpoints; weights only, a run cannot resume from it")
+        print(f"{path}: the mean of {len(self.paths)} checkpoints; {WEIGHTS_ONLY}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class Import:
 
         made = import_model(self.directory, self.output)
         source = f"from {made.architecture}" if made.architecture else "from our own format"
-        print(f"{made.path}: {source}, pattern {made.model.pattern}; weights only, a run cannot resume from it")
+        print(f"{made.path}: {source}, pattern {made.model.pattern}; {WEIGHTS_ONLY}")
         if not made.has_run:
             print(
                 f"{self.output / 'run.json'} is new: set data.path in it to files prepared with the model's tokenizer"

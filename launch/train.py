@@ -91,6 +91,7 @@ def find_problems(request: Request, process: Process, runs: Path) -> list[Proble
     """All that keeps ``request`` from running: fields, layout, the run's directory, memory for the tables."""
     problems = validate(request.run, process.world_size)
     problems += _directory_problems(request, runs)
+    problems += _start_problems(request.run.train.start_from)
     problems += _memory_problems(request.run, process, free_memory())
     return problems
 
@@ -113,6 +114,13 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
         fix = f"did you mean --name {near[0]}?" if near else "leave --resume out to start it"
         return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
     return []
+
+
+def _start_problems(source: str) -> list[Problem]:
+    if not source or Path(source).is_dir():
+        return []
+    fix = "name a run, as in runs/tiny, or a directory step-NNNNNNNN of its checkpoints"
+    return [Problem(field="train.start_from", value=source, rule="is no directory", fix=fix)]
 
 
 def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Problem]:

@@ -53,6 +53,8 @@ class TrainConfig:
     """torch.compile the elementwise pieces of the CPU kernels (a minute at the first step)."""
     seed: int = 0
     """Seed of the initial parameters."""
+    start_from: str = ""
+    """A run or a checkpoint, also one that ``average`` or ``import`` wrote, whose weights are the initial ones."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 100

@@ -17,7 +17,7 @@ from parallel.device import backend, device_name, local_device
 from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
-from training.checkpoint import Saver, latest, load
+from training.checkpoint import Saver, latest, load, load_initial
 from training.checkpoint.rows import told
 from training.checkpoint.storage import passed_over
 from training.config import RunConfig
@@ -121,6 +121,9 @@ def run_steps(
     if resume:
         check_artifact(directory, config.model.engram, data.token_map, data.files)
     start = restore(trainer, directory, data_print) if resume else 0
+    if not start and config.train.start_from:
+        source, manifest = load_initial(Path(config.train.start_from), trainer, data.files.tokenizer_path)
+        tell(f"starts with the weights of {source}", manifest, trainer)
     saver = Saver(directory / "checkpoints", trainer, {"data_fingerprint": data_print}, attached(directory, data))
     prepare_directory(directory, config, data, process, overwrite=overwrite)
     mesh, settings = trainer.mesh, config.train
@@ -202,11 +205,17 @@ def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
                 fix="restore the token files, data.seed and data.seq_length of run.json",
             )
         )
-    if trainer.mesh.global_rank == 0:
-        print("\n".join([f"resumed from {path}", *told(manifest["tensors"], trainer.config.table)]), flush=True)
-        if (path / "metrics.jsonl").exists() and not (directory / "metrics.jsonl").exists():
-            shutil.copyfile(path / "metrics.jsonl", directory / "metrics.jsonl")
+    tell(f"resumed from {path}", manifest, trainer)
+    ours, theirs = directory / "metrics.jsonl", path / "metrics.jsonl"
+    if trainer.mesh.global_rank == 0 and theirs.exists() and not ours.exists():
+        shutil.copyfile(theirs, ours)
     return int(manifest["step"])
+
+
+def tell(line: str, manifest: dict[str, Any], trainer: Trainer) -> None:
+    """Print what was loaded, and what became of its table rows."""
+    if trainer.mesh.global_rank == 0:
+        print("\n".join([line, *told(manifest["tensors"], trainer.config.table)]), flush=True)
 
 
 class Speedometer:

@@ -138,7 +138,7 @@ def test_diff(trained, said):
     assert [float(value) for _, value in listed] == pytest.approx([worst[name] for name in largest], rel=1e-2)
 
 
-def test_average_then_generate(trained, said, tmp_path, monkeypatch):
+def test_average_then_generate_and_train_on(trained, said, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent.parent)
     older, newest = (trained / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
     code, text = said("average", older, newest, "--output", tmp_path / "mean")
@@ -147,6 +147,15 @@ def test_average_then_generate(trained, said, tmp_path, monkeypatch):
     assert generate(tmp_path / "mean", "def ", 5, 0.0, 1.0, 0).startswith("def ")
     code, text = said("inspect", tmp_path / "mean")
     assert "weights only" in text
+    more = ("--parallel.ep", "1", "--train.steps", "5", "--train.start_from", str(tmp_path / "mean"))
+    done = launch("train", "--config", str(trained / "run.json"), "--name", "tuned", *more, cwd=trained.parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert f"starts with the weights of {tmp_path}/mean/checkpoints/step-00000004\nstep 1/5 " in done.stdout
+    done = launch(
+        "train", "--config", "runs/tuned/run.json", "--resume", "--train.steps", "6", cwd=trained.parent.parent
+    )
+    assert "starts with" not in done.stdout
+    assert "resumed from runs/tuned/checkpoints/step-00000005\nstep 6/6 " in done.stdout
     code, text = said("average", older, newest, "--output", tmp_path / "mean")
     assert code == 2
     assert "exists" in text

@@ -124,6 +124,7 @@ BAD = {
     "vocabulary": (2, ["--model.vocab_size", "256"], "model.vocab_size=256 is below the 320 tokens of"),
     "length": (2, ["--data.seq_length", "100000"], "data.seq_length=100000 is longer than the"),
     "batch": (2, ["--train.global_batch", "6"], "train.global_batch=6 is not a multiple of train.micro_batch=2 x 2"),
+    "start": (2, ["--train.start_from", "runs/nobody"], "train.start_from=runs/nobody is no directory; name a run"),
     "preset": (1, [], "preset=tinny is none of tiny, tiny-v41, small, moe-3b, moe-3b-engram-1.6b, hybrid-27b; did you"),
     "memory": (1, ["--model.engram.table_size", str(10**12)], "model.engram.table_size=1000000000000 needs"),
     "disk": (2, [*IN_A_FILE, ".", "--model.engram.table_size", str(10**10)], "more nodes"),

@@ -28,7 +28,8 @@ from tests.training.tiny import (
     tiny_config,
     train_steps,
 )
-from training.checkpoint import latest, load, load_weights, save, storage
+from training.checkpoint import latest, load, load_initial, load_weights, save, storage
+from training.checkpoint.logical import is_weight
 from training.config import RunConfig
 from training.data.token_map import TokenMap
 from training.model.model import HybridModel, build_model
@@ -383,3 +384,46 @@ def test_every_rank_tells_of_damage_before_anything_changes(copy):
     results = run_ranks(load_damaged, 2, config_of({"ep": 2}), copy)
     assert all("(in fp32/embedding.weight)" in text and unchanged for text, unchanged in results)
     assert results[0] == results[1]
+
+
+# --- a run that begins with the weights of another ---
+
+
+def begun_with(config: RunConfig, source: Path, tokenizer: Path, directory: Path):
+    """On this rank: what a trainer holds that begins with a checkpoint's weights, saved, and its first figures."""
+    trainer = make_trainer(replace(config, train=replace(config.train, seed=5)))
+    load_initial(source, trainer, tokenizer)
+    path = save(directory, trainer, 0, {})
+    return path, go_on(trainer, SAVED_AT, 1)
+
+
+@pytest.mark.parametrize("layout_of", [{}, {"tp": 2, "ep": 2, "zero_stage": 2}], ids=["same layout", "TP2 x EP2"])
+def test_a_run_begins_with_the_weights_of_another_and_nothing_else(tmp_path, layout_of):
+    source, expected, _, _ = run_ranks(run_and_save, 1, config_of({}), tmp_path / "a", 1)[0]
+    num_ranks = 2 if layout_of else 1
+    runs = run_ranks(begun_with, num_ranks, config_of(layout_of), source, tmp_path / "tokenizer.json", tmp_path / "b")
+    mine, theirs = read_plainly(runs[0][0]), read_plainly(source)
+    for name, values in mine.items():
+        if is_weight(name):
+            assert torch.equal(values, theirs[name]), name
+        else:
+            assert not values.any(), f"{name} does not begin at zero"
+    assert any(is_weight(name) and name.startswith("engram.") for name in mine)
+    (loss, _), (expected_loss, _) = runs[0][1][0], expected[0]
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+def refused_start(config: RunConfig, source: Path, tokenizer: Path) -> str:
+    trainer = make_trainer(config)
+    with pytest.raises(RunError) as caught:
+        load_initial(source, trainer, tokenizer)
+    return str(caught.value)
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path):
+    (source, *_) = run_ranks(run_and_save, 1, config_of({}), tmp_path / "a", 0)[0]
+    (source / "tokenizer.json").write_text("theirs")
+    (tmp_path / "tokenizer.json").write_text("ours")
+    for said in run_ranks(refused_start, 2, config_of({"tp": 2}), source, tmp_path / "tokenizer.json"):
+        assert "another tokenizer than that of" in said
+        assert f"launch prepare --tokenizer {source}/tokenizer.json" in said

@@ -24,6 +24,7 @@ from training.checkpoint.planners import read_tensors, write_tensors
 from training.checkpoint.problems import checkpoint_problem, told_for
 from training.checkpoint.rows import Census, fit_rows
 from training.checkpoint.storage import FORMAT, Manifest
+from training.checkpoint.tools.reader import find_checkpoint
 from training.config import TrainConfig
 from training.data.ranks import on_every_rank, on_rank_0
 from training.model.config import MIXERS, ModelConfig
@@ -171,6 +172,38 @@ def load(path: Path, trainer: Trainer) -> Manifest:
     return manifest
 
 
+def load_initial(source: Path, trainer: Trainer, tokenizer: Path) -> tuple[Path, Manifest]:
+    """Begin with the weights of another run: masters, parameters, router biases and table rows; no optimizer state.
+
+    Collective over world, into a trainer that has not trained yet.
+
+    Args:
+        source: a run, for its newest complete checkpoint, or a checkpoint, of weights only too.
+        tokenizer: that of the data, which must be the checkpoint's where it has one.
+
+    Returns:
+        The checkpoint and its manifest.
+
+    Raises:
+        RunError: as ``load``; there is no checkpoint, or its tokenizer is another.
+    """
+    comm = _comm(trainer.config.train.checkpoint_timeout_s)
+    path = on_rank_0(comm, lambda: _of_tokenizer(find_checkpoint(source), tokenizer))
+    weights = {name: tensor for name, tensor in trainer_tensors(trainer).items() if is_weight(name)}
+    manifest = _restore(comm, path, weights, trainer.config.model, trainer.memory, is_weight)
+    refresh_parameters(trainer.engine)
+    return path, manifest
+
+
+def _of_tokenizer(path: Path, tokenizer: Path) -> Path:
+    theirs = path / tokenizer.name
+    if theirs.exists() and theirs.read_bytes() != tokenizer.read_bytes():
+        rule = f"was trained with another tokenizer than that of {tokenizer.parent}"
+        fix = f"prepare the text with its own: python -m launch prepare --tokenizer {theirs}"
+        raise checkpoint_problem(path, rule, fix)
+    return path
+
+
 def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemory | None) -> Manifest:
     """Read parameters, router biases and table rows into a model without an optimizer, on any layout.
 
@@ -210,7 +243,7 @@ def _restore(
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
     if manifest.get("weights_only") and wanted is not is_weight:
-        rule, fix = "holds weights only: there is nothing to resume from", "resume from another; generate reads it"
+        rule, fix = "holds weights only: there is nothing to resume from", "begin a run with --train.start_from"
         raise checkpoint_problem(path, rule, fix)
     stored: Census = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
     first: Tensors = {}
