@@ -4,7 +4,6 @@ Training draws no random numbers after initialisation, so no generator's state i
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from parallel.deepspeed_bridge import refresh_parameters
-from parallel.errors import Problem, RunError
+from parallel.errors import RunError
 from parallel.mesh import Mesh
 from training.checkpoint import storage, sums
+from training.checkpoint.identity import census_of, identity_of, require_same_model
 from training.checkpoint.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.planners import read_tensors, write_tensors
 from training.checkpoint.problems import checkpoint_problem, told_for
@@ -27,23 +27,11 @@ from training.checkpoint.storage import FORMAT, Manifest
 from training.checkpoint.tools.reader import find_checkpoint
 from training.config import TrainConfig
 from training.data.ranks import on_every_rank, on_rank_0
-from training.model.config import MIXERS, ModelConfig
+from training.model.config import ModelConfig
 from training.model.model import HybridModel
 from training.trainer import EngramMemory, Trainer
 
 T = TypeVar("T")
-
-# Fields that may change in a resumed run: the function that the parameters describe stays the same.
-FREE_FIELDS = {
-    "init_std",
-    "engram.init_std",
-    "mamba2.chunk_size",
-    "moe.bias_rate",
-    "moe.aux_loss",
-    "moe.z_loss",
-    "moe.capacity_factor",
-}
-MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +101,7 @@ def describe(trainer: Trainer, step: int, extra: dict[str, Any]) -> Manifest:
         TypeError: ``extra`` is not JSON.
     """
     json.dumps(extra)
-    record = {"format": FORMAT, "step": step, "extra": extra, **_identity(trainer.config.model, trainer.memory)}
+    record = {"format": FORMAT, "step": step, "extra": extra, **identity_of(trainer.config.model, trainer.memory)}
     record["layout"] = {"world": trainer.mesh.size("world"), **asdict(trainer.config.parallel)}
     return record
 
@@ -148,7 +136,7 @@ def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files
     shares = comm.allgather(on_every_rank(comm, mine))
     record = record | {
         "files": {name: file for share in shares for name, file in sorted(share.items())},
-        "tensors": _census(tensors),
+        "tensors": census_of(tensors),
     }
     return on_rank_0(comm, lambda: storage.commit(path, json.loads(json.dumps(record))))
 
@@ -249,7 +237,7 @@ def _restore(
     first: Tensors = {}
     if memory is not None:
         first, tensors, stored = fit_rows(path, tensors, stored, memory.tables)
-    on_every_rank(comm, lambda: _check_same_run(path, manifest, first | tensors, config, memory, stored))
+    on_every_rank(comm, lambda: require_same_model(path, manifest, first | tensors, config, memory, stored))
     storage.verify(path, manifest, comm)
     with told_for(path, "read"):
         if first:
@@ -258,78 +246,3 @@ def _restore(
     if memory is not None:
         memory.tables.loaded()
     return manifest
-
-
-def _census(tensors: Tensors) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in tensors.items()
-    }
-
-
-def _identity(config: ModelConfig, memory: EngramMemory | None) -> dict[str, Any]:
-    """What parameters and rows mean: the model's configuration, the token map and the hashes."""
-    identity: dict[str, Any] = {"model": json.loads(json.dumps(asdict(config))), "token_map": None, "hashes": None}
-    if memory is not None:
-        hashes = json.dumps({layer: asdict(spec) for layer, spec in sorted(memory.hashes.items())}, default=int)
-        identity["token_map"] = memory.token_map.checksum
-        identity["hashes"] = hashlib.sha256(hashes.encode()).hexdigest()
-    return identity
-
-
-def _check_same_run(
-    path: Path,
-    manifest: Manifest,
-    tensors: Tensors,
-    config: ModelConfig,
-    memory: EngramMemory | None,
-    stored: Census,
-) -> None:
-    """Raise with everything that differs between the checkpoint and the model that asks for it."""
-    identity = _identity(config, memory)
-    problems = [
-        Problem(field=f"model.{name}", value=here, rule=f"is {there} in {path}", fix="use the checkpoint's value")
-        for name, here, there in _config_differences(identity["model"], manifest["model"])
-    ]
-    problems += _tensor_problems(path, _census(tensors), stored)
-    for key, name in (("token_map", "token map"), ("hashes", "Engram hashes")):
-        if not problems and identity[key] != manifest[key]:
-            rule = f"is not the one of {path} ({manifest[key]}): its rows would be noise"
-            fix = "use the token files and Engram settings that the run was trained with"
-            problems.append(Problem(field=name, value=identity[key], rule=rule, fix=fix))
-    if problems:
-        raise RunError(*problems)
-
-
-def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, value here, value there) for fields that both know and that change the model's function."""
-    used = here["pattern"] + there["pattern"]
-    unused = {{"-": "mlp_dim"}.get(letter, block) for letter, block in MIXERS.items() if letter not in used}
-    mine, other = _flat(here), _flat(there)
-    return [
-        (name, mine[name], other[name])
-        for name in mine
-        if name in other and mine[name] != other[name]
-        if name not in FREE_FIELDS and name.partition(".")[0] not in unused
-    ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _tensor_problems(path: Path, here: Census, there: Census) -> list[Problem]:
-    lines = [f"{name} is not in it" for name in here if name not in there]
-    lines += [f"{name} is in it and not in this model" for name in there if name not in here]
-    for name in here.keys() & there.keys():
-        if here[name] != there[name]:
-            there_is, here_is = (f"{record['dtype']} {record['shape']}" for record in (there[name], here[name]))
-            lines.append(f"{name} is {there_is} in it and {here_is} here")
-    if not lines:
-        return []
-    listed = "; ".join(sorted(lines)[:MAX_LISTED])
-    more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return list(checkpoint_problem(path, f"holds another model: {listed}{more}", "use its run.json").problems)  # type: ignore[arg-type]
