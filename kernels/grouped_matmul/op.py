@@ -68,7 +68,7 @@ def grouped_mlp(
         ValueError: an unknown activation, shapes or dtypes that do not fit, or the backend cannot.
     """
     if activation != "swiglu":
-        raise ValueError(f"activation is {activation!r}, expected 'swiglu'")
+        raise ValueError(f"activation: got {activation!r}, expected 'swiglu'")
     _check_rows(x_MD, counts_E)
     width, inner = x_MD.shape[1], down_EFD.shape[1] if down_EFD.dim() == 3 else None
     _check_weights(
@@ -203,16 +203,16 @@ def _ends(counts_E: Tensor, x_MD: Tensor) -> Tensor:
 
 def _check_rows(x_MD: Tensor, counts_E: Tensor) -> None:
     if x_MD.dim() != 2:
-        raise ValueError(f"x_MD has shape {tuple(x_MD.shape)}, expected (M, D)")
+        raise ValueError(f"x_MD: got {tuple(x_MD.shape)}, expected (M, D)")
     check_floats(x_MD=x_MD)
     if counts_E.dim() != 1 or counts_E.dtype != torch.int64:
-        raise ValueError(f"counts_E is {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64")
+        raise ValueError(f"counts_E: got {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64")
     if counts_E.device.type != "cpu" and counts_E.device != x_MD.device:
-        raise ValueError(f"counts_E is on {counts_E.device}, expected host memory or {x_MD.device} as x_MD")
+        raise ValueError(f"counts_E: got {counts_E.device}, expected host memory or {x_MD.device} as x_MD")
     readable = counts_E.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
         raise ValueError(
-            f"counts_E is {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} rows of x_MD"
+            f"counts_E: got {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} rows of x_MD"
         )
 
 
@@ -223,6 +223,6 @@ def _check_weights(x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, 
         if not fits or weight.dtype != x_MD.dtype or weight.device != x_MD.device:
             wanted = tuple("any" if size is None else size for size in expected)
             raise ValueError(
-                f"{name} is {tuple(weight.shape)} {weight.dtype} on {weight.device}, "
+                f"{name}: got {tuple(weight.shape)} {weight.dtype} on {weight.device}, "
                 f"expected {wanted} {x_MD.dtype} on {x_MD.device}"
             )

@@ -36,9 +36,9 @@ def s4d_init(kind: Kind, N: int) -> Tensor:
         ValueError: an unknown kind, N < 1, or an odd N for conjugate pairs.
     """
     if kind not in ("legs", "lin", "inv", "real"):
-        raise ValueError(f"kind is {kind!r}, expected 'legs', 'lin', 'inv' or 'real'")
+        raise ValueError(f"kind: got {kind!r}, expected 'legs', 'lin', 'inv' or 'real'")
     if N < 1 or (kind != "real" and N % 2):
-        raise ValueError(f"N is {N}, expected a positive{'' if kind == 'real' else ' even'} number for kind {kind!r}")
+        raise ValueError(f"N: got {N}, expected a positive{'' if kind == 'real' else ' even'} number for kind {kind!r}")
     n = torch.arange(N if kind == "real" else N // 2, dtype=torch.float64)
     if kind == "real":
         return torch.complex(-(n + 1), torch.zeros_like(n))

@@ -136,14 +136,14 @@ def _documents(seq_idx_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(u_BDL: Tensor, K_DL: Tensor, D: Tensor | None, seq_idx: Tensor | None) -> None:
     if u_BDL.dim() != 3:
-        raise ValueError(f"u_BDL has shape {tuple(u_BDL.shape)}, expected (B, D, L)")
+        raise ValueError(f"u_BDL: got {tuple(u_BDL.shape)}, expected (B, D, L)")
     batch, channels, length = u_BDL.shape
     if K_DL.shape != (channels, length):
-        raise ValueError(f"K_DL has shape {tuple(K_DL.shape)}, expected {(channels, length)}")
+        raise ValueError(f"K_DL: got {tuple(K_DL.shape)}, expected {(channels, length)}")
     if D is not None and D.shape != (channels,):
-        raise ValueError(f"D has shape {tuple(D.shape)}, expected {(channels,)}")
+        raise ValueError(f"D: got {tuple(D.shape)}, expected {(channels,)}")
     if seq_idx is not None and seq_idx.shape != (batch, length):
-        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
+        raise ValueError(f"seq_idx: got {tuple(seq_idx.shape)}, expected {(batch, length)}")
     check_floats(u_BDL=u_BDL, K_DL=K_DL, D=D)
     check_integers(seq_idx=seq_idx)
     check_devices(u_BDL=u_BDL, K_DL=K_DL, D=D, seq_idx=seq_idx)

@@ -26,13 +26,13 @@ def discretize(dt_D: Tensor, A_DN: Tensor, method: Discretization = "zoh") -> tu
         ValueError: an unknown method, or shapes that do not fit.
     """
     if dt_D.dim() != 1 or A_DN.dim() != 2 or A_DN.shape[0] != dt_D.shape[0]:
-        raise ValueError(f"dt_D has shape {tuple(dt_D.shape)}, A_DN {tuple(A_DN.shape)}, expected (D,) and (D, N)")
+        raise ValueError(f"dt_D: got {tuple(dt_D.shape)}, A_DN {tuple(A_DN.shape)}, expected (D,) and (D, N)")
     step = dt_D[:, None] * A_DN
     if method == "zoh":
         return torch.exp(step), _expm1(step) / A_DN
     if method == "bilinear":
         return (1 + step / 2) / (1 - step / 2), dt_D[:, None] / (1 - step / 2)
-    raise ValueError(f"discretization is {method!r}, expected 'zoh' or 'bilinear'")
+    raise ValueError(f"discretization: got {method!r}, expected 'zoh' or 'bilinear'")
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization:
         ValueError: an unknown discretization, shapes that do not fit, or an A that does not decay.
     """
     if C_DN.shape != A_DN.shape:
-        raise ValueError(f"C_DN has shape {tuple(C_DN.shape)}, expected {tuple(A_DN.shape)} as A_DN")
+        raise ValueError(f"C_DN: got {tuple(C_DN.shape)}, expected {tuple(A_DN.shape)} as A_DN")
     if L < 0:
-        raise ValueError(f"L is {L}, expected a length")
+        raise ValueError(f"L: got {L}, expected a length")
     check_decay(A_DN, "A_DN")
     Abar_DN, Bbar_DN = discretize(dt_D.double(), A_DN.to(torch.complex128), discretization)
     block = math.isqrt(L) + 1

@@ -38,15 +38,15 @@ def permute(
             dropless the rows that are then too many are zeros behind those of the last expert.
     """
     if x_TD.dim() != 2:
-        raise ValueError(f"x_TD has shape {tuple(x_TD.shape)}, expected (T, D)")
+        raise ValueError(f"x_TD: got {tuple(x_TD.shape)}, expected (T, D)")
     if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[0] != x_TD.shape[0]:
-        raise ValueError(f"expert_ids_TK has shape {tuple(expert_ids_TK.shape)}, expected ({x_TD.shape[0]}, K)")
+        raise ValueError(f"expert_ids_TK: got {tuple(expert_ids_TK.shape)}, expected ({x_TD.shape[0]}, K)")
     if expert_ids_TK.dtype != torch.int64:
-        raise ValueError(f"expert_ids_TK has dtype {expert_ids_TK.dtype}, expected torch.int64")
+        raise ValueError(f"expert_ids_TK: got dtype {expert_ids_TK.dtype}, expected torch.int64")
     check_floats(x_TD=x_TD)
     check_devices(x_TD=x_TD, expert_ids_TK=expert_ids_TK)
     if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}, expected at least 1")
+        raise ValueError(f"num_experts: got {num_experts}, expected at least 1")
     triton = use_triton(backend, x_TD)
     if expert_ids_TK.device.type == "cpu" and expert_ids_TK.numel() and not torch.compiler.is_compiling():
         _check_ids(expert_ids_TK, num_experts, dropless)
@@ -78,9 +78,9 @@ def unpermute(
     """
     num_rows, slots = permutation.order.numel(), tuple(permutation.inverse.shape)
     if y_MD.dim() != 2 or y_MD.shape[0] != num_rows:
-        raise ValueError(f"y_MD has shape {tuple(y_MD.shape)}, expected ({num_rows}, D)")
+        raise ValueError(f"y_MD: got {tuple(y_MD.shape)}, expected ({num_rows}, D)")
     if weights_TK is not None and tuple(weights_TK.shape) != slots:
-        raise ValueError(f"weights_TK has shape {tuple(weights_TK.shape)}, expected {slots}")
+        raise ValueError(f"weights_TK: got {tuple(weights_TK.shape)}, expected {slots}")
     check_floats(y_MD=y_MD, weights_TK=weights_TK)
     check_devices(y_MD=y_MD, permutation=permutation.inverse, weights_TK=weights_TK)
     unserved = "weights in float64" if weights_TK is not None and weights_TK.dtype is torch.float64 else ""
@@ -180,4 +180,4 @@ def _check_ids(expert_ids_TK: Tensor, num_experts: int, dropless: bool) -> None:
     low, high = (int(bound) for bound in expert_ids_TK.aminmax())
     least = 0 if dropless else -1
     if low < least or high >= num_experts:
-        raise ValueError(f"expert_ids_TK has ids from {low} to {high}, expected {least} to {num_experts - 1}")
+        raise ValueError(f"expert_ids_TK: got ids from {low} to {high}, expected {least} to {num_experts - 1}")

@@ -14,7 +14,7 @@ def sequence_counts(expert_ids_TK: torch.Tensor, num_sequences: int, num_experts
     """
     num_tokens = expert_ids_TK.shape[0]
     if num_sequences < 1 or num_tokens % num_sequences:
-        raise ValueError(f"num_sequences is {num_sequences}, expected a divisor of the {num_tokens} tokens")
+        raise ValueError(f"num_sequences: got {num_sequences}, expected a divisor of the {num_tokens} tokens")
     # Column E collects the ids -1 and is cut off.
     ids_SN = torch.where(expert_ids_TK < 0, num_experts, expert_ids_TK).reshape(num_sequences, -1)
     counts_SE = torch.zeros(num_sequences, num_experts + 1, dtype=torch.int64, device=expert_ids_TK.device)
@@ -40,7 +40,7 @@ def sequence_aux_loss(
     """
     num_tokens, num_experts = scores_TE.shape
     if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[0] != num_tokens:
-        raise ValueError(f"expert_ids_TK has shape {tuple(expert_ids_TK.shape)}, expected ({num_tokens}, K)")
+        raise ValueError(f"expert_ids_TK: got {tuple(expert_ids_TK.shape)}, expected ({num_tokens}, K)")
     mine_SE = sequence_counts(expert_ids_TK, num_sequences, num_experts)
     if num_tokens == 0:
         return scores_TE.sum()
@@ -74,10 +74,10 @@ def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rate: float) -> to
     """
     if counts_E.dtype != torch.int64 or counts_E.shape != bias_E.shape:
         raise ValueError(
-            f"counts_E is {tuple(counts_E.shape)} {counts_E.dtype}, expected {tuple(bias_E.shape)} torch.int64"
+            f"counts_E: got {tuple(counts_E.shape)} {counts_E.dtype}, expected {tuple(bias_E.shape)} torch.int64"
         )
     if bias_E.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"bias_E has dtype {bias_E.dtype}, expected torch.float32")
+        raise ValueError(f"bias_E: got dtype {bias_E.dtype}, expected torch.float32")
     below_E = torch.sign(counts_E.sum(-1, keepdim=True) - counts_E * counts_E.shape[-1])
     bias_E.add_(below_E.to(bias_E), alpha=rate)
     return bias_E.sub_(bias_E.mean(-1, keepdim=True))
@@ -92,7 +92,7 @@ def drop_over_capacity(expert_ids_TK: torch.Tensor, capacity: int) -> torch.Tens
         ValueError: a negative capacity.
     """
     if capacity < 0:
-        raise ValueError(f"capacity is {capacity}, expected at least 0")
+        raise ValueError(f"capacity: got {capacity}, expected at least 0")
     ids_N, slots_N = expert_ids_TK.reshape(-1).sort(stable=True)
     place_N = torch.arange(ids_N.numel(), device=ids_N.device) - torch.searchsorted(ids_N, ids_N)
     kept_N = torch.where(place_N < capacity, ids_N, -1)

@@ -44,9 +44,9 @@ def route(
         ValueError: shapes, dtypes, devices or names that do not fit, or the backend cannot.
     """
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"logits_TE is {tuple(logits_TE.shape)} {logits_TE.dtype}, expected (T, E) float32 or float64")
+        raise ValueError(f"logits_TE: got {tuple(logits_TE.shape)} {logits_TE.dtype}, expected fp32 or fp64 (T, E)")
     if scores not in ("sigmoid", "softmax"):
-        raise ValueError(f"scores is {scores!r}, expected 'sigmoid' or 'softmax'")
+        raise ValueError(f"scores: got {scores!r}, expected 'sigmoid' or 'softmax'")
     _check_choice(logits_TE, top_k, bias_E)
     if use_triton(backend, logits_TE, _unserved(logits_TE, top_k, bias_E)):
         bias_E = None if bias_E is None else bias_E.detach()
@@ -150,17 +150,17 @@ route_fwd.register_autograd(_backward, setup_context=_save)
 
 def _check_choice(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> None:
     if scores_TE.dim() != 2:
-        raise ValueError(f"scores_TE has shape {tuple(scores_TE.shape)}, expected (T, E)")
+        raise ValueError(f"scores_TE: got {tuple(scores_TE.shape)}, expected (T, E)")
     check_floats(scores_TE=scores_TE)
     num_experts = scores_TE.shape[1]
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}, expected 1 to the {num_experts} experts")
+        raise ValueError(f"top_k: got {top_k}, expected 1 to the {num_experts} experts")
     if bias_E is None:
         return
     if tuple(bias_E.shape) != (num_experts,) or bias_E.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"bias_E is {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32")
+        raise ValueError(f"bias_E: got {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32")
     if bias_E.device != scores_TE.device:
-        raise ValueError(f"bias_E is on {bias_E.device}, expected {scores_TE.device}")
+        raise ValueError(f"bias_E: got {bias_E.device}, expected {scores_TE.device}")
 
 
 def _unserved(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> str:

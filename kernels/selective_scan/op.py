@@ -182,17 +182,17 @@ def _document_starts(seq_idx_BL: Tensor) -> Tensor:
 
 def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx) -> None:
     if u.dim() != 3:
-        raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, channels, length)")
+        raise ValueError(f"u: got {tuple(u.shape)}, expected (batch, channels, length)")
     if A.dim() != 2 or A.is_complex():
-        raise ValueError(f"A has shape {tuple(A.shape)} and dtype {A.dtype}, expected real (channels, state size)")
+        raise ValueError(f"A: got {tuple(A.shape)} and dtype {A.dtype}, expected real (channels, state size)")
     batch, channels, length = u.shape
     num_states = A.shape[1]
     for name, x in {"B": B, "C": C}.items():
         if x.dim() not in (3, 4):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, [groups,] state size, length)")
+            raise ValueError(f"{name}: got {tuple(x.shape)}, expected (batch, [groups,] state size, length)")
     groups = B.shape[1:-2]
     if groups and (groups[0] < 1 or channels % groups[0]):
-        raise ValueError(f"B has {groups[0]} groups, expected a divisor of u's {channels} channels")
+        raise ValueError(f"B: got {groups[0]} groups, expected a divisor of u's {channels} channels")
     expected = {
         "delta": (delta, (batch, channels, length)),
         "A": (A, (channels, num_states)),
@@ -209,7 +209,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx) -> None:
             continue
         if x.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, expected {shape} (u is {tuple(u.shape)}, A is {tuple(A.shape)})"
+                f"{name}: got {tuple(x.shape)}, expected {shape} (u is {tuple(u.shape)}, A is {tuple(A.shape)})"
             )
     floats = {"u": u, **{name: x for name, (x, _) in expected.items() if name != "seq_idx"}}
     check_floats(**floats)

@@ -36,12 +36,12 @@ def sinkhorn_knopp(
         ValueError: not square, not floating, out of range, or the backend cannot.
     """
     if logits_NN.dim() < 2 or logits_NN.shape[-1] != logits_NN.shape[-2] or logits_NN.shape[-1] == 0:
-        raise ValueError(f"logits_NN has shape {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1")
+        raise ValueError(f"logits_NN: got {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1")
     check_floats(logits_NN=logits_NN)
     if num_iters < 1:
-        raise ValueError(f"num_iters is {num_iters}, expected at least 1")
+        raise ValueError(f"num_iters: got {num_iters}, expected at least 1")
     if eps <= 0:
-        raise ValueError(f"eps is {eps}, expected a positive number")
+        raise ValueError(f"eps: got {eps}, expected a positive number")
     streams = logits_NN.shape[-1]
     if use_triton(backend, logits_NN, _unserved(streams, num_iters)):
         return sinkhorn_knopp_fwd(logits_NN.reshape(-1, streams, streams), num_iters, eps).view(logits_NN.shape)

@@ -266,20 +266,20 @@ def test_empty(batch, length, packed):
 
 
 BAD = {
-    "rank of u": (lambda: lti_conv(torch.randn(3, 5), torch.randn(3, 5)), "u_BDL has shape"),
-    "length of K": (lambda: lti_conv(torch.randn(1, 3, 5), torch.randn(3, 4)), "K_DL has shape"),
-    "size of D": (lambda: lti_conv(torch.randn(1, 3, 5), torch.randn(3, 5), torch.randn(5)), "D has shape"),
+    "rank of u": (lambda: lti_conv(torch.randn(3, 5), torch.randn(3, 5)), r"u_BDL: got \("),
+    "length of K": (lambda: lti_conv(torch.randn(1, 3, 5), torch.randn(3, 4)), r"K_DL: got \("),
+    "size of D": (lambda: lti_conv(torch.randn(1, 3, 5), torch.randn(3, 5), torch.randn(5)), r"D: got \("),
     "dtype of seq_idx": (
         lambda: lti_conv(torch.randn(1, 3, 5), torch.randn(3, 5), seq_idx=torch.zeros(1, 5)),
         "seq_idx: got dtype torch.float32",
     ),
-    "kind": (lambda: s4d_init("hippo", 4), "kind is 'hippo'"),
-    "odd pairs": (lambda: s4d_init("lin", 3), "N is 3"),
-    "no states": (lambda: s4d_init("real", 0), "N is 0"),
-    "method": (lambda: discretize(torch.ones(1), -torch.ones(1, 1), "euler"), "discretization is 'euler'"),
-    "shape of dt": (lambda: discretize(torch.ones(2), -torch.ones(1, 1)), "dt_D has shape"),
-    "shape of C": (lambda: s4d_kernel(torch.ones(1), -torch.ones(1, 1), torch.ones(1, 2), 4), "C_DN has shape"),
-    "negative length": (lambda: s4d_kernel(torch.ones(1), -torch.ones(1, 1), torch.ones(1, 1), -1), "L is -1"),
+    "kind": (lambda: s4d_init("hippo", 4), "kind: got 'hippo'"),
+    "odd pairs": (lambda: s4d_init("lin", 3), "N: got 3"),
+    "no states": (lambda: s4d_init("real", 0), "N: got 0"),
+    "method": (lambda: discretize(torch.ones(1), -torch.ones(1, 1), "euler"), "discretization: got 'euler'"),
+    "shape of dt": (lambda: discretize(torch.ones(2), -torch.ones(1, 1)), r"dt_D: got \("),
+    "shape of C": (lambda: s4d_kernel(torch.ones(1), -torch.ones(1, 1), torch.ones(1, 2), 4), r"C_DN: got \("),
+    "negative length": (lambda: s4d_kernel(torch.ones(1), -torch.ones(1, 1), torch.ones(1, 1), -1), "L: got -1"),
 }
 
 

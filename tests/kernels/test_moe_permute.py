@@ -139,21 +139,21 @@ def test_rows_are_sorted_stably_and_invertible(num_tokens, top_k, num_experts, s
 
 def test_bad_input():
     x_TD, ids_TK, weights_TK = case(4, 2, 3)
-    with pytest.raises(ValueError, match=r"x_TD has shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"x_TD: got \(4,\)"):
         permute(x_TD[:, 0], ids_TK, 3)
-    with pytest.raises(ValueError, match=r"expert_ids_TK has shape \(3, 2\), expected \(4, K\)"):
+    with pytest.raises(ValueError, match=r"expert_ids_TK: got \(3, 2\), expected \(4, K\)"):
         permute(x_TD, ids_TK[:3], 3)
     with pytest.raises(ValueError, match=r"dtype torch\.int32"):
         permute(x_TD, ids_TK.int(), 3)
-    with pytest.raises(ValueError, match="num_experts is 0"):
+    with pytest.raises(ValueError, match="num_experts: got 0"):
         permute(x_TD, ids_TK, 0)
     for bad in (-2, 3):
         with pytest.raises(ValueError, match="expected -1 to 2"):
             permute(x_TD, torch.full_like(ids_TK, bad), 3)
     x_MD, permutation = permute(x_TD, ids_TK, 3)
-    with pytest.raises(ValueError, match=r"y_MD has shape \(7, 5\), expected \(8, D\)"):
+    with pytest.raises(ValueError, match=r"y_MD: got \(7, 5\), expected \(8, D\)"):
         unpermute(x_MD[1:], permutation, weights_TK)
-    with pytest.raises(ValueError, match=r"weights_TK has shape \(.*, 1\)"):
+    with pytest.raises(ValueError, match=r"weights_TK: got \(.*, 1\)"):
         unpermute(x_MD, permutation, weights_TK[:, :1])
     with pytest.raises(ValueError, match=r"weights_TK: got dtype torch\.int64"):
         unpermute(x_MD, permutation, ids_TK)

@@ -166,7 +166,7 @@ def test_ids_that_nobody_looked_at_are_not_routed(poison, device, monkeypatch):
 
 def test_bad_input(device):
     x, ids, weights = torch.zeros(4, 5), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2)
-    with pytest.raises(ValueError, match="has ids from -1 to -1, expected 0 to 2"):
+    with pytest.raises(ValueError, match="got ids from -1 to -1, expected 0 to 2"):
         permute(x, ids - 1, 3, dropless=True)
     with pytest.raises(ValueError, match="expert_ids_TK: got a tensor on meta, expected cpu"):
         permute(x, ids.to("meta"), 3)

@@ -77,11 +77,11 @@ def test_large_logits_stay_finite():
 
 def test_bad_input():
     for shape in ((4,), (3, 4), (2, 0, 0)):
-        with pytest.raises(ValueError, match="logits_NN has shape"):
+        with pytest.raises(ValueError, match=r"logits_NN: got \("):
             sinkhorn_knopp(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"dtype torch\.int64"):
         sinkhorn_knopp(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="num_iters is 0"):
+    with pytest.raises(ValueError, match="num_iters: got 0"):
         sinkhorn_knopp(torch.zeros(2, 2), num_iters=0)
-    with pytest.raises(ValueError, match="eps is 0"):
+    with pytest.raises(ValueError, match="eps: got 0"):
         sinkhorn_knopp(torch.zeros(2, 2), eps=0)
