@@ -14,6 +14,7 @@ from kernels.checks import check_floats
 
 MAX_TRITON_EXPERTS = 4096  # a row of experts is held in registers
 MAX_TRITON_TOP_K = 64  # each choice is a pass over that row
+MAX_PASSES = 8  # on a CPU; beyond it topk is faster
 
 
 def route(
@@ -74,14 +75,27 @@ def choose_experts(
     _check_choice(scores_TE, top_k, bias_E)
     if use_triton(backend, scores_TE, _unserved(scores_TE, top_k, bias_E)):
         return choose_experts_fwd(scores_TE, bias_E, top_k)
-    left_TE = (scores_TE if bias_E is None else scores_TE + bias_E).float()
-    left_TE = left_TE.clamp_min(torch.finfo(torch.float32).min)  # above what is taken, which is -inf
+    biased_TE = (scores_TE if bias_E is None else scores_TE + bias_E).float()
+    return _by_passes(biased_TE, top_k) if top_k <= MAX_PASSES else _by_keys(biased_TE, top_k)
+
+
+def _by_passes(scores_TE: Tensor, top_k: int) -> Tensor:
+    """The largest, then the largest of the others: ``max`` finds the first of equal ones, topk leaves open which."""
+    left_TE = scores_TE.clamp_min(torch.finfo(torch.float32).min)  # above what is taken, which is -inf
     chosen: list[Tensor] = []
     for _ in range(top_k):
         if chosen:
             left_TE.scatter_(1, chosen[-1], -torch.inf)
-        chosen.append(left_TE.max(1, keepdim=True).indices)  # the first of equal ones; topk leaves open which
+        chosen.append(left_TE.max(1, keepdim=True).indices)
     return torch.cat(chosen, 1)
+
+
+def _by_keys(scores_TE: Tensor, top_k: int) -> Tensor:
+    """topk of distinct integers: an fp32's bits in an order that is that of the numbers, then the lower expert."""
+    bits_TE = (scores_TE + 0.0).view(torch.int32)
+    ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+    keys_TE = ordered_TE.long() * 2**32 - torch.arange(scores_TE.shape[1], device=scores_TE.device)
+    return keys_TE.topk(top_k, dim=1).indices
 
 
 @torch.library.custom_op("engramba::route_fwd", mutates_args=())

@@ -72,8 +72,10 @@ def test_ties_go_to_the_lower_expert():
     assert_close("weights", weights_TK, torch.full((300, 5), 0.2), 1e-6)
 
 
-def test_choice_orders_every_kind_of_number():
-    """Ties of both signs, both zeros, infinities: as a stable sort would."""
+@pytest.mark.parametrize("max_passes", [0, 10])
+def test_choice_orders_every_kind_of_number(max_passes, monkeypatch):
+    """Ties of both signs, both zeros, infinities, by passes of max and by keys: as a stable sort would."""
+    monkeypatch.setattr("kernels.route.op.MAX_PASSES", max_passes)
     inf = float("inf")
     scores_TE = torch.tensor([[0.0, -0.0, 1.0, 1.0, -1.0, -1.0, inf, -inf, -1e-40, 1e-40]])
     assert choose_experts(scores_TE, 10).tolist() == [[6, 2, 3, 9, 0, 1, 8, 4, 5, 7]]
