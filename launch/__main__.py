@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,16 +53,12 @@ def main(argv: list[str]) -> int:
     if problem := shadowed():
         print(problem, file=sys.stderr)
         return 2
-    from parallel.errors import Problem, RunError
+    from parallel.errors import Problem, RunError, nearest
 
     try:
         if argv[0] not in VERBS:
-            near = get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)
-            raise RunError(
-                Problem(
-                    field="verb", value=argv[0], rule=f"is none of {', '.join(VERBS)}", fix=f"did you mean {near[0]}?"
-                )
-            )
+            fix = nearest(argv[0], VERBS, "python -m launch --help says what each does")
+            raise RunError(Problem(field="verb", value=argv[0], rule=f"is none of {', '.join(VERBS)}", fix=fix))
         return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
     except RunError as error:
         return _report(error)

@@ -1,14 +1,13 @@
 """``python -m launch generate runs/<name> --prompt TEXT``: continue a prompt with a trained model."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from launch.env import discover
-from parallel.errors import Problem, RunError
+from parallel.errors import Problem, RunError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,7 @@ def find_problems(request: Request) -> list[Problem]:
     problems = []
     if not (request.run / "run.json").is_file():
         runs = sorted(str(file.parent) for file in request.run.parent.glob("*/run.json"))
-        near = get_close_matches(str(request.run), runs, n=1, cutoff=0.0)
-        fix = f"did you mean {near[0]}?" if near else "name the directory of a run, as in runs/tiny"
+        fix = nearest(str(request.run), runs, "name the directory of a run, as in runs/tiny")
         problems.append(Problem(field="run", value=request.run, rule="has no run.json", fix=fix))
     limits = (
         ("max_tokens", request.max_tokens, request.max_tokens >= 1, "is below 1", "use 1 or more"),

@@ -4,13 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from parallel.errors import Problem, RunError
+from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import RowFormat, RowOptimizer, TableConfig, table_problems
 from training.config import RunConfig
 from training.presets import PRESETS
@@ -116,10 +115,8 @@ def _load(run: str) -> RunConfig:
         return PRESETS[run]()
     if run.endswith(".json"):
         return load_run_json(Path(run))
-    near = get_close_matches(run, PRESETS, n=1, cutoff=0.0)[0]
-    raise RunError(
-        Problem(field="preset", value=run, rule=f"is none of {', '.join(PRESETS)}", fix=f"did you mean {near}?")
-    )
+    fix = nearest(run, PRESETS, "name one of these, or a run.json")
+    raise RunError(Problem(field="preset", value=run, rule=f"is none of {', '.join(PRESETS)}", fix=fix))
 
 
 def assumptions(request: Request, orders: set[int]) -> Assumptions:

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -12,7 +11,7 @@ import tyro
 from launch.console import USER_ERROR, leave_to_rank_0, report
 from launch.env import Process, discover, identify
 from launch.machine import free_memory
-from parallel.errors import Problem, RunError
+from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
@@ -110,8 +109,7 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
         return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix=fix)]
     if request.resume and not exists:
         others = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
-        near = get_close_matches(name, others, n=1)
-        fix = f"did you mean --name {near[0]}?" if near else "leave --resume out to start it"
+        fix = nearest(name, others, "leave --resume out to start it", "--name ")
         return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
     return []
 
@@ -141,10 +139,8 @@ def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Pro
 
 def _preset(name: str) -> RunConfig:
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise RunError(
-            Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=f"did you mean {near}?")
-        )
+        fix = nearest(name, PRESETS, "name one of these, or --config runs/<name>/run.json")
+        raise RunError(Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix))
     return PRESETS[name]()
 
 
@@ -186,9 +182,7 @@ def _check_names(words: list[str]) -> None:
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            problems.append(
-                Problem(field="option", value=word, rule="is no field of a run", fix=f"did you mean --{near}?")
-            )
+            fix = nearest(name, known, "python -m launch train tiny --help lists them", "--")
+            problems.append(Problem(field="option", value=word, rule="is no field of a run", fix=fix))
     if problems:
         raise RunError(*problems)

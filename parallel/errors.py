@@ -1,6 +1,8 @@
 """What a user is told when something they typed, or their machine, cannot work."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +16,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.field}={self.value} {self.rule}; {self.fix}"
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str, before: str = "") -> str:
+    """What to do about an unknown word: the known one that resembles it, after ``before``, or ``otherwise``."""
+    near = get_close_matches(word, sorted(known), n=1)
+    return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
 class RunError(Exception):

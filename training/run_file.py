@@ -5,13 +5,12 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, fields, is_dataclass
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from parallel.errors import Problem, RunError
+from parallel.errors import Problem, RunError, nearest
 from training.config import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "mpi4py", "numpy", "tokenizers", "datasets")
@@ -88,8 +87,8 @@ def git_commit() -> str | None:
 
 
 def _unknown(prefix: str, key: str, known: set[str]) -> Problem:
-    near = get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-    return Problem(field=prefix + key, value="...", rule="is not a known key", fix=f"did you mean {prefix}{near}?")
+    fix = nearest(key, known, f"known are {', '.join(sorted(known))}", prefix)
+    return Problem(field=prefix + key, value="...", rule="is not a known key", fix=fix)
 
 
 def _unknown_keys(kind: type, values: Any, prefix: str = "") -> list[Problem]:

@@ -55,10 +55,11 @@ def test_nearest_names():
     with pytest.raises(RunError, match=r"preset=tinny .* did you mean tiny\?"):
         parse(["tinny"])
     with pytest.raises(RunError) as error:
-        parse(["tiny", "--train.stepz", "3", "--model.patern=M"])
+        parse(["tiny", "--train.stepz", "3", "--model.patern=M", "--lr", "1"])
     assert [problem.fix for problem in error.value.problems] == [
         "did you mean --train.steps?",
         "did you mean --model.pattern?",
+        "python -m launch train tiny --help lists them",
     ]
 
 

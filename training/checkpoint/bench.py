@@ -12,6 +12,7 @@ moment ago costs fifteen times as much (11 ms instead of 0.7 for 4 MiB), and cha
 import argparse
 import ctypes
 import gc
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -19,6 +20,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -102,22 +105,54 @@ def measure_stall(trainer: Trainer, rounds: int) -> tuple[list[float], list[floa
     return list(ours), list(plain)
 
 
-def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) -> tuple[list[float], list[float], float]:
-    """Median seconds a step while a save is written and while none is, by round; and steps that a save lasts."""
-    during, without, num_during = [], [], 0
-    with Saver(directory, trainer, {}) as saver:
+def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) -> tuple[dict[str, list[float]], float]:
+    """Median seconds a step, by round: alone, while a save is written, while another process writes as many bytes; and
+    the steps that a save lasts.
+    """
+    found: dict[str, list[float]] = {"alone": [], "save": [], "others": []}
+    num_during = 0
+    size = snapshot_bytes(trainer_tensors(trainer))
+    with Saver(directory, trainer, {}) as saver, writing_process(directory, size) as writes:
         for turn in range(rounds + 1):
-            quiet = [seconds_of(lambda: one_step(trainer)) for _ in range(steps)]
+            alone = [seconds_of(lambda: one_step(trainer)) for _ in range(steps)]
             saver.save(turn)
             busy, figures = [], saver.poll()
             while "save_s" not in figures:
                 busy.append(seconds_of(lambda: one_step(trainer)))
                 figures = saver.poll()
+            writes.set()
+            beside = [seconds_of(lambda: one_step(trainer)) for _ in range(steps)]
+            writes.clear()
+            dist.barrier()
             if turn and busy:  # the first round touches the copy's memory
-                during.append(statistics.median(busy))
-                without.append(statistics.median(quiet))
+                for name, seconds in zip(found, (alone, busy, beside), strict=True):
+                    found[name].append(statistics.median(seconds))
                 num_during += len(busy)
-    return during, without, num_during / max(1, len(during))
+    return found, num_during / max(1, len(found["save"]))
+
+
+@contextmanager
+def writing_process(directory: Path, size: int) -> Iterator[Event]:
+    """A process that writes ``size`` bytes again and again while the event is set: what no saver can avoid."""
+    spawn = multiprocessing.get_context("spawn")
+    writes = spawn.Event()
+    path = directory.with_name(f"beside.{dist.get_rank()}")
+    process = spawn.Process(target=write_while, args=(writes, path, size), daemon=True)
+    process.start()
+    try:
+        yield writes
+    finally:
+        process.kill()
+        process.join()
+        path.unlink(missing_ok=True)
+
+
+def write_while(writes: Event, path: Path, size: int) -> None:
+    """The work of ``writing_process``."""
+    block = os.urandom(BLOCK_BYTES)
+    while writes.wait():
+        write_plain(path, size, block)
+        path.unlink()
 
 
 def measure_disk(trainer: Trainer, directory: Path, rounds: int) -> dict[str, list[float]]:
@@ -232,13 +267,19 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
         ["the copy of what a rank writes", spread([1e3 * s for s in ours]), f"{paired_ratio(ours, plain):.2f}x"],
         ["a plain copy of as many bytes", spread([1e3 * s for s in plain]), ""],
     ]
-    during, without, num_steps = measure_steps(trainer, directory / "steps", rounds, steps)
+    steps_s, num_steps = measure_steps(trainer, directory / "steps", rounds, steps)
+    said = {
+        "save": f"while a save is written ({num_steps:.0f} steps)",
+        "others": "while another process writes as many bytes",
+        "alone": "alone",
+    }
     yield [
-        ["a step", "ms", "beside none"],
-        [f"while a save is written ({num_steps:.0f} steps)", spread([1e3 * s for s in during]),
-         f"{paired_ratio(during, without):.2f}x"],
-        ["without", spread([1e3 * s for s in without]), ""],
-    ]  # fmt: skip
+        ["a step", "ms", "beside alone"],
+        *(
+            [line, spread([1e3 * s for s in steps_s[name]]), f"{paired_ratio(steps_s[name], steps_s['alone']):.2f}x"]
+            for name, line in said.items()
+        ),
+    ]
     found = measure_disk(trainer, directory, rounds)
     for own, peer in (("write", "save"), ("read", "load")):
         yield [
