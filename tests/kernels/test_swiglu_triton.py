@@ -56,7 +56,7 @@ def test_under_compilation_and_recomputation(device):
 
 def test_bad_input(device):
     for bad in (torch.zeros(3, 5), torch.zeros(()), torch.zeros(3, 4, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"h: got \("):
+        with pytest.raises(ValueError, match="h: got"):
             swiglu(bad.to(device))
     with pytest.raises(ValueError, match=r"do not serve dtype torch\.float64"):
         swiglu(torch.zeros(3, 4, dtype=torch.float64, device=device), backend="triton")
