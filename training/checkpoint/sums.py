@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import xxhash
 
 READ_BYTES = WRITE_BYTES = 4 * 2**20
@@ -25,16 +26,16 @@ class SummedFile(io.RawIOBase):
         self.file, self.size = path.open("wb", buffering=0), 0
         self.sums: dict[int, str] = {}
         self.block, self.block_start = xxhash.xxh3_64(), 0
-        self.pending, self.num_pending = memoryview(bytearray(WRITE_BYTES)), 0
+        self.pending, self.num_pending = np.empty(WRITE_BYTES, np.uint8), 0
         self.num_written = self.num_asked = 0
 
     def write(self, data: Any) -> int:
-        """All of ``data``, a buffer."""
-        rest = memoryview(data).cast("B")
+        """All of ``data``, a buffer. Sums and copies are made without the interpreter lock: training goes on."""
+        rest = np.frombuffer(data, np.uint8)
         size = rest.nbytes
-        self.block.update(rest)
+        self.block.update(rest.data)
         self.size += size
-        while rest:
+        while rest.size:
             part = rest[: WRITE_BYTES - self.num_pending]
             self.pending[self.num_pending : self.num_pending + len(part)] = part
             self.num_pending, rest = self.num_pending + len(part), rest[len(part) :]
@@ -73,8 +74,8 @@ class SummedFile(io.RawIOBase):
     def _write_pending(self) -> None:
         """In large pieces: on a virtual machine pages for smaller ones cost several times as much."""
         rest, self.num_pending = self.pending[: self.num_pending], 0
-        while rest:
-            written = self.file.write(rest)
+        while rest.size:
+            written = self.file.write(rest.data)
             rest, self.num_written = rest[written:], self.num_written + written
         unasked = self.num_written - self.num_asked
         if unasked >= WRITE_BEHIND_BYTES and hasattr(os, "posix_fadvise"):
