@@ -36,7 +36,7 @@ class Request:
     resume: bool = False
     """Continue the run in runs/<name> from its newest checkpoint."""
     overwrite: bool = False
-    """Start anew in an existing runs/<name>; only files that a run wrote are replaced."""
+    """Start anew; an existing runs/<name> is moved aside."""
 
 
 def main(argv: list[str]) -> int:

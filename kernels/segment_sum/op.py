@@ -72,10 +72,11 @@ def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
 def segment_sum_bwd(dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """(M, W): each row's gradient is that of its segment; zero for rows that are in none."""
     num_segments, num_places = starts.numel(), order.numel()
-    lengths = torch.diff(starts, append=starts.new_tensor([num_places]))
-    segments = torch.repeat_interleave(lengths, output_size=num_places)
+    # How many segments have begun at each place, less one; whatever starts are, no number is beyond the segments.
+    begun = starts.new_zeros(num_places + 1).scatter_add_(0, starts.clamp(0, num_places), torch.ones_like(starts))
+    segments = begun[:num_places].cumsum(0).sub_(1).clamp_min_(0)
     dout = dout.to(dtype)
-    if num_places < num_rows:
+    if num_places < num_rows or not num_segments:
         dout = F.pad(dout, (0, 0, 0, 1))
     segment_of_row = order.new_full((num_rows,), num_segments).scatter_(0, order, segments)
     return dout.index_select(0, segment_of_row)

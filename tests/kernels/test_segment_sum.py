@@ -51,6 +51,14 @@ def test_nothing_to_sum(num_rows, num_segments, width):
     assert torch.equal(out, torch.zeros(num_segments, width))
 
 
+@pytest.mark.parametrize("num_places", [0, 2, 3])
+def test_rows_of_no_segment_have_no_gradient(num_places):
+    rows_MW = torch.randn(3, 2, requires_grad=True)
+    order_N, starts_S = torch.arange(num_places), torch.empty(0, dtype=torch.int64)
+    (drows,) = torch.autograd.grad(sum_sorted(rows_MW, order_N, starts_S).sum(), rows_MW)
+    assert torch.equal(drows, torch.zeros(3, 2))
+
+
 def test_wrong_order_is_named():
     rows_MW, order_N = torch.ones(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"order_N: got torch.int32 \(2,\), expected int64 of one dim"):
