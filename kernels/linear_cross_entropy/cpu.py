@@ -41,7 +41,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 stop = min(start + chunk_size, len(hidden_TD))
                 dhidden_TD[start:stop] = (logits_QV @ token_rows)[: stop - start]
             if dweight_VD is not None:
-                dweight_VD[:vocab_size] += logits_QV.t() @ hidden_QD
+                add_product_(dweight_VD[:vocab_size], logits_QV.t(), hidden_QD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -54,6 +54,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         dhidden = None if dhidden_TD is None else (dhidden_TD.to(dloss.dtype) * dloss).to(dhidden_TD.dtype)
         dweight = None if dweight_VD is None else (dweight_VD * dloss).to(ctx.weight_dtype)
         return dhidden, dweight, None, None, None, None
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; where all are of one dtype in one pass, without a temporary as large as the weight."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
