@@ -5,8 +5,7 @@
 
 from functools import lru_cache
 
-import numba
-
+from kernels.compiled_loops import compile_loop
 from kernels.prefetch import AHEAD, prefetch_row
 
 
@@ -17,7 +16,7 @@ def gather_loop(num_words):
     Compiled for each width: unrolled, the copy of 32 bytes costs what reading them does, otherwise up to 1.4 times.
     """
 
-    @numba.njit(nogil=True, cache=True)
+    @compile_loop()
     def gather(table, rows, out):
         for u in range(rows.size):
             prefetch_row(table, rows[min(u + AHEAD, rows.size - 1)])

@@ -16,6 +16,8 @@ import math
 import numba
 import numpy as np
 
+from kernels.compiled_loops import compile_loop
+
 CHUNK_LEN = 16
 
 _f32, _i32 = np.float32, np.int32
@@ -23,7 +25,7 @@ _LOG2_E = _f32(math.log2(math.e))
 # 2^f for |f| <= 1/2, the Taylor series: the first term left out is below 1e-8.
 _E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (_f32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 _LEAST, _MOST = _f32(-126), _f32(127)  # exponents of normal numbers; a smaller decay counts as 1e-38
-_compile = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_compile = compile_loop(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
 @numba.njit(nogil=True, inline="always")

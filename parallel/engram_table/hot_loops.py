@@ -6,12 +6,12 @@ Shape suffixes: R rows of this rank, S sets, V places of a set, U rows asked for
 # numba has types of its own
 # mypy: ignore-errors
 
-import numba
 import numpy as np
 
+from kernels.compiled_loops import compile_loop
 from kernels.prefetch import AHEAD, prefetch_row
 
-_compile = numba.njit(nogil=True, cache=True)
+_compile = compile_loop()
 
 
 @_compile

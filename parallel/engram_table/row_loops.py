@@ -12,12 +12,13 @@ from functools import lru_cache
 import numba
 import numpy as np
 
+from kernels.compiled_loops import compile_loop
 from kernels.prefetch import AHEAD, prefetch_row
 
 FP32, BF16, FP8 = range(3)
 _SUM_ROWS = 256
 _u32 = numba.uint32
-_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+_compile = compile_loop(error_model="numpy")
 # Parts of a row's work. A call passes seven numbers for each array: of a row of 64 values that is most of the time.
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
 
@@ -159,7 +160,7 @@ def _write(form, scratch, key, weight, exponents, powers, r):
         encode_fp8(scratch, key, weight, exponents, powers, r)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+@compile_loop(fastmath={"reassoc"})
 def _square_sum(g, u, grad_scale):
     total = np.float32(0)
     for c in range(g.shape[1]):
@@ -229,7 +230,7 @@ def adam_rows(form, row_wise):
     return loop
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compile_loop(error_model="numpy", fastmath={"reassoc"})
 def sinkhorn_sums(g, norm, c2, r2, sums):
     """r2[a] = 1 / sum_w (g / norm)^2 c2, and the sums over rows of r2 (g / norm)^2: one pass. ``sums`` is fp64."""
     width = g.shape[1]
