@@ -130,8 +130,7 @@ def start_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed's shared-memory collective serves inference; building it costs a compiler and a minute at the first run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    build_no_extensions()
     tag_experts(model)
     check_placements(model, mesh)
     before = {name: _fingerprint(parameter) for name, parameter in placed_parameters(model)}
@@ -144,6 +143,17 @@ def start_engine(
     )
     check_engine(engine, model, before)
     return engine
+
+
+def build_no_extensions() -> None:
+    """Keep DeepSpeed from starting a compiler in this process: training here needs none of its extensions.
+
+    Its shared-memory collective serves inference, and takes a minute to build at the first start on a CPU. That it asks
+    which others could be built links a program with each one's libraries, on every start.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[torch.dtype, float]:
