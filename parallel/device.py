@@ -6,6 +6,8 @@ from dataclasses import is_dataclass
 
 import torch
 
+from kernels.cpu_dtype import DtypeChoice, choose_cpu_dtype
+
 
 def local_device(local_rank: int = 0) -> torch.device:
     """This process's card by local rank, or the CPU where there is none."""
@@ -23,6 +25,15 @@ def backend(device: torch.device) -> str:
 def device_name(device: torch.device) -> str:
     """The model of a device, as its vendor spells it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def choose_dtype(device: torch.device) -> DtypeChoice:
+    """The compute type that ``device`` does well: bf16 where it has the hardware, else fp32."""
+    if device.type != "cuda":
+        return choose_cpu_dtype()
+    major, minor = torch.cuda.get_device_capability(device)
+    dtype = torch.bfloat16 if major >= 8 else torch.float32
+    return DtypeChoice(dtype, f"{device_name(device)}, compute capability {major}.{minor}")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ from kernels.timing import machine, print_table, spread
 from parallel.device import local_device
 from parallel.mesh import Mesh, build_mesh
 from parallel.mesh_plan import ParallelConfig
+from training.compute_dtype import DTYPES
 from training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.data.dataset import Batch, PackedRows
 from training.data.files import TokenFiles
@@ -35,7 +36,7 @@ from training.data.loader import load_step
 from training.data.token_map import TokenMap
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig, MoEConfig
 from training.step import train_step
-from training.trainer import DTYPES, build_trainer
+from training.trainer import build_trainer
 
 BATCH, LENGTH, VOCAB, LEARNING_RATE, CLIP = 4, 512, 8192, 1e-3, 1.0
 CORPUS = Path("data/stdlib")

@@ -10,6 +10,8 @@ from parallel.table_config import TableConfig, table_problems
 from training.data.config import DataConfig
 from training.model.config import ModelConfig, model_problems
 
+Dtype = Literal["bf16", "fp32"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -45,8 +47,8 @@ class TrainConfig:
     """Rows an optimizer step, over all ranks."""
     micro_batch: int = 4
     """Rows a rank computes at once; the rest is accumulated."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute type; master weights and optimizer state are fp32."""
+    dtype: Dtype | None = None
+    """Compute type; None: what this device does well, bf16 or fp32. Master weights and optimizer state are fp32."""
     checkpoint_activations: bool = False
     """Recompute each layer in backward instead of keeping its activations."""
     compile: bool = False
@@ -71,6 +73,12 @@ class TrainConfig:
     """Write checkpoints while training goes on, from a copy in host memory; False stops training for all of it."""
     checkpoint_timeout_s: int = 1800
     """Seconds that ranks wait for one another while a checkpoint is written or read: more than any disk needs."""
+
+    @property
+    def chosen_dtype(self) -> Dtype:
+        """``dtype`` once it is chosen (``training.compute_dtype``); before that nothing may be built by it."""
+        assert self.dtype is not None, "train.dtype is not chosen yet"
+        return self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from parallel.mesh import build_mesh
 from training.checkpoint import Saver, latest, load, load_initial
 from training.checkpoint.rows import told
 from training.checkpoint.storage import passed_over
+from training.compute_dtype import agree_on_dtype
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
@@ -74,6 +75,7 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
     try:
         with FailureWatch(process.rank, process.world_size):
+            config = agree_on_dtype(config, device, RUNS / config.name / "run.json" if resume else None)
             finished = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
     except RunError as error:
         if rank_0_tells(error, process.rank, process.world_size):

@@ -10,12 +10,13 @@ from parallel.errors import Problem, RunError
 from parallel.mesh import single_mesh
 from training.checkpoint import latest, load_weights
 from training.checkpoint.storage import MANIFEST
+from training.compute_dtype import DTYPES, dtype_to_read_with, with_dtype
 from training.config import RunConfig
 from training.data.files import TokenFiles
 from training.hash_artifact import check_artifact
 from training.model.model import HybridModel, build_model
 from training.run_file import load_run_json
-from training.trainer import DTYPES, EngramMemory, build_memory, run_token_map
+from training.trainer import EngramMemory, build_memory, run_token_map
 
 RUN_FILE = "run.json"
 
@@ -28,6 +29,7 @@ class Trained:
     """The checkpoint."""
     manifest: dict[str, Any]
     config: RunConfig
+    """The run's, with the compute type that trained it; ``model`` may have another here."""
     files: TokenFiles
     model: HybridModel
     """In evaluation mode, on the CPU."""
@@ -44,14 +46,17 @@ def load_trained(source: Path) -> Trained:
         RunError: no run.json, no complete checkpoint, or one of another model, tokenizer or hash.
     """
     run, path = find_checkpoint(source)
-    config = load_run_json(run / RUN_FILE)
-    files, mesh, device = TokenFiles.open(config.data.path), single_mesh(), torch.device("cpu")
+    config, device = load_run_json(run / RUN_FILE), torch.device("cpu")
+    here = with_dtype(config, dtype_to_read_with(config, device))
+    if config.train.dtype is None:
+        config = here
+    files, mesh = TokenFiles.open(config.data.path), single_mesh()
     token_map = run_token_map(config, files)
     for directory in (run, path):
         check_artifact(directory, config.model.engram, token_map, files)
-    memory = build_memory(config, mesh, token_map, device, trainable=False)
+    memory = build_memory(here, mesh, token_map, device, trainable=False)
     model = build_model(
-        config.model, mesh, seed=config.train.seed, dtype=DTYPES[config.train.dtype], device=device
+        config.model, mesh, seed=config.train.seed, dtype=DTYPES[here.train.chosen_dtype], device=device
     ).eval()
     return Trained(path, load_weights(path, model, mesh, memory), config, files, model, memory)
 

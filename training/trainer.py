@@ -14,14 +14,13 @@ from parallel.deepspeed_bridge import GradientScale, start_engine
 from parallel.engram_table import EngramTables, Rows, TableShape
 from parallel.mesh import Mesh
 from parallel.placement import register_gradient_reduction
+from training.compute_dtype import DTYPES
 from training.config import RunConfig
 from training.data.dataset import Batch
 from training.data.files import TokenFiles
 from training.data.token_map import TokenMap, load_token_map
 from training.model.config import EngramConfig
 from training.model.model import HybridModel, Memory, build_model
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class EngramMemory:
@@ -138,7 +137,7 @@ def build_memory(
         init_std=engram.init_std,
         seed=config.train.seed,
         device=device,
-        dtype=DTYPES[config.train.dtype],
+        dtype=DTYPES[config.train.chosen_dtype],
         trainable=trainable,
     )
     return EngramMemory(engram, token_map, tables, mesh)
@@ -152,7 +151,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, device: torch.device, token_map
         config.model,
         mesh,
         seed=config.train.seed,
-        dtype=DTYPES[config.train.dtype],
+        dtype=DTYPES[config.train.chosen_dtype],
         device=device,
         checkpoint_activations=config.train.checkpoint_activations,
     )

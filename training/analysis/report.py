@@ -116,7 +116,7 @@ def _measure(trained: Trained, memory: EngramMemory, observed: Observed, limit: 
         effect=effect_on(observed, np.ones(len(observed.loss_T), dtype=bool)),
         bins=effect_by_frequency(observed, counts),
         heads=head_usage(counts, memory.hashes, read_steps(trained.path, trained.manifest)),
-        traffic=traffic(memory, rows, micro_batch, batches, config.train.dtype),
+        traffic=traffic(memory, rows, micro_batch, batches, config.train.chosen_dtype),
         growth=growth(counts),
     )
 

@@ -15,8 +15,10 @@ from training.analysis.ngrams import NgramCounts
 from training.checkpoint.boxes import Box
 from training.checkpoint.logical import Chunk, LogicalTensor
 from training.checkpoint.planners import read_tensors
+from training.compute_dtype import DTYPES
+from training.config import Dtype
 from training.data.dataset import Batch, Rows
-from training.trainer import DTYPES, EngramMemory
+from training.trainer import EngramMemory
 
 HASH_CHUNK = 2**18  # n-grams hashed at once
 COVERED = (1_000, 10_000, 100_000)  # most frequent n-grams whose share of the lookups is told
@@ -124,7 +126,7 @@ class Traffic:
     bytes_per_token_without_dedup: float
 
 
-def traffic(memory: EngramMemory, rows: Rows, micro_batch: int, num_batches: int, dtype: str) -> list[Traffic]:
+def traffic(memory: EngramMemory, rows: Rows, micro_batch: int, num_batches: int, dtype: Dtype) -> list[Traffic]:
     """Measured over the first ``num_batches`` micro-batches of ``rows``, as training asks for them; one a layer."""
     distinct: dict[int, list[int]] = {layer: [] for layer in memory.hashes}
     for index in range(num_batches):
