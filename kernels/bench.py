@@ -33,7 +33,7 @@ from kernels.sinkhorn_knopp import bench as sinkhorn_knopp
 from kernels.ssd import bench as ssd
 from kernels.state_update import bench as state_update
 from kernels.swiglu import bench as swiglu
-from kernels.timing import print_table, quantiles, relative_error
+from kernels.timing import quantiles, relative_error, stream_table
 
 OPS = (
     ssd,
@@ -111,7 +111,7 @@ class Machine(ABC):
     def product(self, case: Case) -> float:
         """The ceiling for its operations; 16-bit products may be slower than fp32's where hardware has none."""
         fp32 = self.products[torch.float32]
-        return max(fp32, self.products[torch.bfloat16]) if case.dtype.itemsize == 2 else fp32
+        return max(fp32, self.products.get(torch.bfloat16, 0.0)) if case.dtype.itemsize == 2 else fp32
 
     def limits(self) -> str:
         """The ceilings, for the head of a table."""
@@ -121,18 +121,23 @@ class Machine(ABC):
 
 
 def print_cases(cases: Iterable[Case], machine: Machine) -> bool:
-    """Check and time the cases, naming each on stderr, and print the table; whether a result was wrong."""
+    """Check and time the cases, naming each on stderr, and print their rows as they come; whether one was wrong."""
     unit = machine.unit[0]
     head = [
         "op", "case", "dtype", "pass", "ms: p50 (p20-p80)", "GB/s", "of copy", unit, "of product", "floor, ms",
         *(["GiB"] if machine.device == "cuda" else []), "peers: ms, ours is faster by",
     ]  # fmt: skip
-    rows = []
-    for case in cases:
-        print(f"{case.op}, {case.shapes}, {str(case.dtype)[6:]}", file=sys.stderr, flush=True)
-        rows += rows_of(case, machine)
-    print_table([head, *(row + [""] * (len(head) - len(row)) for row in rows)])
-    return any(row[4].startswith("wrong") for row in rows)
+    wrong: list[str] = []
+
+    def measured() -> Iterator[list[str]]:
+        for case in cases:
+            print(f"{case.op}, {case.shapes}, {str(case.dtype)[6:]}", file=sys.stderr, flush=True)
+            for row in rows_of(case, machine):
+                wrong.extend(cell for cell in row[4:5] if cell.startswith("wrong"))
+                yield row + [""] * (len(head) - len(row))
+
+    stream_table(head, measured())
+    return bool(wrong)
 
 
 def rows_of(case: Case, machine: Machine) -> list[list[str]]:

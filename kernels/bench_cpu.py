@@ -1,6 +1,7 @@
 """Every op on the CPU, beside its plain reference and its peers: ``python -m kernels.bench_cpu [op ...] [--rounds N]``.
 
-The table is that of ``kernels.bench``, at the widths of ``small`` and 2,048 tokens, in bf16 and fp32. Candidates take
+The table is that of ``kernels.bench``, at the widths of ``small`` and 2,048 tokens, in bf16 and fp32, or in fp32 alone
+where the CPU has no bf16: each case would take minutes. Candidates take
 turns, and a ratio is the median over rounds. Inputs are as warm as the call before left them, so an op whose data stay
 in a cache can move more than a copy does, and take less than its floor.
 """
@@ -17,6 +18,7 @@ import torch
 from kernels.bench import Machine, all_cases, chosen, print_cases
 from kernels.cases import SMALL, Case, Op
 from kernels.compiled import compile_pieces
+from kernels.cpu_dtype import choose_cpu_dtype
 from kernels.timing import ROUNDS, machine, paired_ratio, times_in_turn
 
 SIZE = dataclasses.replace(SMALL, batch=4, length=512, streams=4, decoding=(1, 32))
@@ -49,10 +51,10 @@ class Processor(Machine):
         return {"reference": lambda: self.oracle(case), **case.cpu_peers}
 
 
-def measure(rounds: int) -> Processor:
+def measure(rounds: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Processor:
     """The ceilings of this CPU: a copy of 256 MiB, bytes read and written counted, and products of 2,048³."""
     source, target = torch.ones(COPIED // 4), torch.ones(COPIED // 4)
-    matrices = {dtype: torch.randn(WIDTH, WIDTH).to(dtype) for dtype in DTYPES}
+    matrices = {dtype: torch.randn(WIDTH, WIDTH).to(dtype) for dtype in dtypes}
     taken = times_in_turn(
         [partial(target.copy_, source), *(partial(torch.matmul, a, a) for a in matrices.values())],
         rounds,
@@ -73,11 +75,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench_cpu", description="Every op on the CPU.")
     parser.add_argument("op", nargs="*", help="ops to time; all by default")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"calls of each candidate, {ROUNDS} by default")
+    parser.add_argument("--bf16", action="store_true", help="bf16 also where this CPU is slow in it")
     args = parser.parse_args()
-    cases = chosen(all_cases([SIZE], DTYPES), args.op)
+    choice = choose_cpu_dtype()
+    dtypes = DTYPES if args.bf16 or choice.dtype == torch.bfloat16 else (torch.float32,)
+    cases = chosen(all_cases([SIZE], dtypes), args.op)
     compile_pieces(False)
-    processor = measure(args.rounds)
-    print(f"{machine()}. {processor.limits()}\n", flush=True)
+    print(f"{machine()}.", end=" ", flush=True)
+    processor = measure(args.rounds, dtypes)
+    print(processor.limits(), flush=True)
+    if len(dtypes) < len(DTYPES):
+        print(f"bf16 is left out: {choice.reason}; --bf16 takes it in.")
+    print(flush=True)
     raise SystemExit(print_cases(cases, processor))
 
 

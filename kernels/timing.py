@@ -78,11 +78,22 @@ def times_in_turn(
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A Markdown table whose columns align; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = [_line(row, widths) for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     print("\n".join([lines[0], rule, *lines[1:]]), flush=True)
+
+
+def stream_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Markdown table whose rows are printed as they come; a column is as wide as what it has held so far."""
+    widths = [len(cell) for cell in head]
+    print(_line(head, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|", sep="\n", flush=True)
+    for row in rows:
+        widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
+        print(_line(row, widths), flush=True)
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
 
 def machine() -> str:

@@ -17,19 +17,20 @@ import argparse
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from kernels.timing import machine, print_table, spread
-from parallel.device import local_device
+from parallel.device import choose_dtype, local_device
 from parallel.mesh import Mesh, build_mesh
 from parallel.mesh_plan import ParallelConfig
-from training.compute_dtype import DTYPES
-from training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from training.compute_dtype import DTYPES, name_of
+from training.config import DataConfig, Dtype, OptimizerConfig, RunConfig, TrainConfig
 from training.data.dataset import Batch, PackedRows
 from training.data.files import TokenFiles
 from training.data.loader import load_step
@@ -41,7 +42,6 @@ from training.trainer import build_trainer
 BATCH, LENGTH, VOCAB, LEARNING_RATE, CLIP = 4, 512, 8192, 1e-3, 1.0
 CORPUS = Path("data/stdlib")
 WARM_UP_ROUNDS = 4
-Dtype = Literal["bf16", "fp32"]
 
 
 class Side(Protocol):
@@ -130,23 +130,26 @@ class Record:
     losses: list[float] = field(default_factory=list)
 
 
-def measure(mesh: Mesh, rounds: int, steps: int, compile: bool) -> dict[str, Record]:
+def measure(mesh: Mesh, dtypes: Sequence[Dtype], rounds: int, steps: int, compile: bool) -> dict[str, Record]:
     """Train all candidates in turn, ``steps`` steps a round on the same rows; the first rounds warm up.
 
+    What each did in a round is printed when it has done it.
     After some twelve steps every temporary finds memory that was used before, and no step waits for pages any more.
     """
     rows = PackedRows(TokenFiles.open(CORPUS), "train", LENGTH, seed=0)
-    dtypes: tuple[Dtype, Dtype] = ("bf16", "fp32")
     records = {f"ours, {dtype}": Record(Ours(dtype, mesh, compile)) for dtype in dtypes}
     records |= {f"peer as it comes, {dtype}": Record(Peer(dtype, tuned=False)) for dtype in dtypes}
     records |= {f"peer tuned, {dtype}": Record(Peer(dtype, tuned=True)) for dtype in dtypes}
     for turn in range(WARM_UP_ROUNDS + rounds):
+        print("warm-up" if turn < WARM_UP_ROUNDS else f"round {turn - WARM_UP_ROUNDS + 1} of {rounds}", flush=True)
         batches = [load_step(rows, turn * steps + step, BATCH, BATCH)[0] for step in range(steps)]
-        for record in records.values():
+        for name, record in records.items():
             begin = time.perf_counter()
             record.losses += [record.side.step(batch) for batch in batches]
+            tokens_per_s = steps * BATCH * LENGTH / (time.perf_counter() - begin)
+            print(f"  {name}: {tokens_per_s:.0f} tokens/s", flush=True)
             if turn >= WARM_UP_ROUNDS:
-                record.tokens_per_s.append(steps * BATCH * LENGTH / (time.perf_counter() - begin))
+                record.tokens_per_s.append(tokens_per_s)
     return records
 
 
@@ -178,11 +181,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="rounds that count")
     parser.add_argument("--steps", type=int, default=3, help="steps of each candidate a round")
     parser.add_argument("--compile", action="store_true", help="torch.compile the kernels' elementwise pieces")
+    parser.add_argument("--bf16", action="store_true", help="bf16 also where this device is slow in it")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
-    records = measure(build_mesh(ParallelConfig()), arguments.rounds, arguments.steps, arguments.compile)
-    print(f"{machine()}{', compiled pieces' if arguments.compile else ''}")
+    print(f"{machine()}{', compiled pieces' if arguments.compile else ''}", flush=True)
+    choice, dtypes = choose_dtype(local_device()), list(DTYPES)
+    if name_of(choice) == "fp32" and not arguments.bf16:
+        print(f"bf16 is left out: {choice.reason}; --bf16 takes it in", flush=True)
+        dtypes = ["fp32"]
+    records = measure(build_mesh(ParallelConfig()), dtypes, arguments.rounds, arguments.steps, arguments.compile)
     show(records)
 
 

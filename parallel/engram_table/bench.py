@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from kernels.prefetch import AHEAD, prefetch_row
-from kernels.timing import machine, print_table
+from kernels.timing import machine, print_table, stream_table
 from parallel.engram_table.grouping import group_rows
 from parallel.engram_table.layout import TableShape
 from parallel.engram_table.tables import EngramTables
@@ -147,7 +147,7 @@ def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
     calls = {name: partial(lambda side, i: side.step(*batches[i]), side) for name, side in sides.items()}
     times = rounds_of(calls, rounds)
     distinct = statistics.mean(len(ids.unique()) / ids.numel() for ids, _ in batches)
-    print(f"{num_rows:,} rows x {width}, {TOKENS * HEADS:,} ids a step, {distinct:.0%} distinct")
+    print(f"{num_rows:,} rows x {width}, {TOKENS * HEADS:,} ids a step, {distinct:.0%} distinct", flush=True)
     table = [["", "B a row, with state", "ms: median (best)", "faster than SparseAdam"]]
     for name, milliseconds in times.items():
         config = CANDIDATES.get(name, TableConfig())
@@ -181,18 +181,20 @@ def read_write(table_RX, rows_U):
 
 def beside_memory(sizes: list[int], width: int, config: TableConfig, rounds: int) -> None:
     """Gather and update of the distinct rows of a step, at growing numbers of rows, over the memory's own time."""
-    print(f"{config.optimizer}, {config.rows} rows of {width}, {TOKENS * HEADS:,} ids a step; ms")
-    table = [["rows", "distinct", "whole step", "gather", "reads alone", "x", "update", "reads and writes alone", "x"]]
-    for num_rows in sizes:
-        probe = Probe(num_rows, width, config)
-        calls = {name: getattr(probe, name) for name in ("step", "gather", "read", "update", "write")}
-        ms = {name: statistics.median(values) for name, values in rounds_of(calls, rounds).items()}
-        figures = [f"{ms[name]:.2f}" for name in ("step", "gather", "read", "update", "write")]
-        figures.insert(3, f"{ms['gather'] / ms['read']:.1f}")
-        figures.append(f"{ms['update'] / ms['write']:.1f}")
-        table.append([f"{num_rows:.0e}", f"{len(probe.rows[0]):,}", *figures])
-        del probe, calls  # before the next table is allocated
-    print_table(table)
+    print(f"{config.optimizer}, {config.rows} rows of {width}, {TOKENS * HEADS:,} ids a step; ms", flush=True)
+    head = ["rows", "distinct", "whole step", "gather", "reads alone", "x", "update", "reads and writes alone", "x"]
+    stream_table(head, (_figures(num_rows, width, config, rounds) for num_rows in sizes))
+
+
+def _figures(num_rows: int, width: int, config: TableConfig, rounds: int) -> list[str]:
+    """A row of ``beside_memory``."""
+    probe = Probe(num_rows, width, config)
+    calls = {name: getattr(probe, name) for name in ("step", "gather", "read", "update", "write")}
+    ms = {name: statistics.median(values) for name, values in rounds_of(calls, rounds).items()}
+    figures = [f"{ms[name]:.2f}" for name in ("step", "gather", "read", "update", "write")]
+    figures.insert(3, f"{ms['gather'] / ms['read']:.1f}")
+    figures.append(f"{ms['update'] / ms['write']:.1f}")
+    return [f"{num_rows:.0e}", f"{len(probe.rows[0]):,}", *figures]
 
 
 class Probe:
@@ -241,7 +243,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=10**7, help="rows of the largest table: 10^8 takes 12 GB")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{machine()}; one thread")
+    print(f"{machine()}; one thread", flush=True)
     beside_sparse_adam(num_rows=1_000_000, width=64, rounds=arguments.rounds)
     sizes = [size for size in (10**6, 10**7, 10**8) if size <= arguments.largest]
     beside_memory(sizes, 16, TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"), arguments.rounds)

@@ -1,5 +1,6 @@
 """The CPU benchmark: its table, a run of it, and every case's result against its reference on few tokens."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import torch
 
 from kernels.bench import OPS, rows_of
 from kernels.bench_cpu import DTYPES, SIZE, Processor, measure
-from kernels.timing import relative_error
+from kernels.cpu_dtype import choose_cpu_dtype
+from kernels.timing import relative_error, stream_table
 from tests.kernels.benchmarks import MachineWithAClock, absent, double, make_case
 
 
@@ -50,6 +52,16 @@ def test_every_case_on_few_tokens(op):
             assert min(case.bytes_moved) > 0
 
 
+def test_rows_are_printed_as_they_come(capsys):
+    def rows():
+        yield ["first", "1"]
+        assert capsys.readouterr().out == "| name | x |\n|------|---|\n| first | 1 |\n"
+        yield ["2nd", "23"]
+
+    stream_table(["name", "x"], rows())
+    assert capsys.readouterr().out == "| 2nd   | 23 |\n"
+
+
 def test_ceilings(monkeypatch):
     monkeypatch.setattr("kernels.bench_cpu.COPIED", 2**12)
     monkeypatch.setattr("kernels.bench_cpu.WIDTH", 8)
@@ -59,12 +71,17 @@ def test_ceilings(monkeypatch):
     assert processor.limits().count("product") == 2
 
 
-def test_a_run():
+@pytest.mark.parametrize("cap", [{}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["as it is", "without bf16"])
+def test_a_run(cap):
+    """In both types, or where bf16 is slow in fp32 alone, with a word."""
     command = [sys.executable, "-m", "kernels.bench_cpu", "swiglu", "rotary", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | cap)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| swiglu", "| rotary"))]
-    assert len(rows) == 8
+    is_slow = bool(cap) or choose_cpu_dtype().dtype == torch.float32
+    assert len(rows) == (4 if is_slow else 8)
+    assert ("bf16 is left out: " in done.stdout) == is_slow
+    assert ("bfloat16" not in done.stdout) == is_slow
     assert all(row.count("reference: ") == 1 and "wrong" not in row for row in rows)
     assert "Copy" in done.stdout.splitlines()[0]
     unknown = subprocess.run([sys.executable, "-m", "kernels.bench_cpu", "nothing"], capture_output=True, text=True)
