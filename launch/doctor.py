@@ -72,10 +72,19 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Cards, and whether torch sees them."""
-    if not has_cuda():
+    """Cards, whether torch sees them, and the compute type that a run would choose."""
+    if has_cuda():
+        yield from _check_cards()
+    else:
         yield Finding(status="ok", subject="device", found="cpu (no card)")
-        return
+    from parallel.device import choose_dtype, local_device
+    from training.compute_dtype import name_of
+
+    choice = choose_dtype(local_device())
+    yield Finding(status="ok", subject="compute type", found=f"{name_of(choice)}: {choice.reason}")
+
+
+def _check_cards() -> Iterator[Finding]:
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
         cards = listed.stdout.splitlines()

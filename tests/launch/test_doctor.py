@@ -1,5 +1,6 @@
 """The doctor, alone and under the launchers."""
 
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ def test_alone():
     done = launch("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "python, 1 processes" in done.stdout
+    assert re.search(r"^ok +compute type +(bf16|fp32): \w+", done.stdout, re.MULTILINE)
     assert "all-reduce and all-to-all between 2 processes" in done.stdout
 
 
