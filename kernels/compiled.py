@@ -21,6 +21,24 @@ def compile_pieces(enabled: bool) -> None:
     _enabled = enabled
 
 
+def compiler_problem() -> str:
+    """Why torch.compile does not work on this CPU; empty where it does. Some seconds at the first start: it compiles.
+
+    That a compiler is there says little: it may lack headers, or C++20.
+    """
+    try:
+        torch.compile(_twice, dynamic=False)(torch.ones(8))
+    except Exception as error:
+        name, _, output = str(error).partition("Output:")
+        first, *_ = [*output.split("\n\n")[0].strip().splitlines(), ""]
+        return ": ".join(part for part in (name.partition("\n")[0], first) if part)
+    return ""
+
+
+def _twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
 def piece(fn: Callable[P, R]) -> Callable[P, R]:
     """Mark a pure function of tensors as fusible."""
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from kernels.compiled import compile_pieces
+from kernels.compiled import compile_pieces, compiler_problem
 from kernels.engram_hash import NgramHash, engram_hash_layers, ngram_hashes
 from parallel.deepspeed_bridge import GradientScale, start_engine
 from parallel.engram_table import EngramTables, Rows, TableShape
+from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
 from parallel.placement import register_gradient_reduction
 from training.compute_dtype import DTYPES
@@ -143,8 +144,26 @@ def build_memory(
     return EngramMemory(engram, token_map, tables, mesh)
 
 
+def check_compiler(wanted: bool, device: torch.device, *, is_told: bool) -> None:
+    """Before torch.compile is used: the line that says how long it takes.
+
+    Raises:
+        RunError: it needs a C++ compiler on the CPU, and there is none that works.
+    """
+    if not wanted:
+        return
+    if is_told:
+        print(
+            "compiling pieces of the model by torch.compile: about a minute, once", flush=True
+        )
+    if device.type == "cpu" and (problem := compiler_problem()):
+        fix = "install g++ and Python's headers, or leave train.compile out: training itself needs no compiler"
+        raise RunError(Problem(field="train.compile", value=True, rule=f"needs a C++ compiler: {problem}", fix=fix))
+
+
 def build_trainer(config: RunConfig, mesh: Mesh, device: torch.device, token_map: TokenMap) -> Trainer:
     """Allocate tables, build and initialise the model, start the engine."""
+    check_compiler(config.train.compile, device, is_told=mesh.global_rank == 0)
     compile_pieces(config.train.compile)
     memory = build_memory(config, mesh, token_map, device)
     model = build_model(
