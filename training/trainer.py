@@ -153,9 +153,7 @@ def check_compiler(wanted: bool, device: torch.device, *, is_told: bool) -> None
     if not wanted:
         return
     if is_told:
-        print(
-            "compiling pieces of the model by torch.compile: about a minute, once", flush=True
-        )
+        print("compiling pieces of the model by torch.compile: about a minute, once", flush=True)
     if device.type == "cpu" and (problem := compiler_problem()):
         fix = "install g++ and Python's headers, or leave train.compile out: training itself needs no compiler"
         raise RunError(Problem(field="train.compile", value=True, rule=f"needs a C++ compiler: {problem}", fix=fix))
