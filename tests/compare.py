@@ -8,6 +8,16 @@ TOLERANCE = {
     "gradient": {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2},
 }
 
+# Two paths in fp32 are both judged by fp64: one may be this many times as far from it as the plainer one is, and a few
+# eps more, since that one may be exact.
+TIMES_ROUNDING = 4
+FEW_EPS = 1e-6
+
+
+def rounding_limit(plain_error: float) -> float:
+    """What the error of a path in fp32 may be where a plain path's is ``plain_error``, both relative to fp64."""
+    return TIMES_ROUNDING * plain_error + FEW_EPS
+
 
 def relative_rmse(got: torch.Tensor, expected: torch.Tensor) -> float:
     """||got - expected|| / ||expected||, in fp64; the absolute norm where expected is zero."""

@@ -21,7 +21,8 @@ from kernels.engram_gate.reference import engram_gate_reference
 from parallel.deepspeed_bridge import gradient_fragments
 from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, placed_parameters
-from tests.compare import relative_rmse
+from tests.compare import relative_rmse, rounding_limit
+from tests.exact import NUM_DRAWS, train_plainly
 from tests.ranks import run_ranks
 from tests.training.tiny import layout, made_up_batches, make_trainer, tiny_config
 from training.config import RunConfig
@@ -32,8 +33,10 @@ from training.step import global_grad_norm, train_step
 from training.trainer import Trainer
 
 STEPS = 5
-# Contract: 1e-5. The last gradients are taken at parameters that already differ, and an update is a small difference of
-# parameters that are rounded to fp32: these two show what the first step's zeros hide and Adam's scale levels out.
+# Contract: 1e-5; where rounding alone takes a single process further than that from fp64, what rounding explains
+# (``beyond_rounding``). The last gradients are taken at parameters that already differ, and an update is a small
+# difference of parameters that are rounded to fp32: these two show what the first step's zeros hide and Adam's scale
+# levels out.
 TOLERANCE = {
     "loss": 1e-5,
     "norm": 1e-5,
@@ -285,6 +288,35 @@ def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, dict
         assert got[kind].keys() == expected[kind].keys()
         result[kind] = {name: relative_rmse(got[kind][name], values) for name, values in expected[kind].items()}
     return result
+
+
+class Truth(NamedTuple):
+    """A run without rounding, and the largest error by kind and name that rounding alone gives a plain run in fp32."""
+
+    run: dict[str, Any]
+    rounding: dict[str, dict[str, float]]
+
+
+def true_run(config: RunConfig) -> Truth:
+    """STEPS steps on one process in fp64, and in fp32 from NUM_DRAWS roundings of the initial values."""
+    exact = [train_plainly(config, STEPS, torch.float64, draw) for draw in range(NUM_DRAWS)]
+    plain = [train_plainly(config, STEPS, torch.float32, draw) for draw in range(NUM_DRAWS)]
+    errors = [differences(*pair) for pair in zip(plain, exact, strict=True)]
+    rounding = {
+        kind: {name: max(error[kind][name] for error in errors) for name in errors[0][kind]} for kind in errors[0]
+    }
+    return Truth(exact[0], rounding)
+
+
+def beyond_rounding(got: dict[str, Any], truth: Truth) -> dict[tuple[str, str], str]:
+    """The figures and tensors whose error is more than rounding can explain: (kind, name) -> what to say."""
+    wrong = {}
+    for kind, errors in differences(got, truth.run).items():
+        for name, error in errors.items():
+            plain = truth.rounding[kind][name]
+            if not error <= rounding_limit(plain):
+                wrong[kind, name] = f"{kind} {name}: {error:.1e} from fp64, a plain run {plain:.1e}"
+    return wrong
 
 
 def reference_run(model: str) -> dict[str, Any]:

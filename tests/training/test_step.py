@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from parallel.deepspeed_bridge import master_fragments
 from parallel.engram_table import Rows
@@ -16,59 +14,18 @@ from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from parallel.placement import placed_parameters
 from tests.compare import assert_close
+from tests.exact import CPU, plain_model, train_plainly
 from tests.parity import STEPS, plain_run, quiet_libraries, reference_run
 from tests.ranks import run_ranks
 from tests.training.tiny import layout, made_up_batches, made_up_token_map, make_trainer, tiny_config
 from training.config import RunConfig
 from training.data.dataset import Batch
-from training.model.model import HybridModel, build_model
-from training.model.moe import expert_loads, update_balance
 from training.step import train_step
 from training.trainer import Trainer, build_memory, memory_of
 
-CPU = torch.device("cpu")
-
-
-def plain_model(config: RunConfig) -> HybridModel:
-    """The model without processes."""
-    return build_model(config.model, single_mesh(), seed=config.train.seed, dtype=torch.float32, device=CPU)
-
-
-def plain_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    settings, groups = config.optimizer, []
-    for decay in (True, False):
-        members = [p for _, p in placed_parameters(model) if p.placement.decay == decay]
-        groups.append({"params": members, "weight_decay": settings.weight_decay if decay else 0.0})
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
-
-
-def plain_loop(config: RunConfig) -> dict[str, Any]:
-    """The reference of the references: no DeepSpeed, no process group, one micro-batch, torch's clipping."""
-    model, memory = plain_model(config), build_memory(config, single_mesh(), made_up_token_map(), CPU)
-    optimizer, figures = plain_adamw(model, config), []
-    one_batch = replace(config, train=replace(config.train, micro_batch=config.train.global_batch))
-    for step in range(STEPS):
-        (batch,) = made_up_batches(step, one_batch, 0, 1)
-        rows = memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
-        cross_entropy, auxiliary = model(batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL, memory_of(rows))
-        ((cross_entropy + auxiliary) / batch.num_targets).backward()
-        memory.tables.accumulate(rows)
-        dense = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        norm = math.hypot(float(dense), float(memory.tables.squared_grad_norm().sqrt()))
-        factor = min(1.0, config.optimizer.clip_norm / (norm + 1e-6))
-        for parameter in model.parameters():
-            parameter.grad.mul_(factor)
-        optimizer.step()
-        optimizer.zero_grad()
-        memory.tables.step(config.optimizer.learning_rate, factor)
-        update_balance(model, expert_loads(model), single_mesh())
-        figures.append((float(cross_entropy) / batch.num_targets, norm))
-    rows_of = {name: piece.tensor for name, piece in memory.tables.state().items() if name.endswith(".weight")}
-    return {"figures": figures, "parameters": dict(placed_parameters(model)), "rows": rows_of}
-
 
 def test_one_rank_equals_a_plain_loop():
-    expected, got = plain_loop(plain_run()), reference_run("plain")
+    expected, got = train_plainly(plain_run(), STEPS), reference_run("plain")
     np.testing.assert_allclose(got["figures"], expected["figures"], rtol=1e-5)
     for kind in ("parameters", "rows"):
         assert got[kind].keys() == expected[kind].keys()
