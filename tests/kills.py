@@ -22,7 +22,6 @@ from tests.runs import forked, make_corpus, records, run_forked, wait_for_step, 
 STEPS, INTERVAL = 12, 2
 # One save may be outstanding: the steps since the one before it are lost at most.
 MAX_LOST = 2 * INTERVAL
-SURVIVOR_ENDS_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ def kill_and_resume(cwd: Path, corpus: Path, seed: int, expected: list[dict], se
         time.sleep(delay)
         ranks.kill(rank, signal.SIGKILL)
         moment = moment_of(directory / "checkpoints")
-        ranks.wait(1 - rank, SURVIVOR_ENDS_S)
+        ranks.wait(1 - rank)
     step = records(directory)[-1]["step"]
     whole, torn = examine(directory / "checkpoints")
     printed = run_forked(cwd, [*argv(corpus, name), "--resume"], 2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.launch.commands import BIN, environment
-from tests.ranks import free_port
+from tests.ranks import HANG_S, free_port
 from training.data.config import PrepareConfig
 from training.data.prepare import prepare
 from training.metrics import read_metrics
@@ -50,12 +50,14 @@ MODEL = {
 }  # fmt: skip
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 2, "save_every": 4, "eval_every": 4, "eval_rows": 6,
          "log_every": 1, "dtype": "fp32"}  # fmt: skip
+# Longer than a test waits: what ends such a run in time is not the end of a collective's patience.
+NO_TIME_OUT = ("--parallel.timeout_s", str(6 * HANG_S))
 ENDLESS = ("--train.steps", "100000", "--train.save_every", "100000", "--train.eval_every", "0")
 TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node")
 MPIRUN = (str(BIN / "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n")
-PATIENCE_S = 100  # for what takes seconds on a quiet machine
+GO_ON = "go on"
 # A child of a pytest that was killed must not train for ever.
-LIFE_S = 300
+LIFE_S = 2 * HANG_S
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +97,9 @@ def records(directory: Path) -> list[dict]:
 
 def wait_until(ready: Callable[[], object], what: str) -> None:
     """Wait for a condition; fails when it does not come true in time."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + HANG_S
     while not ready():
-        assert time.monotonic() < deadline, f"{what} did not happen in {PATIENCE_S} s"
+        assert time.monotonic() < deadline, f"{what} did not happen in {HANG_S} s"
         time.sleep(0.05)
 
 
@@ -105,6 +107,29 @@ def wait_for_step(directory: Path, step: int) -> None:
     """Wait until a run has logged a step."""
     path = directory / "metrics.jsonl"
     wait_until(lambda: path.exists() and any(r["step"] >= step for r in read_metrics(path)), f"step {step} of {path}")
+
+
+def hold_after(step: int) -> Callable[[int], None]:
+    """A patch for ``forked``: after this step the ranks wait for ``go_on``, so that what a test does falls there."""
+
+    def patch(rank: int) -> None:
+        from training import loop
+
+        train_step = loop.train_step
+
+        def held(trainer, batches, rate, index, *more):
+            while index >= step and not Path(GO_ON).exists():
+                time.sleep(0.01)
+            return train_step(trainer, batches, rate, index, *more)
+
+        loop.train_step = held
+
+    return patch
+
+
+def go_on(cwd: Path) -> None:
+    """End the wait of ranks that were started in this directory with ``hold_after``."""
+    (cwd / GO_ON).touch()
 
 
 class ForkedRanks:
@@ -132,7 +157,7 @@ class ForkedRanks:
         assert pid is not None
         os.kill(pid, number)
 
-    def wait(self, rank: int, timeout_s: float = PATIENCE_S) -> int:
+    def wait(self, rank: int, timeout_s: float = HANG_S) -> int:
         """A rank's exit code; fails when it does not come."""
         process = self.processes[rank]
         process.join(timeout_s)
@@ -237,7 +262,7 @@ class Started:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return False
 
-    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+    def wait(self, timeout_s: float = HANG_S) -> int:
         """The exit code; fails when it does not come."""
         try:
             return self.process.wait(timeout_s)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.ranks import HANG_S
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "MASTER_", "OMPI_", "PMI", "PRTE_", "SLURM_", "TORCHELASTIC_")
@@ -16,9 +18,9 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
 
 
-def run(*command: str, cwd: Path = ROOT, timeout_s: float = 120, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
     """The finished command, with its output."""
-    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=HANG_S)
 
 
 def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import pytest
 from launch.prepare import main
 from parallel.errors import RunError
 from tests.launch.commands import environment
+from tests.ranks import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -46,7 +47,7 @@ def test_files_are_the_same_bytes_for_every_number_of_ranks(source, tmp_path, ca
     expected = contents(tmp_path / "plain")
     assert len(expected) == 7
     for ranks, process in runs.items():
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANG_S)
         assert process.returncode == 0, err
         assert out.count("wrote") == 1
         assert contents(tmp_path / f"mpi{ranks}") == expected
@@ -57,7 +58,7 @@ def test_error_ends_all_ranks_with_exit_code_2(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("keep")
     process = start(2, source, tmp_path / "mine")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 2, (out, err)
     assert (out + err).count("exists already") == 1
     assert contents(tmp_path / "mine") == {"notes": b"keep"}

@@ -16,12 +16,22 @@ import torch.distributed as dist
 
 from parallel import failure
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
-from tests.ranks import run_ranks
-from tests.runs import ENDLESS, MPIRUN, TORCHRUN, corpus, forked, started, wait_for_step, wait_until, words  # noqa: F401
+from tests.ranks import HANG_S, run_ranks
+from tests.runs import (  # noqa: F401
+    ENDLESS,
+    MPIRUN,
+    NO_TIME_OUT,
+    TORCHRUN,
+    corpus,
+    forked,
+    started,
+    wait_for_step,
+    wait_until,
+    words,
+)
 from training.data import loader
 
 EP2 = ("--parallel.ep", "2")
-GONE_S = 60.0
 # name -> (what starts the run, rank that is killed)
 KILLED = {
     "torchrun 2": ((*TORCHRUN, "2", "-m"), 0),
@@ -32,31 +42,29 @@ KILLED = {
 
 @pytest.fixture(scope="module")
 def killed(corpus, tmp_path_factory):  # noqa: F811
-    """Exit code, seconds until all processes were gone, and output of runs of which one rank was killed."""
+    """Exit code and output of runs of which one rank was killed; all their processes are gone."""
     cwd, results = tmp_path_factory.mktemp("killed"), {}
     with ExitStack() as stack:
         running = {}
         for name, (start, _) in KILLED.items():
             run = name.replace(" ", "")
-            line = words(corpus, run, *EP2, *ENDLESS, "--train.global_batch", "8")
+            line = words(corpus, run, *EP2, *ENDLESS, *NO_TIME_OUT, "--train.global_batch", "8")
             running[name] = stack.enter_context(started([*start, "launch", *line], cwd, run))
         for name, command in running.items():
             wait_for_step(cwd / "runs" / name.replace(" ", ""), 2)
             ranks = command.ranks()
             assert sorted(ranks) == list(range(int(name.split()[1])))
-            begin = time.monotonic()
             os.kill(ranks[KILLED[name][1]], signal.SIGKILL)
-            code = command.wait(GONE_S)
+            code = command.wait()
             wait_until(lambda command=command: not command.ranks(), "the end of all ranks")
-            results[name] = code, time.monotonic() - begin, command.text()
+            results[name] = code, command.text()
     return results
 
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_rank_ends_the_run_and_is_named(killed, name):
-    (_, rank), (code, seconds, text) = KILLED[name], killed[name]
+    (_, rank), (code, text) = KILLED[name], killed[name]
     assert code not in (0, 124)
-    assert seconds < GONE_S
     if name.startswith("torchrun"):
         others = {other for other in range(int(name[-1])) if other != rank}
         said = re.findall(rf"rank (\d) of {name[-1]} stops: rank {rank} does not answer: killed, out of memory", text)
@@ -69,7 +77,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(killed, name):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_of_one_rank_is_told_by_all(corpus, tmp_path, rank):  # noqa: F811
     """Also of rank 0, which hosts the rendezvous of the others."""
-    with forked(tmp_path, words(corpus, "broken", *EP2, *ENDLESS), 2, patch=_break_rows(rank)) as ranks:
+    with forked(tmp_path, words(corpus, "broken", *EP2, *ENDLESS, *NO_TIME_OUT), 2, patch=_break_rows(rank)) as ranks:
         assert ranks.codes() == [1, 1]
         for other in (0, 1):
             assert f"rank {other} of 2 stops: rank {rank} failed: OSError: disk on fire" in ranks.text(other)
@@ -101,10 +109,8 @@ def test_a_stopped_rank_ends_the_run_in_time(corpus, tmp_path):  # noqa: F811
     line = words(corpus, "stopped", *EP2, *ENDLESS, "--parallel.timeout_s", "5")
     with forked(tmp_path, line, 2) as ranks:
         wait_for_step(tmp_path / "runs" / "stopped", 3)
-        begin = time.monotonic()
         ranks.kill(1, signal.SIGSTOP)
         assert ranks.wait(0) == 1
-        assert 4 < time.monotonic() - begin < 45
         assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
 
 
@@ -116,10 +122,10 @@ def explain(causes: dict[int, Exception]) -> str:
         ended.set()
         sys.exit(code)  # ends the watch's thread
 
-    failure.os, failure.GRACE_S, sys.stderr = SimpleNamespace(_exit=leave), 5.0, said
+    failure.os, failure.GRACE_S, sys.stderr = SimpleNamespace(_exit=leave), HANG_S, said
     with FailureWatch(rank, 3):
         if rank not in causes:
-            assert ended.wait(30)
+            assert ended.wait(HANG_S)
     if rank in causes:
         explain_failure(causes[rank], rank, 3)
     return said.getvalue()
@@ -143,10 +149,11 @@ def test_every_rank_tells_the_same(name):
 
 
 def finish_quietly() -> bool:
+    failure.POLL_S = 0.1
     with FailureWatch(dist.get_rank(), 2):
         total = torch.ones(1)
         dist.all_reduce(total)
-        time.sleep(2.5)  # two polls
+        time.sleep(1.0)  # polls
     dist.barrier()
     return float(total) == 2.0
 
@@ -156,7 +163,7 @@ def test_a_run_without_failure_is_not_disturbed():
 
 
 def same_or_not(errors: list[str]) -> bool:
-    failure.GRACE_S = 1.0
+    failure.GRACE_S = HANG_S
     return rank_0_tells(RuntimeError(errors[dist.get_rank()]), dist.get_rank(), len(errors))
 
 

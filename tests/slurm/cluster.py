@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.ranks import free_port
+from tests.ranks import HANG_S, free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,10 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
 KillWait=5
+# Daemons that a busy machine makes wait are not lost: by default 10 s each.
+MessageTimeout=100
+TCPTimeout=100
+BatchStartTimeout=100
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -55,11 +59,11 @@ def missing() -> str | None:
     return f"Slurm is not installed (Debian: slurm-wlm munge): no {', '.join(absent)}" if absent else None
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float, explain: Callable[[], str] = str) -> None:
-    """Poll ``condition`` until it holds; after ``timeout_s`` fail with ``what`` and an explanation."""
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], object], what: str, explain: Callable[[], str] = str) -> None:
+    """Poll ``condition`` until it holds; after HANG_S fail with ``what`` and an explanation."""
+    deadline = time.monotonic() + HANG_S
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {timeout_s} s\n{explain()}"
+        assert time.monotonic() < deadline, f"{what}: not after {HANG_S} s\n{explain()}"
         time.sleep(0.1)
 
 
@@ -72,9 +76,9 @@ class Cluster:
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
         self.env |= {"PATH": PATH, "SLURM_CONF": str(directory / "slurm.conf"), "PYTHON": sys.executable}
 
-    def run(self, *command: str, cwd: Path = ROOT, timeout_s: float = 60, **env: str) -> str:
+    def run(self, *command: str, cwd: Path = ROOT, **env: str) -> str:
         """Standard output of a command that must succeed."""
-        done = subprocess.run(command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=HANG_S)
         assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -122,10 +126,8 @@ def running_cluster() -> Iterator[Cluster]:
             with (directory / f"{name}.log").open("w") as log:
                 started.append(subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log))
             if name == "munge":
-                wait_for(munge["socket"].exists, "munged's socket", 10, cluster.logs)
-        wait_for(
-            lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", 30, cluster.logs
-        )
+                wait_for(munge["socket"].exists, "munged's socket", cluster.logs)
+        wait_for(lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", cluster.logs)
         yield cluster
     finally:
         try:
@@ -146,11 +148,11 @@ def _stop(daemon: subprocess.Popen) -> None:
 
 
 def _ask(cluster: Cluster, *command: str) -> str:
-    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=HANG_S).stdout
 
 
 def _end_jobs(cluster: Cluster) -> None:
     """Jobs outlive their daemons: cancel what a failed test left, and wait until its processes are gone."""
     if _ask(cluster, "squeue", "-h"):
         _ask(cluster, "scancel", "--user", getpass.getuser())
-        wait_for(lambda: not _ask(cluster, "squeue", "-h"), "no jobs", 30, cluster.logs)
+        wait_for(lambda: not _ask(cluster, "squeue", "-h"), "no jobs", cluster.logs)

@@ -27,7 +27,7 @@ state = "resumed" if "--resume" in sys.argv else "started"
 )
 if "--die" in sys.argv and rank == 1:
     sys.exit(3)
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 600  # what nobody stops ends
 while state == "started" and not STOP and time.monotonic() < deadline:
     time.sleep(0.1)
 if STOP:

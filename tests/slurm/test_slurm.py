@@ -28,11 +28,11 @@ def job_directory(tmp_path):
     return tmp_path
 
 
-def wait_for_state(cluster: Cluster, job: str, state: str, directory: Path, timeout_s: float = 60) -> None:
+def wait_for_state(cluster: Cluster, job: str, state: str, directory: Path) -> None:
     def explain() -> str:
         return f"{cluster.job(job)}\n{(directory / f'slurm-{job}.out').read_text()}\n{cluster.logs()}"
 
-    wait_for(lambda: cluster.job(job)["JobState"] == state, f"job {job} {state}", timeout_s, explain)
+    wait_for(lambda: cluster.job(job)["JobState"] == state, f"job {job} {state}", explain)
 
 
 def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
@@ -40,7 +40,7 @@ def test_a_preempted_job_saves_and_resumes(cluster, job_directory):
     job = cluster.submit(job_directory, "tiny", "--name", "first", NPROC="1")
     port = 10000 + int(job) % 20000
     output = job_directory / f"slurm-{job}.out"
-    wait_for(lambda: all((runs / f"started-{rank}").exists() for rank in (0, 1)), "both ranks", 60, output.read_text)
+    wait_for(lambda: all((runs / f"started-{rank}").exists() for rank in (0, 1)), "both ranks", output.read_text)
     # One process on each node, and one group over both.
     for rank in (0, 1):
         assert (runs / f"started-{rank}").read_text() == f"sum 3 node {rank} port {port}"
@@ -76,9 +76,9 @@ def test_training_goes_on_after_a_preemption(cluster, tmp_path):
     words = ["tiny", "--name", "third", "--data.path", str(tmp_path / "data"), "--train.steps", steps, *SMALL_MODEL]
     job = cluster.submit(tmp_path, *words, NPROC="1", PYTHON=sys.executable, PYTHONPATH=str(ROOT))
     output, metrics = tmp_path / f"slurm-{job}.out", tmp_path / "runs/third/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, "three steps", 120, output.read_text)
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 3, "three steps", output.read_text)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_for_state(cluster, job, "COMPLETED", tmp_path, timeout_s=180)
+    wait_for_state(cluster, job, "COMPLETED", tmp_path)
     assert cluster.job(job)["Restarts"] == "1"
     assert "asked to stop: saved after step" in output.read_text()
     assert "resumed from runs/third/checkpoints" in output.read_text()

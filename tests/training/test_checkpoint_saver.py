@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from parallel import failure
 from parallel.errors import RunError
-from tests.ranks import run_ranks
-from tests.runs import corpus, forked, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
+from tests.ranks import HANG_S, run_ranks
+from tests.runs import NO_TIME_OUT, corpus, forked, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
 from tests.training.test_checkpoint import assert_same_tensors, config_of, go_on
 from tests.training.tiny import train_steps
 from training.checkpoint import Saver, latest, load, planners, save, saver, snapshot, storage, sums
@@ -30,7 +30,6 @@ from training.data.ranks import ONE_PROCESS
 from training.metrics import read_metrics
 
 TWO = ("--parallel.ep", "2", "--train.eval_every", "0")
-GONE_S, PATIENCE_S = 60.0, 100.0
 
 
 def tensors_of(**values: torch.Tensor) -> Tensors:
@@ -87,7 +86,7 @@ def hold_saves() -> threading.Event:
     released, real = threading.Event(), sums.file_records
 
     def file_records(path, names):
-        released.wait(PATIENCE_S)
+        released.wait(HANG_S)
         return real(path, names)
 
     sums.file_records = file_records
@@ -152,10 +151,13 @@ def test_a_save_waits_for_the_one_before(tmp_path):
         assert left == ["step-00000003", "step-00000004", "step-00000005"]
 
 
+NUM_POLLS = 20
+
+
 def fail_behind(config: RunConfig, directory: Path):
-    """The second save cannot be written on rank 1; rank 0's thread ends half a second before rank 1's."""
+    """The second save cannot be written on rank 1, whose thread ends when it has been polled NUM_POLLS times."""
     trainer, _ = train_steps(config, 1)
-    real, polls = planners.ChunkSavePlanner.resolve_data, 0
+    real, polls, polled = planners.ChunkSavePlanner.resolve_data, 0, threading.Event()
     with Saver(directory, trainer, {}) as saver:
         saver.save(1)
         saver.finish()
@@ -166,12 +168,14 @@ def fail_behind(config: RunConfig, directory: Path):
 
             planners.ChunkSavePlanner.resolve_data = full
             work = saver._write
-            saver._write = lambda *args: after(0.5, work, *args)
+            saver._write = lambda *args: after(polled, work, *args)
         saver.save(2)
         planners.ChunkSavePlanner.resolve_data = real if dist.get_rank() == 0 else full
         try:
-            while polls < 10_000:
+            while True:
                 polls += 1
+                if polls == NUM_POLLS:
+                    polled.set()
                 saver.poll()
                 time.sleep(0.01)
         except RunError as error:
@@ -180,18 +184,18 @@ def fail_behind(config: RunConfig, directory: Path):
     return polls, text
 
 
-def after(seconds: float, work, *args):
+def after(event: threading.Event, work, *args):
     try:
         return work(*args)
     finally:
-        time.sleep(seconds)
+        event.wait(HANG_S)
 
 
 def test_a_failed_write_is_raised_on_all_ranks_at_the_same_step(tmp_path):
     results = run_ranks(fail_behind, 2, config_of({}), tmp_path)
     assert results[0] == results[1]
     polls, text = results[0]
-    assert polls > 20
+    assert polls >= NUM_POLLS
     assert re.search(r"step-00000002.tmp cannot be written: rank 1: OSError: .*No space left", text)
     assert "check the disk's space" in text
     assert latest(tmp_path).name == "step-00000001"
@@ -203,10 +207,13 @@ def stop_by_error(config: RunConfig, directory: Path, error: Exception):
     try:
         with Saver(directory, trainer, {}) as saver:
             saver.save(1)
-            threading.Timer(0.5 if isinstance(error, RunError) else 2.0, released.set).start()
+            if isinstance(error, RunError):
+                threading.Timer(0.5, released.set).start()
             raise error
     except type(error):
         return released.is_set(), latest(directory) is not None
+    finally:
+        released.set()
 
 
 @pytest.mark.parametrize(("error", "waits"), [(RunError("not finite"), True), (ConnectionError("peer"), False)])
@@ -260,16 +267,14 @@ def never_ending(rank: int) -> None:
 @pytest.mark.parametrize("steps", [100_000, 2])
 def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tmp_path):  # noqa: F811
     """While training goes on beside the save, and while it waits for the save at its end."""
-    line = words(corpus, "killed", *TWO, "--train.steps", str(steps), "--train.save_every", "2")
+    line = words(corpus, "killed", *TWO, *NO_TIME_OUT, "--train.steps", str(steps), "--train.save_every", "2")
     line += ["--train.eval_rows", "1", "--train.log_every", "1000"]
     with forked(tmp_path, line, 2, patch=never_ending) as ranks:
         directory = tmp_path / "runs" / "killed"
         wait_for_step(directory, 2)
         wait_until(lambda: list(directory.glob("checkpoints/*.tmp/.metadata")), "the save")
-        begin = time.monotonic()
         ranks.kill(1, signal.SIGKILL)
-        assert ranks.wait(0, GONE_S) == 1
-        assert time.monotonic() - begin < GONE_S
+        assert ranks.wait(0) == 1
         assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
 
 
@@ -279,7 +284,7 @@ def second_save_hangs_on_rank_1(rank: int) -> None:
 
     def file_records(path, names):
         if rank == 1 and path.name == "step-00000004.tmp":
-            time.sleep(PATIENCE_S)
+            time.sleep(HANG_S)
         return real(path, names)
 
     sums.file_records, failure.GRACE_S = file_records, 1.0
@@ -287,7 +292,10 @@ def second_save_hangs_on_rank_1(rank: int) -> None:
 
 @pytest.mark.parametrize(
     "waits",
-    [("--parallel.timeout_s", "5"), ("--train.checkpoint_timeout_s", "5", "--train.async_save", "False")],
+    [
+        ("--parallel.timeout_s", "5"),
+        (*NO_TIME_OUT, "--train.checkpoint_timeout_s", "5", "--train.async_save", "False"),
+    ],
     ids=["beside training", "while training waits"],
 )
 def test_a_rank_stopped_during_a_save_ends_the_run_in_time_and_is_named(waits, corpus, tmp_path):  # noqa: F811
@@ -296,10 +304,8 @@ def test_a_rank_stopped_during_a_save_ends_the_run_in_time_and_is_named(waits, c
     with forked(tmp_path, line, 2, patch=second_save_hangs_on_rank_1) as ranks:
         directory = tmp_path / "runs" / "stopped" / "checkpoints"
         wait_until((directory / "step-00000004.tmp" / ".metadata").exists, "the save")
-        begin = time.monotonic()
         ranks.kill(1, signal.SIGSTOP)
-        assert ranks.wait(0, GONE_S) == 1
-        assert 3 < time.monotonic() - begin < GONE_S
+        assert ranks.wait(0) == 1
         assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
     assert latest(directory) == directory / "step-00000002"
     storage.verify(latest(directory), storage.read_manifest(latest(directory)), ONE_PROCESS)

@@ -5,13 +5,12 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.launch.commands import environment
-from tests.runs import corpus, forked, records, run_forked, wait_for_step, words  # noqa: F401
+from tests.launch.commands import run
+from tests.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, words  # noqa: F401
 from training.run_file import load_run_json
 
 STEPS = 8
@@ -43,7 +42,7 @@ def whole(corpus, tmp_path_factory):  # noqa: F811
 def test_killed_after_a_save_it_goes_on_bitwise_and_logs_each_step_once(corpus, whole, tmp_path, dtype):  # noqa: F811
     """kill -9 between the saves after steps 4 and 8, of both ranks at once."""
     directory = tmp_path / "runs" / "cut"
-    with forked(tmp_path, argv(corpus, "cut", dtype=dtype), 2, patch=_slow_from_step_5) as ranks:
+    with forked(tmp_path, argv(corpus, "cut", dtype=dtype), 2, patch=hold_after(6)) as ranks:
         wait_for_step(directory, 6)
         for rank in (0, 1):
             ranks.kill(rank, signal.SIGKILL)
@@ -55,20 +54,6 @@ def test_killed_after_a_save_it_goes_on_bitwise_and_logs_each_step_once(corpus, 
     expected = records(whole[0] / "runs" / f"whole-{dtype}")
     assert [record["step"] for record in expected] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert records(directory) == expected
-
-
-def _slow_from_step_5(rank: int) -> None:
-    import time
-
-    from training import loop
-
-    step = loop.train_step
-
-    def slow(trainer, batches, rate, index, upcoming):
-        time.sleep(1.0 if index >= 5 else 0.0)
-        return step(trainer, batches, rate, index, upcoming)
-
-    loop.train_step = slow
 
 
 def test_a_metrics_file_that_was_cut_short_is_repaired(corpus, whole, tmp_path):  # noqa: F811
@@ -91,9 +76,7 @@ def test_the_printed_command_goes_on(corpus, whole):  # noqa: F811
     command = re.findall(r"^to train further: (.+)$", printed["bf16"], re.MULTILINE)[-1]
     assert command.endswith("--config runs/whole-bf16/run.json --resume --train.steps 16")
     before = records(cwd / "runs" / "whole-bf16")
-    done = subprocess.run(
-        shlex.split(command), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run(*shlex.split(command), cwd=cwd)
     assert done.returncode == 0, done.stderr
     after = records(cwd / "runs" / "whole-bf16")
     assert after[: len(before)] == before

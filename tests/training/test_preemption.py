@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import time
 
 import pytest
 import torch
@@ -12,7 +11,19 @@ import torch
 from parallel.mesh import build_mesh
 from parallel.mesh_plan import ParallelConfig
 from tests.ranks import run_ranks
-from tests.runs import ENDLESS, TORCHRUN, corpus, forked, records, run_forked, started, wait_for_step, words  # noqa: F401
+from tests.runs import (  # noqa: F401
+    ENDLESS,
+    TORCHRUN,
+    corpus,
+    forked,
+    go_on,
+    hold_after,
+    records,
+    run_forked,
+    started,
+    wait_for_step,
+    words,
+)
 from training.preemption import SIGNALS, StopRequest
 
 STEPS = ("--parallel.ep", "2", "--train.steps", "10", "--train.dtype", "bf16", "--train.save_every", "100")
@@ -28,9 +39,10 @@ def whole(corpus, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_one_rank_saves_on_all_and_the_resumed_run_is_bitwise_equal(corpus, whole, tmp_path, number):  # noqa: F811
-    with forked(tmp_path, words(corpus, "asked", *STEPS), 2, patch=_slow_steps) as ranks:
+    with forked(tmp_path, words(corpus, "asked", *STEPS), 2, patch=hold_after(3)) as ranks:
         wait_for_step(tmp_path / "runs" / "asked", 2)
         ranks.kill(1, number)
+        go_on(tmp_path)
         assert ranks.codes() == [0, 0]
         printed = ranks.text(0)
     step, command = re.findall(r"asked to stop: saved after step (\d+); to go on: (.+)", printed)[-1]
@@ -41,18 +53,6 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_resumed_run_is_bitwise_equal(
     assert resumed[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     assert f"resumed from runs/asked/checkpoints/step-{int(step):08}" in run_forked(tmp_path, resumed[8:], 2)
     assert records(tmp_path / "runs" / "asked") == whole
-
-
-def _slow_steps(rank: int) -> None:
-    from training import loop
-
-    step = loop.train_step
-
-    def slow(*args):
-        time.sleep(0.15)
-        return step(*args)
-
-    loop.train_step = slow
 
 
 def test_torchrun_forwards_a_termination_and_waits_for_the_save(corpus, tmp_path):  # noqa: F811
