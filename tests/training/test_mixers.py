@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import GraniteMoeHybridConfig, LlamaConfig, MambaConfig
 from transformers import Mamba2Config as PeerMamba2Config
@@ -18,6 +19,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from parallel.mesh import single_mesh
 from parallel.placement import initialize_parameters
 from tests.compare import assert_close
+from tests.exact import wide_floats
 from training.model.attention import Attention, document_positions
 from training.model.config import (
     AttentionConfig,
@@ -51,17 +53,29 @@ def copy_weights(pairs) -> None:
             theirs.copy_(ours.view_as(theirs))
 
 
-def assert_same_function(ours, theirs, x_BLD: torch.Tensor, weights, extra: float = 1e-5) -> None:
-    """Outputs, input gradients, and the gradients of the ``weights`` that have a counterpart, (name, ours, theirs)."""
-    inputs = [x_BLD.clone().requires_grad_() for _ in range(2)]
-    got, expected = ours(inputs[0]), theirs(inputs[1])
-    assert_close("output", got, expected, extra)
-    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(7))
-    got.backward(upstream)
-    expected.backward(upstream)
-    assert_close("input gradient", inputs[0].grad, inputs[1].grad, extra)
-    for name, mine, peers in weights:
-        assert_close(f"{name} gradient", mine.grad, peers.grad.view_as(mine), extra)
+def assert_same_function(ours, theirs, x_BLD: torch.Tensor, weights) -> None:
+    """Outputs, input gradients, and the gradients of the ``weights`` that have a counterpart, (name, ours, theirs).
+
+    A peer that is a module is the truth in fp64, and in fp32 shows what rounding does.
+    """
+    got = function_of(ours, x_BLD, {name: mine for name, mine, _ in weights})
+    peers = {name: peer for name, _, peer in weights}
+    plain = exact = function_of(theirs, x_BLD, peers)
+    if isinstance(theirs, nn.Module):
+        with wide_floats():
+            exact = function_of(theirs.double(), x_BLD.double(), peers)
+    for name, value in got.items():
+        assert_close(name, value, exact[name].view_as(value), 1e-5, plain=plain[name].view_as(value))
+
+
+def function_of(module, x_BLD: torch.Tensor, weights: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Output, and gradients of the input and of the weights, for one upstream gradient."""
+    x_BLD = x_BLD.clone().requires_grad_()
+    y_BLD = module(x_BLD)
+    upstream = torch.randn(y_BLD.shape, generator=torch.Generator().manual_seed(7)).to(y_BLD)
+    dx_BLD, *grads = torch.autograd.grad(y_BLD, [x_BLD, *weights.values()], upstream)
+    found = {f"{name} gradient": grad for name, grad in zip(weights, grads, strict=True)}
+    return {"output": y_BLD.detach(), "input gradient": dx_BLD} | found
 
 
 def step_through(mixer, x_BLD: torch.Tensor, prefill: int) -> torch.Tensor:
