@@ -12,7 +12,7 @@ export MALLOC_TOP_PAD_ ?= 268435456
 # As launch/env.py has it: Triton may fuse multiplies and adds.
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
-.PHONY: train test lint format bench bench-gpu compile-kernels parity clean-venv
+.PHONY: train test test-all test-avx2 lint format bench bench-gpu compile-kernels parity clean-venv
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,8 +25,24 @@ data/stdlib/dataset.json: | $(VENV)/installed
 train: $(VENV)/installed data/stdlib/dataset.json
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train tiny --parallel.ep $(PROCESSES) --name $(RUN) $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed
+	$(PYTEST) $(ARGS)
+
+# A CPU with AVX-512 plays one without: libraries add in another order there, and have no products in bf16.
+# Without features numba takes those of the name.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
+AVX2_TESTS := tests/kernels tests/parallel/test_engram_table*.py tests/training/test_model.py \
+	tests/training/test_mixers.py tests/training/test_engram_layer.py tests/training/test_hyper_connection.py \
+	tests/training/test_parity.py tests/training/test_loop.py
+
+test-avx2: $(VENV)/installed
+	$(AVX2) $(PYTEST) -m "not slow" $(AVX2_TESTS) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -117,10 +117,11 @@ def _find_first(cause: str, world_size: int) -> tuple[str, list[int]]:
     """Which rank stopped first and why, and the ranks that do not answer."""
     store, deadline, silent = _store(), time.monotonic() + GRACE_S, list(range(world_size))
     while silent and time.monotonic() < deadline:
+        # A rank leaves its cause before it answers: asked in this order, none is missed.
+        silent = [rank for rank in silent if not store.check([f"{KEY}/alive/{rank}"])]
         for rank in range(world_size):
             if store.check([f"{KEY}/cause/{rank}"]):
                 return f"rank {rank} failed: {store.get(f'{KEY}/cause/{rank}').decode()}", []
-        silent = [rank for rank in silent if not store.check([f"{KEY}/alive/{rank}"])]
         time.sleep(0.1)
     if silent:
         return f"rank {', '.join(map(str, silent))} does not answer: killed, out of memory, or hanging", silent

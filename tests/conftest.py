@@ -7,7 +7,10 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+# The same examples in every run, however busy the machine is.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("repeatable")
 
 

@@ -56,6 +56,7 @@ ENDLESS = ("--train.steps", "100000", "--train.save_every", "100000", "--train.e
 TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node")
 MPIRUN = (str(BIN / "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n")
 GO_ON = "go on"
+PATIENCE_S = HANG_S
 # A child of a pytest that was killed must not train for ever.
 LIFE_S = 2 * HANG_S
 

@@ -13,7 +13,7 @@ def whole(corpus, tmp_path_factory):  # noqa: F811
     return cwd, *uninterrupted(cwd, corpus)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_loses_no_more_than_the_interval_and_goes_on_bitwise(seed, corpus, whole):  # noqa: F811
     cwd, expected, seconds = whole
     assert [record["step"] for record in expected if "loss" in record] == list(range(1, STEPS + 1))

@@ -57,7 +57,11 @@ def test_every_named_gradient_is_compared_and_not_zero(references):
         assert all(values.any() for values in matching), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.world_size} ranks: {case.name}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case.slow else ()) for case in CASES],
+    ids=lambda case: f"{case.world_size} ranks: {case.name}",
+)
 def test_layout_equals_one_rank(references, truths, case):
     got = run_case(case.config(), case.world_size)
     beyond = beyond_rounding(got, truths[case.model])
