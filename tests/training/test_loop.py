@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.commands import run
-from tests.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, words  # noqa: F401
+from tests.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
 from training.run_file import load_run_json
 
 STEPS = 8
@@ -44,6 +44,7 @@ def test_killed_after_a_save_it_goes_on_bitwise_and_logs_each_step_once(corpus, 
     directory = tmp_path / "runs" / "cut"
     with forked(tmp_path, argv(corpus, "cut", dtype=dtype), 2, patch=hold_after(6)) as ranks:
         wait_for_step(directory, 6)
+        wait_until((directory / "checkpoints" / "step-00000004").exists, "the end of the save beside steps 5 and 6")
         for rank in (0, 1):
             ranks.kill(rank, signal.SIGKILL)
         assert ranks.codes() == [-signal.SIGKILL] * 2
