@@ -158,7 +158,8 @@ def _write_configs(directory: Path, reader: Reader, model: ModelConfig, family: 
     config: dict[str, Any] = {"model_type": "engramba"}
     if family is not None:
         config = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": "float32"}
-        config |= {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": None} | family.config(model)
+        config |= {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": None}
+        config |= family.config(model) | family.usage(model)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from training.checkpoint.exchange.granite import LAYER_TYPES, LETTERS, granite_config, granite_model, granite_pieces
+from training.checkpoint.exchange.granite import (
+    LAYER_TYPES,
+    LETTERS,
+    granite_config,
+    granite_model,
+    granite_pieces,
+    granite_usage,
+)
 from training.checkpoint.exchange.pieces import Piece, attention, mamba1, mamba2, vocabulary, whole
 from training.model.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig
 
@@ -26,10 +33,12 @@ class Family:
     misfits: Callable[[ModelConfig, bool], list[str]]
     """(model, whether a router bias is not zero) -> why the class computes something else."""
     config: Callable[[ModelConfig], Config]
-    """What its config.json must say; what is left out means the same to both."""
+    """What its config.json must say of the function; what is left out means the same to both."""
     model: Callable[[Config], ModelConfig]
     """The model that a config.json describes, if ``config`` of it agrees."""
     pieces: Callable[[ModelConfig], list[Piece]]
+    usage: Callable[[ModelConfig], Config] = lambda _: {}
+    """What an exported config.json says of the class's use; an import may find anything there."""
 
 
 def common_misfits(model: ModelConfig, letters: str) -> list[str]:
@@ -235,5 +244,6 @@ FAMILIES = (
         config=granite_config,
         model=granite_model,
         pieces=granite_pieces,
+        usage=granite_usage,
     ),
 )

@@ -55,6 +55,14 @@ def granite_config(model: ModelConfig) -> Config:
     return config | (rope if rotary else {})
 
 
+def granite_usage(model: ModelConfig) -> Config:
+    """Without a cache where there is no attention: the class asks its cache for a length, which attention layers keep.
+
+    Every forward raises there otherwise (transformers 5.23); with it, a token of ``generate`` costs a whole forward.
+    """
+    return {"use_cache": "*" in model.pattern}
+
+
 def granite_model(config: Config) -> ModelConfig:
     """The model that a config.json describes: every feed-forward is a layer of ours, zero or not."""
     feed_forward = "E" if config["num_local_experts"] else "-"
