@@ -1,4 +1,5 @@
-# Two commands do everything on a fresh machine: make train, make test. They create .venv with the pinned versions.
+# Two commands do everything on a fresh machine: make train, make test. They create .venv with the pinned versions:
+# what training needs, and, before tests, linters and benchmarks, what those need on top.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +15,20 @@ export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .PHONY: train test test-all test-avx2 lint format bench bench-gpu compile-kernels parity clean-venv
 
+# Errors only: what pip warns of is its index and its cache.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@$(PYTHON) launch/check_python.py
+	@echo "installing into $(VENV): 1.7 GB with torch's CPU build, a minute where the network is fast"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	@echo "installing what tests, linters and benchmarks need: 1.2 GB more"
+	@$(PIP) --editable '.[test]'
+	@touch $@
 
 data/stdlib/dataset.json: | $(VENV)/installed
 	$(BIN)/python -m launch prepare
@@ -27,10 +38,10 @@ train: $(VENV)/installed data/stdlib/dataset.json
 
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test: $(VENV)/installed
+test: $(VENV)/tested
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/tested
 	$(PYTEST) $(ARGS)
 
 # A CPU with AVX-512 plays one without: libraries add in another order there, and have no products in bf16.
@@ -41,19 +52,19 @@ AVX2_TESTS := tests/kernels tests/parallel/test_engram_table*.py tests/training/
 	tests/training/test_mixers.py tests/training/test_engram_layer.py tests/training/test_hyper_connection.py \
 	tests/training/test_parity.py tests/training/test_loop.py
 
-test-avx2: $(VENV)/installed
+test-avx2: $(VENV)/tested
 	$(AVX2) $(PYTEST) -m "not slow" $(AVX2_TESTS) $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed data/stdlib/dataset.json
+bench: $(VENV)/tested data/stdlib/dataset.json
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.bench $(ARGS)
 	$(BIN)/python -m kernels.bench_cpu
 	$(BIN)/python -m parallel.engram_table.bench
@@ -62,12 +73,12 @@ bench: $(VENV)/installed data/stdlib/dataset.json
 
 # On a card, with whatever python has torch, triton and numba: make bench-gpu BENCH_PYTHON=python3
 BENCH_PYTHON ?= $(BIN)/python
-bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed)
+bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/tested)
 	$(BENCH_PYTHON) -m kernels.bench_gpu $(ARGS)
 	$(BENCH_PYTHON) -m training.bench_engram $(ENGRAM_ARGS)
 
-compile-kernels: $(VENV)/installed
+compile-kernels: $(VENV)/tested
 	$(BIN)/python -m kernels.compile_all $(ARGS)
 
-parity: $(VENV)/installed
+parity: $(VENV)/tested
 	$(BIN)/python -m tests.parity

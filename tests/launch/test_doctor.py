@@ -42,6 +42,13 @@ def test_missing_packages(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("card", "status"), [(False, "ok"), (True, "warning")])
+def test_only_cards_need_triton(card, status, monkeypatch):
+    monkeypatch.setattr(doctor, "versions", lambda: {"triton": None})
+    monkeypatch.setattr(doctor, "has_cuda", lambda: card)
+    assert [finding.status for finding in check_versions()] == [status]
+
+
 def test_a_crowded_node(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "cores", lambda: 2)
     monkeypatch.setattr(doctor, "free_memory", lambda: 2**30)
