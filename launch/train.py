@@ -1,22 +1,24 @@
 """``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked configuration."""
 
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import tyro
 
 from launch.console import USER_ERROR, leave_to_rank_0, report
 from launch.env import Process, discover, identify
 from launch.machine import free_memory
+from launch.option_values import field_types, read_words
 from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
+from training.data.check import data_problems
 from training.model.config import EngramConfig
 from training.presets import PRESETS
-from training.run_file import dataclass_of, load_run_json
+from training.run_file import load_run_json
 
 RUNS = Path("runs")
 USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --overwrite]
@@ -46,8 +48,12 @@ def main(argv: list[str]) -> int:
         return 0 if argv else USER_ERROR
     process = identify()
     try:
-        request = parse(argv, process.rank)
-        if problems := find_problems(request, process, RUNS):
+        problems: list[Problem] = []
+        request = parse(argv, process.rank, problems)
+        problems += find_problems(request, process, RUNS)
+        if process.rank == 0:  # nodes may differ in their files: each opens them itself before it trains
+            problems += data_problems(request.run.data, request.run.model.vocab_size)
+        if problems:
             raise RunError(*problems)
     except RunError as error:  # every rank finds the same: one speaks
         return report(error) if process.rank == 0 else leave_to_rank_0()
@@ -58,21 +64,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str], rank: int = 0) -> Request:
+def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None) -> Request:
     """The request in ``argv``: a preset or ``--config file``, then fields.
 
+    Args:
+        found: takes what is wrong with fields, to be told with other problems; None raises it.
+
     Raises:
-        RunError: an unknown preset or field, with the nearest name; a saved configuration that does not load.
-        SystemExit: ``--help``, or a value of the wrong type (code 2; told by rank 0).
+        RunError: an unknown preset or field, with the nearest name; a value of the wrong type; a saved configuration
+            that does not load.
+        SystemExit: ``--help``, or words that are no options (code 2; told by rank 0).
     """
     source, words = argv[0], argv[1:]
     if source.startswith("--config"):
         path = source.partition("=")[2] or (words.pop(0) if words else "")
         config = load_run_json(Path(path))
     else:
-        config = _preset(source)
+        config = _preset(source, words)
     config, words = _switch_engram(config, words)
-    _check_names(words)
+    words, problems = read_words(words, field_types(RunConfig))
+    if found is None and problems:
+        raise RunError(*problems)
+    if found is not None:
+        found += [problem for problem in problems if problem not in found]
     with ExitStack() as silence:
         if rank != 0:  # tyro's console_outputs=False would still print some errors
             silence.enter_context(redirect_stdout(StringIO()))
@@ -137,10 +151,12 @@ def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Pro
     return [Problem(field="model.engram.table_size", value=engram.table_size, rule=rule, fix=fix)]
 
 
-def _preset(name: str) -> RunConfig:
+def _preset(name: str, words: list[str]) -> RunConfig:
     if name not in PRESETS:
         fix = nearest(name, PRESETS, "name one of these, or --config runs/<name>/run.json")
-        raise RunError(Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix))
+        problem = Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix)
+        _, words = _switch_engram(RunConfig(), words)
+        raise RunError(problem, *read_words(words, field_types(RunConfig))[1])
     return PRESETS[name]()
 
 
@@ -167,22 +183,6 @@ def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list
     return config, words
 
 
-def field_names(kind: type, prefix: str = "") -> list[str]:
+def field_names(kind: type) -> list[str]:
     """Dotted names of all fields of a dataclass, nested ones included."""
-    names = []
-    for item, hint in ((item, get_type_hints(kind)[item.name]) for item in fields(kind)):
-        nested = dataclass_of(hint)
-        names += field_names(nested, f"{prefix}{item.name}.") if nested else [prefix + item.name]
-    return names
-
-
-def _check_names(words: list[str]) -> None:
-    known = ["resume", "overwrite", "help", *field_names(RunConfig)]
-    problems = []
-    for word in words:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in known:
-            fix = nearest(name, known, "python -m launch train tiny --help lists them", "--")
-            problems.append(Problem(field="option", value=word, rule="is no field of a run", fix=fix))
-    if problems:
-        raise RunError(*problems)
+    return list(field_types(kind))

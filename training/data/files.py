@@ -62,7 +62,7 @@ class TokenFiles:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        _check_manifest(path, manifest)
+        check_manifest(path, manifest)
         train, val = (_open_split(path, manifest, name) for name in SPLITS)
         return cls(path, manifest, train, val, manifest["vocab_size"], manifest["eod_id"], manifest["pad_id"])
 
@@ -117,7 +117,12 @@ def import_indexed_dataset() -> ModuleType:
     return indexed_dataset
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """The files are there in the sizes that dataset.json says, the tokenizer is the tokens', their type holds them.
+
+    Raises:
+        RunError: one of these does not hold.
+    """
     for name, size in manifest["files"].items():
         if not (path / name).is_file():
             raise _bad_data(path, f"lacks {name}")
