@@ -15,7 +15,6 @@ from launch.option_values import field_types, read_words
 from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
-from training.data.check import data_problems
 from training.model.config import EngramConfig
 from training.presets import PRESETS
 from training.run_file import load_run_json
@@ -52,6 +51,8 @@ def main(argv: list[str]) -> int:
         request = parse(argv, process.rank, problems)
         problems += find_problems(request, process, RUNS)
         if process.rank == 0:  # nodes may differ in their files: each opens them itself before it trains
+            from training.data.check import data_problems
+
             problems += data_problems(request.run.data, request.run.model.vocab_size)
         if problems:
             raise RunError(*problems)
