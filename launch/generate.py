@@ -50,6 +50,11 @@ def find_problems(request: Request) -> list[Problem]:
         runs = sorted(str(file.parent) for file in request.run.parent.glob("*/run.json"))
         fix = nearest(str(request.run), runs, "name the directory of a run, as in runs/tiny")
         problems.append(Problem(field="run", value=request.run, rule="has no run.json", fix=fix))
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8 arrive as surrogates
+        rule, fix = "holds bytes that are not UTF-8", "write it in UTF-8: echo $LANG names the shell's encoding"
+        problems.append(Problem(field="--prompt", value=ascii(request.prompt), rule=rule, fix=fix))
     limits = (
         ("max_tokens", request.max_tokens, request.max_tokens >= 1, "is below 1", "use 1 or more"),
         ("temperature", request.temperature, request.temperature >= 0, "is negative", "use 0 or more"),

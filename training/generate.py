@@ -24,12 +24,12 @@ def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p:
         RunError: no complete checkpoint, or one of another model or tokenizer.
     """
     trained = load_trained(run)
-    files = trained.files
-    tokenizer = files.tokenizer()
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [files.eod_id]
+    known = trained.vocabulary
+    tokenizer = known.tokenizer()
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [known.eod_id]
     sampler = torch.Generator().manual_seed(seed)
     added = continue_tokens(
-        trained.model, trained.memory, ids, max_tokens, temperature, top_p, sampler, files.eod_id, files.vocab_size
+        trained.model, trained.memory, ids, max_tokens, temperature, top_p, sampler, known.eod_id, known.vocab_size
     )
     return tokenizer.decode(ids + added)
 

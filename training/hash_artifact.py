@@ -16,6 +16,7 @@ import torch
 from parallel.errors import Problem, RunError
 from training.data.files import TokenFiles
 from training.data.token_map import TokenMap
+from training.data.vocabulary import Vocabulary
 from training.model.config import EngramConfig
 from training.trainer import engram_hashes
 
@@ -131,11 +132,13 @@ def keep_artifact(directory: Path, config: EngramConfig | None, token_map: Token
     if (directory / FILE).exists():
         check_artifact(directory, config, token_map, files)
     else:
-        write_artifact(directory / FILE, make_artifact(config, token_map, files.manifest["tokenizer_sha256"]))
+        write_artifact(directory / FILE, make_artifact(config, token_map, files.tokenizer_sha256))
 
 
-def check_artifact(directory: Path, config: EngramConfig | None, token_map: TokenMap, files: TokenFiles) -> None:
-    """Compare a run's artefact, where it has one, with the hash of these settings and token files.
+def check_artifact(
+    directory: Path, config: EngramConfig | None, token_map: TokenMap, files: TokenFiles | Vocabulary
+) -> None:
+    """Compare a run's artefact, where it has one, with the hash of these settings and this tokenizer.
 
     Raises:
         RunError: as ``keep_artifact``.
@@ -143,7 +146,7 @@ def check_artifact(directory: Path, config: EngramConfig | None, token_map: Toke
     path = directory / FILE
     if config is None or not path.exists():
         return
-    here = make_artifact(config, token_map, files.manifest["tokenizer_sha256"])
+    here = make_artifact(config, token_map, files.tokenizer_sha256)
     if problems := compare(here, read_artifact(path), path):
         raise RunError(*problems)
 

@@ -52,7 +52,7 @@ def tiny_v41() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """An hour on one card, or a night on a CPU. 86M parameters, 27M active, and 82M in tables."""
+    """For one card: days on a CPU. 86M parameters, 27M active, and 82M in tables."""
     return RunConfig(
         name="small",
         model=ModelConfig(

@@ -20,6 +20,7 @@ from training.config import RunConfig
 from training.data.dataset import Batch
 from training.data.files import TokenFiles
 from training.data.token_map import TokenMap, load_token_map
+from training.data.vocabulary import Vocabulary
 from training.model.config import EngramConfig
 from training.model.model import HybridModel, Memory, build_model
 
@@ -114,7 +115,7 @@ class Trainer:
         return rows
 
 
-def run_token_map(config: RunConfig, files: TokenFiles) -> TokenMap:
+def run_token_map(config: RunConfig, files: TokenFiles | Vocabulary) -> TokenMap:
     """The token map that Engram hashes through: the prepared one, or every token as it is."""
     if config.model.engram is None or config.model.engram.compress:
         return load_token_map(files.token_map_path, files.tokenizer_path)

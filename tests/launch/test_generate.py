@@ -1,9 +1,13 @@
 """What keeps ``generate`` from running."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from launch.generate import Request, find_problems
-from tests.launch.commands import launch
+from tests.launch.commands import ROOT, environment, launch
 
 
 def test_problems_come_together(tmp_path):
@@ -26,3 +30,13 @@ def test_a_missing_run_exits_with_2(tmp_path):
 
 def test_no_runs_at_all():
     assert "name the directory of a run" in find_problems(Request(run=Path("/nowhere/run"), prompt=""))[0].fix
+
+
+@pytest.mark.parametrize("prompt", [b"\xff", b"caf\xe9", b"ok \xc3", b"\xed\xa0\x80"])
+def test_a_prompt_that_is_no_utf_8(prompt, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    command = [sys.executable, "-m", "launch", "generate", str(tmp_path), "--prompt", prompt]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "holds bytes that are not UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,7 @@
 """Text from a model: what the nucleus holds, and that decoding with states equals the whole forward."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from tests.runs import corpus, run_forked, words  # noqa: F401
 from tests.training.tiny import made_up_token_map, tiny_config
 from training.generate import continue_tokens, generate, sample
 from training.model.model import build_model
+from training.trained import load_trained
 from training.trainer import build_memory, memory_of
 
 logits = st.lists(st.floats(-20, 20), min_size=1, max_size=40)
@@ -120,6 +123,17 @@ def test_a_run_generates_on_one_process_whatever_trained_it(corpus, tmp_path, mo
     assert texts[0].startswith("def __init__")
     assert texts[0] == texts[1] != texts[2]
     assert generate(run, "", 5, 0.0, 1.0, 0) == generate(run, "", 5, 0.0, 1.0, 1)
+    (newest,) = run.glob("checkpoints/*")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    away = corpus.rename(corpus.with_name("away"))
+    try:  # what generation needs is in the checkpoint, wherever it is started
+        places = (Path("../../runs/two"), Path("../../runs/two/"), newest, Path("../..") / newest.relative_to(tmp_path))
+        assert [generate(place, "def __init__", 30, 1.0, 1.0, 0) for place in places] == texts[:1] * 4
+        with pytest.raises(RunError, match="does not exist"):
+            load_trained(run).files  # noqa: B018
+    finally:
+        away.rename(corpus)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
     with pytest.raises(RunError, match="has no complete checkpoint yet"):

@@ -76,6 +76,11 @@ class TokenFiles:
         """Engram's token map of that tokenizer."""
         return self.path / TOKEN_MAP
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """sha256 of that tokenizer's file."""
+        return str(self.manifest["tokenizer_sha256"])
+
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer that the tokens were made with."""
         from training.data.tokenizer import load_tokenizer
