@@ -21,7 +21,8 @@ def show_end(config: RunConfig, files: TokenFiles, directory: Path, world_size: 
     entropies = validation_entropies(files, config.data.seq_length, config.train.eval_rows)
     losses = [record["val_loss"] for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
     print(
-        f"validation loss {losses[-1]:.4f} nats a token; of the same text, unigram entropy {entropies.unigram:.4f}, "
+        f"validation loss {losses[-1]:.4f} nats a token; of the same text by counts of the training "
+        f"text, unigram entropy {entropies.unigram:.4f}, "
         f"bigram entropy {entropies.bigram:.4f}"
     )
     print(f"loss curve: {plot_loss(directory, entropies)}")

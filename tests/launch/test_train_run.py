@@ -87,7 +87,8 @@ def test_a_run_ends_with_losses_plot_sample_and_command(runs, corpus, name):  # 
     found = [
         text.index(part)
         for part in (
-            f"validation loss {loss:.4f} nats a token; of the same text, unigram entropy {entropies.unigram:.4f}, "
+            f"validation loss {loss:.4f} nats a token; of the same text by counts of the "
+            f"training text, unigram entropy {entropies.unigram:.4f}, "
             f"bigram entropy {entropies.bigram:.4f}",
             f"loss curve: runs/{name}/loss.png",
             "sample:",

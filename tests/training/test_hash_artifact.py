@@ -29,7 +29,7 @@ TOKENIZER = "ab" * 32
 
 
 def files(tokenizer: str = TOKENIZER) -> SimpleNamespace:
-    return SimpleNamespace(manifest={"tokenizer_sha256": tokenizer})
+    return SimpleNamespace(manifest={"tokenizer_sha256": tokenizer}, tokenizer_sha256=tokenizer)
 
 
 @pytest.fixture
