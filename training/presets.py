@@ -52,7 +52,7 @@ def tiny_v41() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """For one card: days on a CPU. 86M parameters, 27M active, and 82M in tables."""
+    """For one card; ten days at the 66 GFLOP/s of two cores. 86M parameters, 27M active, and 82M in tables."""
     return RunConfig(
         name="small",
         model=ModelConfig(
