@@ -37,6 +37,8 @@ class Process:
     """Where rank 0 listens; empty until the processes have agreed on it."""
     master_port: int = 0
     """The port there; 0 until the processes have agreed on it."""
+    launcher_keeps_store: bool = False
+    """Whether the launcher serves the store through which ranks meet, as torchrun does; else rank 0 does."""
 
 
 def from_environment(env: Mapping[str, str]) -> Process:
@@ -154,6 +156,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Process:
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", 1)),
         node_rank=_number(env, "GROUP_RANK", _number(env, "CROSS_RANK", 0)),
         launcher="deepspeed" if "CROSS_RANK" in env and "TORCHELASTIC_RUN_ID" not in env else "torchrun",
+        launcher_keeps_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
@@ -245,6 +248,12 @@ def _ask_slurm(node: str) -> str:
     return found[1] if found else ""
 
 
+def _loopback() -> str | None:
+    """The interface of 127.0.0.1: lo, on a Mac lo0."""
+    names = (name for _, name in socket.if_nameindex())
+    return next((name for name in names if name in ("lo", "lo0")), None)
+
+
 def _export(process: Process) -> None:
     os.environ.update(
         RANK=str(process.rank),
@@ -259,6 +268,9 @@ def _export(process: Process) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Said because Triton's default is about to change; fused multiply-adds are what the kernels were tested with.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if process.local_world_size == process.world_size and (loopback := _loopback()):
+        # gloo would ask for the address of the host's name, which containers may not know.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     # srun binds each task to its own cores; elsewhere the node's cores are shared by its processes.
     share = cores() if "SLURM_CPUS_PER_TASK" in os.environ else cores() // process.local_world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
