@@ -3,8 +3,12 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from launch.streams import guard_streams
 
 if TYPE_CHECKING:
     from parallel.errors import RunError
@@ -27,6 +31,8 @@ verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, text in VERBS.items())}
 
 python -m launch <verb> --help says more."""
+# They work for hours: a console that goes away must not end them.
+LONG = ("train", "prepare")
 OURS = ("kernels", "parallel", "training")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +59,29 @@ def main(argv: list[str]) -> int:
     if problem := shadowed():
         print(problem, file=sys.stderr)
         return 2
+    if argv[0] in LONG:
+        guard_streams()
+    with catch_signals() if argv[0] == "train" else nullcontext():
+        return _run(argv)
+
+
+@contextmanager
+def catch_signals() -> Iterator[None]:
+    """From now on, before anything is imported that takes time, a signal asks this process to stop and does no more."""
+    from training.stop_signals import StopSignals
+
+    signals = StopSignals()
+    signals.catch()
+    try:
+        yield
+    finally:
+        if signals.first is None:
+            signals.release()
+        else:
+            signals.ignore()
+
+
+def _run(argv: list[str]) -> int:
     from parallel.errors import Problem, RunError, nearest
 
     try:

@@ -18,6 +18,7 @@ from training.config import RunConfig, validate
 from training.model.config import EngramConfig
 from training.presets import PRESETS
 from training.run_file import load_run_json
+from training.stop_signals import stop_signals
 
 RUNS = Path("runs")
 USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --overwrite]
@@ -46,6 +47,9 @@ def main(argv: list[str]) -> int:
         print(USAGE.format(presets="\n".join(f"  {name:<20}{_summary(name)}" for name in PRESETS)))
         return 0 if argv else USER_ERROR
     process = identify()
+    signals = stop_signals()
+    if signals:
+        signals.speaks = process.rank == 0
     try:
         problems: list[Problem] = []
         request = parse(argv, process.rank, problems)
@@ -59,9 +63,14 @@ def main(argv: list[str]) -> int:
     except RunError as error:  # every rank finds the same: one speaks
         return report(error) if process.rank == 0 else leave_to_rank_0()
     process = discover()
-    from training.loop import train
+    from training.loop import End, train
 
-    train(request.run, process, resume=request.resume, overwrite=request.overwrite)
+    end = train(request.run, process, resume=request.resume, overwrite=request.overwrite)
+    if end is End.NOT_BEGUN and process.rank == 0:
+        from training.report import launch_command
+
+        again = launch_command(process.world_size, argv)
+        print(f"stopped before the first step: nothing was trained or written; to start again: {again}", flush=True)
     return 0
 
 

@@ -6,9 +6,9 @@ import shutil
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from parallel.device import backend, device_name, local_device
 from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
+from parallel.rendezvous import ProcessLike, join
 from training.checkpoint import Saver, latest, load, load_initial
 from training.checkpoint.rows import told
 from training.checkpoint.storage import passed_over
@@ -30,7 +31,7 @@ from training.evaluate import evaluate
 from training.flops import flops_per_token, peak_flops
 from training.hash_artifact import check_artifact, keep_artifact
 from training.metrics import Metrics, memory_gib
-from training.preemption import StopRequest
+from training.preemption import StopRequest, asked_to_stop
 from training.report import resume_command, show_end
 from training.run_file import save_run_json
 from training.schedule import learning_rate
@@ -40,15 +41,14 @@ from training.trainer import Trainer, build_trainer, perplexity, run_token_map
 RUNS = Path("runs")
 
 
-class ProcessLike(Protocol):
-    """What the loop asks of launch.env.Process."""
+class End(Enum):
+    """How a run's training ended."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def local_rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
+    FINISHED = auto()
+    STOPPED = auto()
+    """A signal asked for it; what was trained is saved."""
+    NOT_BEGUN = auto()
+    """A signal asked for it before the first step; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class RunData:
     token_map: TokenMap
 
 
-def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> None:
+def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> End:
     """Train a run from its configuration, from scratch or from its newest checkpoint.
+
+    A signal that asks this process to stop ends it at the next step, saved.
 
     Raises:
         RunError: what the user must change: on every rank, or on rank 0 where all would say the same.
@@ -72,11 +74,12 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     data = open_data(config)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.c10d_logger")  # about optional packages
     device = local_device(process.local_rank)
-    dist.init_process_group(backend(device), timeout=timedelta(seconds=config.parallel.timeout_s))
+    if not join(process, backend(device), config.parallel.timeout_s, asked_to_stop):
+        return End.NOT_BEGUN
     try:
         with FailureWatch(process.rank, process.world_size):
             config = agree_on_dtype(config, device, RUNS / config.name / "run.json" if resume else None)
-            finished = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
+            end = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
     except RunError as error:
         if rank_0_tells(error, process.rank, process.world_size):
             raise SystemExit(2) from error
@@ -86,8 +89,9 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
         os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
     dist.barrier()
     dist.destroy_process_group()
-    if finished and process.rank == 0:
+    if end is End.FINISHED and process.rank == 0:
         show_end(config, data.files, RUNS / config.name, process.world_size)
+    return end
 
 
 def open_data(config: RunConfig) -> RunData:
@@ -113,12 +117,16 @@ def open_data(config: RunConfig) -> RunData:
 
 def run_steps(
     config: RunConfig, data: RunData, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
-) -> bool:
-    """Build everything, then: load, step, log, evaluate, save, until the last step; False where a signal ended it.
+) -> End:
+    """Build everything, then: load, step, log, evaluate, save, until the last step or until a signal.
 
     A save goes on beside the steps that follow it; when this returns it is complete.
     """
-    trainer = build_trainer(config, build_mesh(config.parallel), device, data.token_map)
+    mesh = build_mesh(config.parallel)
+    stop = StopRequest(mesh, device)
+    if stop.agreed():
+        return End.NOT_BEGUN
+    trainer = build_trainer(config, mesh, device, data.token_map)
     directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
     if resume:
         check_artifact(directory, config.model.engram, data.token_map, data.files)
@@ -126,36 +134,40 @@ def run_steps(
     if not start and config.train.start_from:
         source, manifest = load_initial(Path(config.train.start_from), trainer, data.files.tokenizer_path)
         tell(f"starts with the weights of {source}", manifest, trainer)
+    if stop.agreed():
+        return End.NOT_BEGUN
+    stop.then("saving after this step")
     saver = Saver(directory / "checkpoints", trainer, {"data_fingerprint": data_print}, attached(directory, data))
     prepare_directory(directory, config, data, process, overwrite=overwrite)
-    mesh, settings = trainer.mesh, config.train
+    settings = config.train
     loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
     speed = Speedometer(config, mesh.size("world"), device, start)
     metrics = Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start)
-    with loader, metrics, StopRequest(mesh, device) as stop, saver:
+    with loader, metrics, stop, saver:
         for step in range(start, settings.steps):
             rate = learning_rate(config.optimizer, step, settings.steps)
             done, last = step + 1, step + 1 == settings.steps
             result = train_step(trainer, next(loader), rate, step, list if last else loader.peek)
             record = speed.record(done, result, rate) | saver.poll()
             metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
-            stopping = stop.agreed()
             if last or (settings.eval_every and done % settings.eval_every == 0):
                 loss = evaluate(trainer, data.validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
                 speed.pause()
+            stopping = stop.agreed()
             if last or stopping or done % settings.save_every == 0:
                 saver.save(done)
                 metrics.write({"step": done, **saver.poll()}, echo=False)
                 speed.pause()
             if last or stopping:
                 saver.finish()
+                stop.then("all is saved: ends as soon as it can")
                 metrics.write({"step": done, **saver.poll()}, echo=False)
             if stopping and not last:
                 command = resume_command(config, process.world_size, settings.steps)
                 metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
-                return False
-    return True
+                return End.STOPPED
+    return End.FINISHED
 
 
 def prepare_directory(

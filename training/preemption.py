@@ -1,43 +1,61 @@
 """Ending between two steps when the system asks for it: Slurm's USR1 before a time limit, TERM, a user's Ctrl-C."""
 
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
 from parallel.mesh import Mesh
-
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+from training.stop_signals import StopSignals, stop_signals
 
 
 class StopRequest:
-    """While entered, the signals only set a flag; ranks agree on it between steps. A second signal acts as ever."""
+    """While entered, ranks agree between steps on whether one of them was asked to stop.
+
+    The signals of a process are caught by whoever caught them before, as the launcher does from its first instruction,
+    or from entering until leaving.
+    """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
-        self._mesh, self._flag = mesh, torch.zeros(1, device=device)
-        self._former: dict[int, Any] = {}
-        self._received = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        signal.signal(number, self._former[number])
+        self._mesh = mesh
+        self._asked = torch.zeros(1, dtype=torch.int64, device=device)
+        found = stop_signals()
+        self._borrowed = found is not None
+        self._signals = found or StopSignals()
 
     def agreed(self) -> bool:
-        """Whether any rank has been asked to stop: the same answer on all. Collective over world, one scalar."""
-        self._flag.fill_(float(self._received))
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._mesh.group("world"))
-        return bool(self._flag)
+        """Whether any rank has been asked to stop: the same answer on all. Collective over world, one scalar.
+
+        Rank 0 tells of what another rank has received.
+        """
+        size, first = self._mesh.size("world"), self._signals.first
+        self._asked.fill_(0 if first is None else first * size + self._mesh.global_rank)
+        dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, group=self._mesh.group("world"))
+        asked = int(self._asked)
+        if asked and self._mesh.global_rank == 0:
+            number, rank = divmod(asked, size)
+            self._signals.say(signal.Signals(number), f" (rank {rank})" if size > 1 else "")
+        return bool(asked)
+
+    def then(self, what: str) -> None:
+        """What this process does about a signal from now on, as the user is told."""
+        self._signals.then = what
 
     def __enter__(self) -> "StopRequest":
-        self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if not self._borrowed:
+            self._signals.catch()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            return  # a launcher terminates the peers of a dead rank: they live on to say which one it was
-        for number, former in self._former.items():
-            signal.signal(number, former)
+        # A launcher terminates the peers of a dead rank: they live on to say which one it was.
+        if error is None and not self._borrowed:
+            self._signals.release()
+
+
+def asked_to_stop() -> bool:
+    """Whether a signal has asked this process to stop."""
+    signals = stop_signals()
+    return signals is not None and signals.first is not None

@@ -1,6 +1,7 @@
 """What a run shows at its end: losses beside n-gram entropies, the plot, a sample, and how to go on."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,10 +33,16 @@ def show_end(config: RunConfig, files: TokenFiles, directory: Path, world_size: 
 
 def resume_command(config: RunConfig, world_size: int, num_steps: int) -> str:
     """The exact command that continues a run up to ``num_steps`` from where it was started."""
+    steps = ["--train.steps", str(num_steps)] if num_steps != config.train.steps else []
+    return launch_command(world_size, ["--config", f"runs/{config.name}/run.json", "--resume", *steps])
+
+
+def launch_command(world_size: int, words: list[str]) -> str:
+    """What to type to train on so many processes of this machine; ``words`` follow ``launch train``."""
     python = sys.executable
     inside = os.path.relpath(python)
-    start = python if inside.startswith("..") else inside
+    start = [python if inside.startswith("..") else inside]
     if world_size > 1:
-        start += f" -m torch.distributed.run --standalone --nproc-per-node {world_size}"
-    steps = f" --train.steps {num_steps}" if num_steps != config.train.steps else ""
-    return f"{start} -m launch train --config runs/{config.name}/run.json --resume{steps}"
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        start += ["--local-addr", "127.0.0.1"]  # else ranks ask for the host's name, which containers may not know
+    return shlex.join([*start, "-m", "launch", "train", *words])
