@@ -18,7 +18,7 @@ SAY_S = 10.0
 # Once this process is asked to stop it waits no longer than that for the others, with whom it would end together.
 LEAVE_S = 30.0
 # A store answers at once; what does not is another program's.
-ANSWER_S = 10.0
+ANSWER_S = 5.0
 
 
 class ProcessLike(Protocol):

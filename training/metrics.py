@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from training.board import Board
+from training.patient_file import PatientFile
+
 
 def memory_gib(device: torch.device) -> float:
     """Memory in use at the peak: the card's, or this process's resident set."""
@@ -70,11 +73,9 @@ class Metrics:
         path = directory / "metrics.jsonl"
         if path.exists():
             _truncate(path, resumed_at)
-        self._file = path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at or None)
-        if sys.stdout.isatty():
+        self._file = PatientFile(path, self.say)
+        self._board = Board(directory / "tensorboard", resumed_at or None, self.say)
+        if sys.stdout is not None and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
@@ -91,11 +92,10 @@ class Metrics:
         """One record, with the time of day added; ``echo`` prints its line."""
         if not self.active:
             return
-        self._file.write(json.dumps(record | {"time": time.time()}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(record | {"time": time.time()}))
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
+                self._board.add(name, value, record["step"])
         if self._progress is not None and "loss" in record:
             self._progress.update(self._task, completed=record["step"], description=f"loss {record['loss']:.3f}")
         if echo:
@@ -118,8 +118,9 @@ class Metrics:
             return
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
+            self._progress = None
         self._board.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
