@@ -5,8 +5,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -22,6 +25,18 @@ class FailureWatch:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size, self._left = rank, world_size, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
+        self._end: Callable[[], None] | None = None
+        self._ending = threading.Lock()
+
+    def all_is_saved(self, end: Callable[[], None]) -> None:
+        """From now on nothing can be lost: where a rank fails, this one calls ``end`` and its process ends with 0."""
+        self._end = end
+
+    def end_early(self) -> NoReturn:
+        """End this process because something failed after all was saved, and let the other ranks end, too."""
+        with suppress(Exception):  # the store may have died with its host
+            _store().set(f"{KEY}/any", "")
+        self._end_saved()
 
     def __enter__(self) -> "FailureWatch":
         self._thread.start()
@@ -40,8 +55,17 @@ class FailureWatch:
             except Exception:  # no store, no run: the failure tells which
                 failed = True
             if failed and not self._left.is_set():
+                if self._end is not None:
+                    self._end_saved()
                 _tell("another rank called", self._rank, self._world_size)
                 os._exit(1)
+
+    def _end_saved(self) -> NoReturn:
+        """Once, whichever thread comes first; the other one waits for the end."""
+        with self._ending:
+            if self._end is not None:
+                self._end()
+            os._exit(0)
 
 
 def explain_failure(error: BaseException, rank: int, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Text from a model, token by token: the same forward as in training, with the layers' states kept."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,10 +46,14 @@ def continue_tokens(
     sampler: torch.Generator,
     eod_id: int,
     vocab_size: int | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> list[int]:
-    """Sample up to ``max_tokens`` tokens after ``ids``, stopping at the end of the document. One process.
+    """Sample up to ``max_tokens`` tokens after ``ids``, stopping at the end of the document.
+
+    On several ranks they compute the same text together; there is no tensor parallelism (a token is not divided).
 
     Args:
+        agree: what several ranks make of the token that each has drawn: the same on all.
         vocab_size: tokens that the tokenizer knows, where the model's vocabulary is larger.
     """
     caches: list[Cache] = [{} for _ in model.layers]
@@ -60,6 +65,8 @@ def continue_tokens(
         logits_BLV = model.logits(new_BL.to(device), None, memory_of(rows), caches)
         fed = len(tokens)
         token = sample(logits_BLV[0, -1, :vocab_size].cpu(), temperature, top_p, sampler)
+        if agree is not None:
+            token = agree(token)
         if token == eod_id:
             break
         tokens.append(token)

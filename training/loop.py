@@ -32,7 +32,7 @@ from training.flops import flops_per_token, peak_flops
 from training.hash_artifact import check_artifact, keep_artifact
 from training.metrics import Metrics, memory_gib
 from training.preemption import StopRequest, asked_to_stop
-from training.report import resume_command, show_end
+from training.report import finish, resume_command
 from training.run_file import save_run_json
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
@@ -77,9 +77,14 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     if not join(process, backend(device), config.parallel.timeout_s, asked_to_stop):
         return End.NOT_BEGUN
     try:
-        with FailureWatch(process.rank, process.world_size):
+        with FailureWatch(process.rank, process.world_size) as watch:
             config = agree_on_dtype(config, device, RUNS / config.name / "run.json" if resume else None)
-            end = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
+            end, trainer = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
+            if trainer is None:
+                dist.barrier()
+            else:
+                show = finish(trainer, data.files, RUNS / config.name, watch)
+            del trainer  # its memory is free for what is shown
     except RunError as error:
         if rank_0_tells(error, process.rank, process.world_size):
             raise SystemExit(2) from error
@@ -87,10 +92,9 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     except Exception as error:
         explain_failure(error, process.rank, process.world_size)
         os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
-    dist.barrier()
     dist.destroy_process_group()
-    if end is End.FINISHED and process.rank == 0:
-        show_end(config, data.files, RUNS / config.name, process.world_size)
+    if end is End.FINISHED:
+        show()
     return end
 
 
@@ -117,15 +121,18 @@ def open_data(config: RunConfig) -> RunData:
 
 def run_steps(
     config: RunConfig, data: RunData, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
-) -> End:
+) -> tuple[End, Trainer | None]:
     """Build everything, then: load, step, log, evaluate, save, until the last step or until a signal.
 
     A save goes on beside the steps that follow it; when this returns it is complete.
+
+    Returns:
+        How it ended, and the trainer where that was the last step.
     """
     mesh = build_mesh(config.parallel)
     stop = StopRequest(mesh, device)
     if stop.agreed():
-        return End.NOT_BEGUN
+        return End.NOT_BEGUN, None
     trainer = build_trainer(config, mesh, device, data.token_map)
     directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
     if resume:
@@ -135,7 +142,7 @@ def run_steps(
         source, manifest = load_initial(Path(config.train.start_from), trainer, data.files.tokenizer_path)
         tell(f"starts with the weights of {source}", manifest, trainer)
     if stop.agreed():
-        return End.NOT_BEGUN
+        return End.NOT_BEGUN, None
     stop.then("saving after this step")
     saver = Saver(directory / "checkpoints", trainer, {"data_fingerprint": data_print}, attached(directory, data))
     prepare_directory(directory, config, data, process, overwrite=overwrite)
@@ -166,8 +173,8 @@ def run_steps(
             if stopping and not last:
                 command = resume_command(config, process.world_size, settings.steps)
                 metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
-                return End.STOPPED
-    return End.FINISHED
+                return End.STOPPED, None
+    return End.FINISHED, trainer
 
 
 def prepare_directory(

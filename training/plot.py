@@ -8,8 +8,8 @@ from training.metrics import read_metrics
 WINDOW = 1 / 40  # of the run: what the drawn training loss is averaged over
 
 
-def plot_loss(directory: Path, entropies: Entropies) -> Path:
-    """Draw ``directory``/metrics.jsonl to ``directory``/loss.png; the entropies are of the same validation text."""
+def plot_loss(directory: Path, entropies: Entropies | None) -> Path:
+    """Draw ``directory``/metrics.jsonl to ``directory``/loss.png; the entropies, if any, are of the same text."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,8 +26,9 @@ def plot_loss(directory: Path, entropies: Entropies) -> Path:
     if validation:
         steps, losses = zip(*validation, strict=True)
         axes.plot(steps, losses, "o-", color="tab:orange", label=f"validation, last {losses[-1]:.3f}")
-    axes.axhline(entropies.unigram, color="gray", linestyle=":", label=f"unigram entropy {entropies.unigram:.3f}")
-    axes.axhline(entropies.bigram, color="gray", linestyle="--", label=f"bigram entropy {entropies.bigram:.3f}")
+    if entropies is not None:
+        axes.axhline(entropies.unigram, color="gray", linestyle=":", label=f"unigram entropy {entropies.unigram:.3f}")
+        axes.axhline(entropies.bigram, color="gray", linestyle="--", label=f"bigram entropy {entropies.bigram:.3f}")
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=directory.name)
     axes.grid(alpha=0.3)
     axes.legend()
