@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 RUN ?= tiny
 # Two processes, on the CPU or on two cards; one where there is one card.
 PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
+# Of a process: together as many as there are cores. (torchrun alone would say 1, with a warning.)
+THREADS ?= $(or $(OMP_NUM_THREADS),$(shell cores=$$(nproc); echo $$((cores > $(PROCESSES) ? cores / $(PROCESSES) : 1))))
 # Keep freed memory: fresh pages cost more than the work on them (docs/benchmarks.md).
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
@@ -34,7 +36,7 @@ data/stdlib/dataset.json: | $(VENV)/installed
 	$(BIN)/python -m launch prepare
 
 train: $(VENV)/installed data/stdlib/dataset.json
-	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train tiny --parallel.ep $(PROCESSES) --name $(RUN) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(PROCESSES) -m launch train tiny --parallel.ep $(PROCESSES) --name $(RUN) $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
@@ -65,10 +67,10 @@ format: $(VENV)/tested
 	$(BIN)/ruff format .
 
 bench: $(VENV)/tested data/stdlib/dataset.json
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.bench $(ARGS)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench $(ARGS)
 	$(BIN)/python -m kernels.bench_cpu
 	$(BIN)/python -m parallel.engram_table.bench
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 1 -m training.checkpoint.bench
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.checkpoint.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.checkpoint.bench_resize
 
 # On a card, with whatever python has torch, triton and numba: make bench-gpu BENCH_PYTHON=python3

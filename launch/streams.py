@@ -5,10 +5,10 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from typing_extensions import Buffer
 
 NAMES = {1: "stdout", 2: "stderr"}
 # A reader that takes nothing for so long (a pager, Ctrl-S) is not waited for until it reads again.
@@ -120,4 +120,5 @@ def _guarded(stream: TextIO | None, number: int) -> TextIO:
         if isinstance(getattr(stream, "buffer", None), View):
             return stream
     encoding = "utf-8" if stream is None else stream.encoding
-    return io.TextIOWrapper(View(number), encoding, errors="backslashreplace", line_buffering=True)
+    view = cast(BinaryIO, View(number))  # all of it that text needs
+    return io.TextIOWrapper(view, encoding, errors="backslashreplace", line_buffering=True)

@@ -24,4 +24,5 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m launch train "$@"
+# Without --local-addr the processes ask for the address of the host's name, which containers may not know.
+exec "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" -m launch train "$@"

@@ -53,7 +53,9 @@ TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 2, "save_every": 4, "eval
 # Longer than a test waits: what ends such a run in time is not the end of a collective's patience.
 NO_TIME_OUT = ("--parallel.timeout_s", str(6 * HANG_S))
 ENDLESS = ("--train.steps", "100000", "--train.save_every", "100000", "--train.eval_every", "0")
-TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node")
+# On this machine, whatever its name resolves to.
+LOCAL = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node")
+TORCHRUN = (str(BIN / "torchrun"), *LOCAL)
 MPIRUN = (str(BIN / "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n")
 GO_ON = "go on"
 PATIENCE_S = HANG_S

@@ -1,6 +1,7 @@
 """Training speed beside transformers' GraniteMoeHybridForCausalLM of the same shape: ``make bench``.
 
-Or ``torchrun --standalone --nproc-per-node 1 -m training.bench``, with OMP_NUM_THREADS set to the cores.
+Or ``torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench``,
+with OMP_NUM_THREADS set to the cores.
 
 Shape: hidden 256; three Mamba-2 layers (8 heads x 64, state 64, one group) and one of attention (4 heads x 64, 2 of
 keys), each followed by 8 experts top-2 (256) beside a shared MLP (256); vocabulary 8,192; batch 4 x 512; AdamW at 1e-3.

@@ -9,6 +9,7 @@ from launch import doctor
 from launch.doctor import check_communication, check_node, check_versions, show
 from launch.env import Process
 from tests.launch.commands import BIN, launch, run
+from tests.runs import LOCAL
 
 
 def test_alone():
@@ -22,7 +23,7 @@ def test_alone():
 @pytest.mark.parametrize(
     ("launcher", "command"),
     [
-        ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+        ("torchrun", [sys.executable, "-m", "torch.distributed.run", *LOCAL, "2"]),
         ("mpirun", [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from launch.__main__ import VERBS, main, shadowed
 from tests.launch.commands import BIN, ROOT, launch, run
+from tests.runs import LOCAL
 
 WRONG_LAYOUT = ("-m", "launch", "train", "tiny", "--name", "never-started", "--parallel.ep", "3", "--parallel.tp", "5")
 
@@ -66,7 +67,7 @@ def test_a_package_of_another_name_is_named(tmp_path):
     ("starter", "code"),
     [
         ([sys.executable], 2),
-        ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 1),
+        ([sys.executable, "-m", "torch.distributed.run", *LOCAL, "2"], 1),
         ([str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable], 2),
     ],
 )

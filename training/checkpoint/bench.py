@@ -1,6 +1,7 @@
 """What a checkpoint costs: beside the disk's own speed, a plain copy, steps without a save, and DeepSpeed's own.
 
-``torchrun --standalone --nproc-per-node 2 -m training.checkpoint.bench``, with OMP_NUM_THREADS = cores / processes.
+``torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m training.checkpoint.bench``,
+with OMP_NUM_THREADS = cores / processes.
 
 A dense hybrid of 22M parameters under ZeRO 1: 265 MB of fp32 masters and moments over all ranks. Everything that is
 compared takes turns in one process; ratios are medians over the rounds. All writes end with an fsync, DeepSpeed's too

@@ -124,7 +124,8 @@ def watch(command: list[str]) -> tuple[float, int]:
 
 def on_ranks(stage: str, directory: Path, rounds: int, world_size: int) -> Figures:
     """A stage on processes of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(world_size)]
     program = ["-m", "training.checkpoint.bench_resize", "--rounds", str(rounds), "--directory", str(directory)]
     subprocess.run([*launcher, *program, "--stage", stage], check=True, stdout=subprocess.DEVNULL)
     return json.loads((directory / f"{stage}.json").read_text())
