@@ -1,6 +1,8 @@
 """What this node has for a run: cores and memory, cut by the control group's limits (version 1 or 2). No torch."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 CGROUP = "sys/fs/cgroup"
@@ -17,6 +19,13 @@ def cores(root: Path = Path("/")) -> int:
     else:
         return allowed
     return allowed if quota in ("max", "-1") else max(1, min(allowed, int(quota) // int(period)))
+
+
+def allow_open_files() -> int:
+    """Files and connections that this process may hold open, after raising its limit as far as it goes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def free_memory(root: Path = Path("/")) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from launch.option_names import option_name, what_is_meant
 from parallel.errors import Problem
+from training.model.config import MIXERS
 from training.run_file import dataclass_of
 
 SWITCHES = ("resume", "auto_resume", "overwrite", "help")
@@ -50,8 +51,34 @@ def read_words(words: list[str], types: dict[str, Any]) -> tuple[list[str], list
         else:
             read, found = _read_values(name, values, types[name])
             problems += found
-            kept += [] if found else [f"--{name}", *read]
+            kept += [] if found else _written(name, read)
     return kept, problems
+
+
+def join_values(words: list[str], types: dict[str, Any]) -> list[str]:
+    """``--model.pattern -M*E`` as ``--model.pattern=-M*E``: the text of a field may begin with a dash.
+
+    Args:
+        types: of the fields by name.
+    """
+    joined: list[str] = []
+    for word in words:
+        option = joined[-1] if joined else ""
+        name = option_name(option)
+        takes_text = option.startswith("--") and "=" not in option and types.get(name) is str
+        is_pattern = name == "model.pattern" and set(word) <= set(MIXERS)
+        if takes_text and word.startswith("-") and word != "-h" and (is_pattern or not word.startswith("--")):
+            joined[-1] = f"{option}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _written(name: str, values: list[str]) -> list[str]:
+    """An option as argparse reads it: a text that begins with a dash must be in the option's own word."""
+    if len(values) == 1 and values[0].startswith("-"):
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *values]
 
 
 def _options(words: list[str]) -> list[tuple[str, list[str]]]:

@@ -1,5 +1,6 @@
 """``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked configuration."""
 
+import os
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -10,8 +11,8 @@ import tyro
 
 from launch.console import USER_ERROR, leave_to_rank_0, report
 from launch.env import Process, discover, identify
-from launch.machine import free_memory
-from launch.option_values import field_types, read_words
+from launch.machine import allow_open_files, free_memory
+from launch.option_values import field_types, join_values, read_words
 from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
@@ -21,6 +22,10 @@ from training.run_file import load_run_json
 from training.stop_signals import stop_signals
 
 RUNS = Path("runs")
+# Of a run's name: file systems take 255, and an overwritten run's gets a number.
+NAME_BYTES = 240
+# A process of two holds 114; each further peer asks for a few more.
+OPEN_FILES = 192
 USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --overwrite]
        python -m launch train --config runs/<name>/run.json [--field.name value ...] [--resume | --overwrite]
 
@@ -91,7 +96,7 @@ def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None) ->
         config = load_run_json(Path(path))
     else:
         config = _preset(source, words)
-    config, words = _switch_engram(config, words)
+    config, words = _switch_engram(config, join_values(words, field_types(RunConfig)))
     words, problems = read_words(words, field_types(RunConfig))
     if found is None and problems:
         raise RunError(*problems)
@@ -114,20 +119,27 @@ def find_problems(request: Request, process: Process, runs: Path) -> list[Proble
     """All that keeps ``request`` from running: fields, layout, the run's directory, memory for the tables."""
     problems = validate(request.run, process.world_size)
     problems += _directory_problems(request, runs)
+    problems += _file_problems(allow_open_files())
     problems += _start_problems(request.run.train.start_from)
     problems += _memory_problems(request.run, process, free_memory())
     return problems
 
 
+def _file_problems(allowed: int) -> list[Problem]:
+    if allowed >= OPEN_FILES:
+        return []
+    rule = f"is below the {OPEN_FILES} open files that a process needs"
+    return [Problem(field="ulimit -n", value=allowed, rule=rule, fix="ulimit -n 4096")]
+
+
 def _directory_problems(request: Request, runs: Path) -> list[Problem]:
+    problems = _name_problems(request.run.name) or _place_problems(runs, runs / request.run.name)
+    if problems:
+        return problems
     name, directory = request.run.name, runs / request.run.name
-    if not name or Path(name).name != name or name in (".", ".."):
-        return [
-            Problem(field="name", value=repr(name), rule="is not a plain directory name", fix="use a name without /")
-        ]
     if request.resume and request.overwrite:
         return [Problem(field="--resume", value="True", rule="contradicts --overwrite", fix="leave one of them out")]
-    exists = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    exists = directory.exists() and any(directory.iterdir())
     if exists and not (request.resume or request.overwrite):
         fix = "add --resume to continue it, --overwrite to start anew, or choose another --name"
         return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix=fix)]
@@ -136,6 +148,45 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
         fix = nearest(name, others, "leave --resume out to start it", "--name ")
         return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
     return []
+
+
+def _name_problems(name: str) -> list[Problem]:
+    """Of a name that no directory can have, or that leads out of the runs' directory."""
+    if not name or name in (".", "..") or "/" in name:
+        rule, fix = "is not a plain directory name", "use a name without /"
+    elif not name.isprintable():
+        rule, fix = "holds characters that cannot be printed", "use letters, digits, - and _"
+    elif (size := len(name.encode())) > NAME_BYTES:
+        rule, fix = f"has {size} bytes", f"use {NAME_BYTES} at most"
+    else:
+        return []
+    shown = name if len(name) <= 40 else name[:40] + "..."
+    return [Problem(field="name", value=repr(shown), rule=rule, fix=fix)]
+
+
+def _place_problems(runs: Path, directory: Path) -> list[Problem]:
+    """Of a directory that cannot be made or written to, where nothing has been made yet."""
+    for path in (runs, directory):
+        try:
+            found = _place_problem(path)
+        except OSError as error:
+            found = f"cannot be looked at: {error.strerror}", "change its permissions"
+        if found is not None:
+            rule, fix = found
+            return [Problem(field="runs", value=path, rule=rule, fix=fix)]
+    return []
+
+
+def _place_problem(path: Path) -> tuple[str, str] | None:
+    """The rule that ``path`` breaks, and what to do; None where it is a directory to write to, or can be made."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which is not there", "make that directory, or remove the link"
+    if path.exists() and not path.is_dir():
+        return "is a file, not a directory", "move it away"
+    nearest_there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(nearest_there, os.W_OK | os.X_OK):
+        return "cannot be written to", "change its permissions, or start from another directory"
+    return None
 
 
 def _start_problems(source: str) -> list[Problem]:
@@ -165,7 +216,7 @@ def _preset(name: str, words: list[str]) -> RunConfig:
     if name not in PRESETS:
         fix = nearest(name, PRESETS, "name one of these, or --config runs/<name>/run.json")
         problem = Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix)
-        _, words = _switch_engram(RunConfig(), words)
+        _, words = _switch_engram(RunConfig(), join_values(words, field_types(RunConfig)))
         raise RunError(problem, *read_words(words, field_types(RunConfig))[1])
     return PRESETS[name]()
 

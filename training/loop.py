@@ -24,7 +24,7 @@ from training.checkpoint.storage import passed_over
 from training.compute_dtype import agree_on_dtype
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
-from training.data.files import TokenFiles
+from training.data.files import Split, TokenFiles
 from training.data.loader import StepLoader, fingerprint
 from training.data.token_map import TokenMap
 from training.evaluate import evaluate
@@ -114,9 +114,21 @@ def open_data(config: RunConfig) -> RunData:
                 fix=f"use {files.vocab_size} or more",
             )
         )
+    _require_targets(files)
     length = config.data.seq_length
     rows = PackedRows(files, "train", length, config.data.seed)
     return RunData(files, rows, ValidationRows(files, length), run_token_map(config, files))
+
+
+def _require_targets(files: TokenFiles) -> None:
+    """A target is a token with another of its document before it: documents of one token have none."""
+    for name in ("train", "val"):
+        split: Split = getattr(files, name)
+        lengths = split.ends - split.starts
+        if len(lengths) and lengths.max() < 2:
+            rule = f"has only documents of a single token in its {name} split: nothing to predict"
+            fix = "prepare longer documents"
+            raise RunError(Problem(field="data.path", value=files.path, rule=rule, fix=fix))
 
 
 def run_steps(
@@ -157,6 +169,8 @@ def run_steps(
             result = train_step(trainer, next(loader), rate, step, list if last else loader.peek)
             record = speed.record(done, result, rate) | saver.poll()
             metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
+            if result.num_targets == 0:
+                metrics.say(f"step {done} has no target: every document in its rows is a single token")
             if last or (settings.eval_every and done % settings.eval_every == 0):
                 loss = evaluate(trainer, data.validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})

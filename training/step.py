@@ -32,6 +32,8 @@ class StepResult:
     """Seconds of hashing, fetching, returning and updating Engram rows, in the background or not."""
     exchange_s: float
     """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
+    num_targets: int | None = None
+    """Targets of the step, over all ranks."""
     engram_hot_hits: float | None = None
     """Share of the distinct rows of micro-batches that their owners had among their hot rows, over all ranks."""
 
@@ -52,7 +54,8 @@ def train_step(
         RunError: a loss or gradient is not finite; nothing has been updated.
     """
     engine, mesh, memory = trainer.engine, trainer.mesh, trainer.memory
-    scale = len(batches) * mesh.size("dp") / _global_targets(trainer, batches)
+    num_targets = _global_targets(trainer, batches)
+    scale = len(batches) * mesh.size("dp") / max(1, num_targets)
     loss_sum = torch.zeros((), device=trainer.device)
     loads = None
     waited, worked = engram_seconds(trainer)
@@ -91,6 +94,7 @@ def train_step(
         engram_wait_s=now_waited - waited if memory else None,
         engram_work_s=now_worked - worked if memory else None,
         exchange_s=take_exchange_seconds(trainer.model),
+        num_targets=num_targets,
         engram_hot_hits=hot_hits,
     )
 
@@ -129,7 +133,7 @@ def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
     """Targets of the step over all data ranks: the loss is a mean over them, not a mean of means."""
     count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
     dist.all_reduce(count, group=trainer.mesh.group("dp"))
-    return max(1, int(count))
+    return int(count)
 
 
 def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:

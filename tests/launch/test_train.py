@@ -1,6 +1,11 @@
 """From what is typed to a checked request."""
 
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +122,93 @@ def test_the_runs_directory(tmp_path):
     assert said(overwrite, tmp_path) == []
     assert "names the existing" in said(Request(run=run), tmp_path)[0]
     assert "contradicts --overwrite" in said(Request(run=run, resume=True, overwrite=True), tmp_path)[0]
+
+
+PATTERN = ("--model.pattern", "-M*E")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [*PATTERN, "--train.steps", "3"],
+        ["--train.steps", "3", *PATTERN],
+        ["--train.steps=3", "--model.pattern=-M*E"],
+        ["--model.pattern", "-", "--train.steps", "3"],
+        ["--train.steps", "3", "--model.pattern", "--M"],
+        ["--train.steps", "3", "--model.pattern", "---", "--name", "-x", "--overwrite"],
+    ],
+)
+def test_a_pattern_may_begin_with_a_dense_layer(line):
+    request = parse(["tiny", *line])
+    joined = " ".join(line).replace("pattern=", "pattern ").split()
+    assert request.run.model.pattern == joined[joined.index("--model.pattern") + 1]
+    assert request.run.train.steps == 3
+    assert request.run.name == ("-x" if "-x" in line else PRESETS["tiny"]().name)
+
+
+def test_an_option_is_not_taken_for_a_value():
+    with pytest.raises(RunError, match="--lr is no field of a run"):
+        parse(["tiny", "--name", "--lr", "3"])
+
+
+NAMES = {
+    "": "plain", ".": "plain", "..": "plain", "a/b": "plain", "/tmp/x": "plain", "x" * 300: "300 bytes",
+    "é" * 130: "260 bytes", "a\0b": "printed", "two\nlines": "printed", "\udc80": "printed", "a\x1b[31m": "printed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_no_directory_can_have(name, tmp_path):
+    (problem,) = said(Request(run=replace(PRESETS["tiny"](), name=name)), tmp_path / "runs")
+    assert problem.startswith("name=")
+    assert NAMES[name] in problem
+    assert len(problem) < 200
+    assert problem.isprintable()
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", "-x", "été", "a.b", " ", "$HOME", "x" * 240])
+def test_names_that_serve(name, tmp_path):
+    assert said(Request(run=replace(PRESETS["tiny"](), name=name)), tmp_path / "runs") == []
+
+
+PLACES = {
+    "runs is a link to nothing": (lambda runs: runs.symlink_to("gone"), "runs is a link to gone, which is not there"),
+    "runs is a file": (lambda runs: runs.write_text(""), "runs is a file, not a directory"),
+    "the run is a link to nothing": (
+        lambda runs: (runs.mkdir(), (runs / "tiny").symlink_to("gone")),
+        "runs/tiny is a link to gone",
+    ),
+    "the run is a file": (lambda runs: (runs.mkdir(), (runs / "tiny").write_text("")), "runs/tiny is a file"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_where_no_run_can_be(name, how, tmp_path):
+    spoil, told = PLACES[name]
+    spoil(tmp_path / "runs")
+    (problem,) = said(Request(run=PRESETS["tiny"](), **how), tmp_path / "runs")
+    assert told in problem
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_where_this_user_may_not_write(mode):
+    """Root may: so another user asks."""
+    with tempfile.TemporaryDirectory() as directory:
+        runs = Path(directory) / "runs"
+        runs.mkdir()
+        runs.chmod(mode)
+        Path(directory).chmod(0o755)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), os.setuid, (65534,)) as other_user:
+            (problem,) = other_user.submit(said, Request(run=PRESETS["tiny"]()), runs).result()
+    assert problem.startswith(f"runs={runs}")
+    assert "cannot be" in problem
+
+
+def test_too_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.train.allow_open_files", lambda: 64)
+    (problem,) = said(Request(run=PRESETS["tiny"]()), tmp_path)
+    assert problem == "ulimit -n=64 is below the 192 open files that a process needs; ulimit -n 4096"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x"])
