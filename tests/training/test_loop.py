@@ -5,12 +5,17 @@ import os
 import re
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from parallel.errors import RunError
 from tests.launch.commands import run
 from tests.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
+from training.data.files import TokenFiles
+from training.loop import _require_targets
 from training.run_file import load_run_json
 
 STEPS = 8
@@ -146,3 +151,14 @@ def _infinite_weight(rank: int) -> None:
         return step(trainer, batches, rate, index, upcoming)
 
     loop.train_step = broken
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_documents_without_a_target_are_refused(corpus, name):  # noqa: F811
+    """Of one token each: a run on them would reach a loss of zero."""
+    files = TokenFiles.open(corpus)
+    _require_targets(files)
+    split = getattr(files, name)
+    single = replace(split, ends=np.arange(1, len(split.tokens) + 1))
+    with pytest.raises(RunError, match=f"only documents of a single token in its {name} split: nothing to predict"):
+        _require_targets(replace(files, **{name: single}))
