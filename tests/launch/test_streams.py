@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.launch.commands import environment
-from tests.runs import PATIENCE_S, corpus, records, words  # noqa: F401
+from tests.runs import HANG_S, corpus, records, words  # noqa: F401
 
 # name -> what a shell does with the console of {run}
 CONSOLES = {
@@ -38,7 +38,7 @@ def left(corpus, tmp_path_factory):  # noqa: F811
                     text=True,
                 )
             )
-        finished = {name: process.communicate(timeout=PATIENCE_S) for name, process in results.items()}
+        finished = {name: process.communicate(timeout=HANG_S) for name, process in results.items()}
         codes = {name: process.returncode for name, process in results.items()}
     return cwd, codes, finished
 
@@ -87,7 +87,7 @@ def test_writes_neither_raise_nor_wait(name):
             stderr=subprocess.PIPE,
             env=environment(**ASCII),
             text=True,
-            timeout=PATIENCE_S,
+            timeout=HANG_S,
         )
     finally:
         os.close(reading)

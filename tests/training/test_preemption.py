@@ -18,7 +18,7 @@ from tests.launch.commands import environment
 from tests.ranks import run_ranks
 from tests.runs import (  # noqa: F401
     ENDLESS,
-    PATIENCE_S,
+    HANG_S,
     TORCHRUN,
     corpus,
     forked,
@@ -129,7 +129,7 @@ def test_a_signal_is_kept_from_the_first_instruction_on(corpus, tmp_path):  # no
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(MOMENT_S)
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         process.kill()
     printed = (tmp_path / "output").read_text()
