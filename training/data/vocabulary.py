@@ -1,0 +1,63 @@
+"""A tokenizer and its token map, with the ids that a model's text begins and ends with: all that generation asks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.data.files import TOKEN_MAP, TOKENIZER, TokenFiles, file_sha256
+from training.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model's ids mean, read from the directory that holds tokenizer.json and token_map.json."""
+
+    path: Path
+    """The directory: a checkpoint, or prepared token files."""
+    vocab_size: int
+    """Largest token id + 1."""
+    eod_id: int
+    """The token that ends a document."""
+    pad_id: int
+    """The token that pads a row."""
+
+    @classmethod
+    def beside(cls, path: Path) -> "Vocabulary | None":
+        """The vocabulary that a checkpoint holds; None where it holds none.
+
+        Raises:
+            RunError: its tokenizer.json is damaged.
+        """
+        if not ((path / TOKENIZER).is_file() and (path / TOKEN_MAP).is_file()):
+            return None
+        tokenizer = load_tokenizer(path / TOKENIZER)
+        eod, pad = special_ids(tokenizer)
+        return cls(path, vocabulary_size(tokenizer), eod, pad)
+
+    @classmethod
+    def of_files(cls, files: TokenFiles) -> "Vocabulary":
+        """That of prepared token files."""
+        return cls(files.path, files.vocab_size, files.eod_id, files.pad_id)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json."""
+        return self.path / TOKENIZER
+
+    @property
+    def token_map_path(self) -> Path:
+        """Engram's token map of that tokenizer."""
+        return self.path / TOKEN_MAP
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """sha256 of the tokenizer's file, by which a model knows its own."""
+        return file_sha256(self.tokenizer_path)
+
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer."""
+        return load_tokenizer(self.tokenizer_path)
