@@ -58,7 +58,6 @@ LOCAL = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node")
 TORCHRUN = (str(BIN / "torchrun"), *LOCAL)
 MPIRUN = (str(BIN / "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n")
 GO_ON = "go on"
-PATIENCE_S = HANG_S
 # A child of a pytest that was killed must not train for ever.
 LIFE_S = 2 * HANG_S
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kernels import compiled_loops
+from tests.ranks import HANG_S
 
 LOOPS = """
 from kernels.compiled_loops import compile_loop
@@ -137,7 +138,7 @@ def test_no_directory_can_be_written(source, tmp_path, cache):
     rest = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", *home)}
     environment = rest | home | given | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(source)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, str(source)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[0.0, 3.0, 6.0, 9.0]\n"

@@ -8,6 +8,7 @@ import pytest
 
 from launch.generate import Request, find_problems
 from tests.launch.commands import ROOT, environment, launch
+from tests.ranks import HANG_S
 
 
 def test_problems_come_together(tmp_path):
@@ -36,7 +37,7 @@ def test_no_runs_at_all():
 def test_a_prompt_that_is_no_utf_8(prompt, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     command = [sys.executable, "-m", "launch", "generate", str(tmp_path), "--prompt", prompt]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 2
     assert "holds bytes that are not UTF-8" in done.stderr
     assert "Traceback" not in done.stderr

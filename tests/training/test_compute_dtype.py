@@ -15,6 +15,7 @@ from kernels.cpu_dtype import DtypeChoice, choose_cpu_dtype
 from parallel import device as devices
 from parallel.device import choose_dtype
 from parallel.mesh import single_mesh
+from tests.ranks import HANG_S
 from tests.runs import corpus, run_forked, words  # noqa: F401
 from tests.training.tiny import made_up_token_map, tiny_config
 from training import compute_dtype
@@ -39,7 +40,7 @@ ASK = "from kernels.cpu_dtype import choose_cpu_dtype as c; print(c().dtype, c()
 @pytest.mark.parametrize("cap", CAPPED)
 def test_a_cpu_whose_instructions_are_not_in_use_computes_in_fp32(cap):
     done = subprocess.run(
-        [sys.executable, "-c", ASK], env=os.environ | CAPPED[cap], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", ASK], env=os.environ | CAPPED[cap], capture_output=True, text=True, timeout=HANG_S
     )
     assert done.stdout.startswith("torch.float32 "), done.stdout + done.stderr
     assert "bf16" in done.stdout
