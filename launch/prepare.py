@@ -57,8 +57,23 @@ def _communicator() -> "Comm":
     return MPI.COMM_WORLD
 
 
+def _told(read: dict[str, Any]) -> str:
+    """What was read, and what was not, in one line."""
+    from training.data.sources import counted
+
+    parts = [f"read {read['documents']:,} documents in {read['files']:,} files"]
+    if read["empty"]:
+        parts.append(f"{read['empty']:,} without text left out")
+    if read["mended"]:
+        parts.append(f"{read['mended']:,} with half a surrogate pair, now U+FFFD")
+    if read["ignored"]:
+        parts.append(f"ignored: {counted(read['ignored'])}")
+    return "; ".join(parts)
+
+
 def _summary(out: str, manifest: dict[str, Any]) -> str:
-    lines = [f"wrote {out}: vocabulary {manifest['vocab_size']:,} tokens, stored as {manifest['dtype']}"]
+    lines = [_told(manifest["read"])]
+    lines += [f"wrote {out}: vocabulary {manifest['vocab_size']:,} tokens, stored as {manifest['dtype']}"]
     for split in ("train", "val"):
         count = manifest[split]
         ratio = count["bytes"] / count["tokens"]

@@ -1,4 +1,4 @@
-"""What keeps a prepared dataset from being trained on, from its dataset.json alone. No torch in here: the CLI imports it.
+"""What keeps a prepared dataset from being trained on, from its dataset.json alone. No torch: the CLI imports it.
 
 ``open_data`` of the loop checks the same, and the files themselves, on every rank.
 """

@@ -23,15 +23,16 @@ class DataConfig:
 class PrepareConfig:
     """From documents to token files."""
 
-    source: str = "stdlib"
-    """`stdlib` (the source of this Python's standard library), a local file or directory of .jsonl, .parquet, .txt or
-    .py (a text file is one document), or the name of a dataset on the Hugging Face hub."""
+    source: tuple[str, ...] = ("stdlib",)
+    """One or several of: `stdlib` (the source of this Python's standard library), a local file, directory or pattern of
+    .jsonl, .parquet, .txt or .py (a text file is one document; .gz, .zst, .bz2 and .xz are unpacked), or the name of a
+    dataset on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
     text_field: str = "text"
-    """Column of JSON lines, parquet files and hub datasets that holds the text."""
+    """Column of JSON lines, parquet files and hub datasets that holds the text; a dotted path leads into objects."""
     out: str = "data/stdlib"
     """Directory that is written."""
     tokenizer: str | None = None
@@ -49,11 +50,21 @@ class PrepareConfig:
     overwrite: bool = False
     """Replace a dataset that `prepare` wrote before."""
 
+    def __post_init__(self) -> None:
+        """A single source may be given as a string."""
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
+
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
     """Every local rule that ``config`` breaks."""
     rules = [
-        (bool(config.source), "source", "is empty", "name a file, a directory, a hub dataset or stdlib"),
+        (
+            bool(config.source) and all(config.source),
+            "source",
+            "is empty",
+            "name a file, a directory, a hub dataset or stdlib",
+        ),
         (bool(config.out), "out", "is empty", "name the directory to write"),
         (0 < config.val_fraction < 1, "val_fraction", "is not between 0 and 1", "use 0.02"),
         (config.max_documents >= 0, "max_documents", "is negative", "use 0 for all documents"),

@@ -1,42 +1,81 @@
-"""Documents of a corpus as a Hugging Face dataset with one column, `text`."""
+"""Documents of a corpus: every text that the sources name, in one Arrow file that all ranks read."""
 
-import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Problem, RunError
 from training.data.config import PrepareConfig
+from training.data.progress import Progress
+from training.data.readers import MISSING, look_up, read_texts
+from training.data.sources import STDLIB, Source, find_sources, printable, standard_library_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOADERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".py": "text"}  # suffix -> builder of `datasets`
+BATCH_BYTES = 16 * 2**20  # of text, held at once while it is written
 
 
-def load_documents(config: PrepareConfig, cache: Path) -> "Dataset":
-    """The documents of ``config.source`` in a fixed order, at most ``max_documents``.
+@dataclass(kw_only=True)
+class Reading:
+    """What was read of the sources, and what was not."""
+
+    files: int = 0
+    """Files read."""
+    documents: int = 0
+    """Documents found, empty ones included."""
+    empty: int = 0
+    """Documents without text: they are left out of the token files."""
+    mended: int = 0
+    """Documents that held half a surrogate pair, which became U+FFFD."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Why files beside those read were left out -> how many."""
+
+    def as_record(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self) | {"ignored": dict(self.ignored)}
+
+
+def write_documents(config: PrepareConfig, path: Path, show: bool = True) -> Reading:
+    """Write the documents of ``config.source``, in the order of sources and files, at most ``max_documents``.
 
     Args:
-        cache: directory in which local files are converted; hub datasets use the cache of `datasets`.
+        path: the Arrow file to write; one column, ``text``.
+        show: tell on stderr how far it is.
 
     Raises:
-        RunError: the source is missing, unreadable, holds no documents, or has no column of text.
+        RunError: a source is missing or unreadable, has no text where one is expected (says file and line), or holds
+            fewer than two documents.
     """
-    import datasets
+    import pyarrow as pa
 
-    datasets.disable_progress_bars()
-    if config.source == "stdlib":
-        documents = datasets.Dataset.from_dict({"text": standard_library()})
-    elif Path(config.source).exists():
-        documents = _load_files(config, cache)
-    else:
-        documents = _text_column(_load_hub(config), config)
-    if config.max_documents:
-        documents = documents.select(range(min(config.max_documents, len(documents))))
-    if len(documents) < 2:
+    sources, ignored = find_sources(config.source)
+    reading = Reading(ignored=ignored)
+    size = sum(file.size for source in sources for file in source.files)
+    schema = pa.schema([("text", pa.large_string())])
+    with (
+        Progress("reading", size, show) as progress,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        texts = _read_all(sources, config, reading, progress)
+        limited = islice(texts, config.max_documents) if config.max_documents else texts
+        for batch in _batches(_checked(limited, reading)):
+            writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
+    if reading.documents < 2:
         fix = "give two or more, for one is to validate on: a text file is one, a line of JSON is one"
-        raise _bad_source(config, f"has {len(documents)} documents", fix)
-    return documents
+        raise _bad_source(config, f"has {reading.documents} documents", fix)
+    return reading
+
+
+def open_documents(path: Path) -> "Dataset":
+    """The documents that ``write_documents`` wrote, memory-mapped."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(path))
 
 
 def standard_library() -> list[str]:
@@ -44,61 +83,88 @@ def standard_library() -> list[str]:
 
     A few test files are in other encodings than UTF-8 on purpose; they are left out.
     """
-    root, texts = Path(sysconfig.get_paths()["stdlib"]), []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
-        if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
-            try:
-                texts.append(path.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                continue
+    texts = []
+    for path in standard_library_files():
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue
     return texts
 
 
-def _load_files(config: PrepareConfig, cache: Path) -> "Dataset":
-    from datasets import load_dataset
+def _read_all(sources: list[Source], config: PrepareConfig, reading: Reading, progress: Progress) -> Iterator[str]:
+    for source in sources:
+        if source.name == STDLIB:
+            texts = standard_library()
+            reading.files += len(texts)
+            yield from texts
+        elif source.on_hub:
+            yield from _read_hub(source.name, config)
+        else:
+            for file in source.files:
+                yield from read_texts(file, config.text_field, progress.advance)
+                reading.files += 1
 
-    source = Path(config.source)
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    files = [path for path in found if path.suffix in LOADERS and path.stat().st_size]
-    kinds = sorted({LOADERS[path.suffix] for path in files})
-    if len(kinds) != 1:
-        rule = f"mixes {' and '.join(kinds)} files" if kinds else f"has no file with text in {', '.join(LOADERS)}"
-        raise _bad_source(config, rule, "give files of one kind")
-    options = {"sample_by": "document"} if kinds == ["text"] else {}
-    names = [str(path.resolve()) for path in files]
+
+def _read_hub(name: str, config: PrepareConfig) -> Iterator[str]:
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
-        documents = load_dataset(kinds[0], data_files=names, split="train", cache_dir=str(cache), **options)
-    except Exception as error:  # `datasets` raises what its readers raise: pyarrow, json, unicode errors
-        cause = error.__cause__ or error
-        raise _bad_source(config, f"cannot be read: {_first_line(cause)}", "repair or leave out that file") from error
-    return documents if kinds == ["text"] else _text_column(documents, config)
-
-
-def _load_hub(config: PrepareConfig) -> "Dataset":
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(config.source, config.subset, split=config.split)
+        documents = datasets.load_dataset(name, config.subset, split=config.split)
     except Exception as error:  # missing, private, offline, unknown subset or split: each its own type
         raise _bad_source(
             config,
             f"is no local file, and the hub's dataset cannot be loaded: {_first_line(error)}",
             "correct the path, or the dataset's name, subset and split",
+            name,
         ) from error
+    for number, record in enumerate(documents, 1):
+        text = look_up(record, config.text_field)
+        if text is MISSING or not isinstance(text, str | None):
+            rule = f"is no column of text in row {number} of {name}"
+            fix = f"use one of {', '.join(documents.column_names)}"
+            raise RunError(Problem(field="text_field", value=config.text_field, rule=rule, fix=fix))
+        yield text or ""
 
 
-def _text_column(documents: "Dataset", config: PrepareConfig) -> "Dataset":
-    field, columns = config.text_field, documents.column_names
-    kind = getattr(documents.features.get(field), "dtype", None)
-    if kind not in ("string", "large_string"):
-        rule = f"is a column of {kind}, not of text" if field in columns else "is no column of the source"
-        raise RunError(Problem(field="text_field", value=field, rule=rule, fix=f"use one of {', '.join(columns)}"))
-    documents = documents.select_columns(field)
-    return documents if field == "text" else documents.rename_column(field, "text")
+def _checked(texts: Iterator[str], reading: Reading) -> Iterator[str]:
+    """The texts as UTF-8 can hold them, counted."""
+    for text in texts:
+        whole = _mend_surrogates(text)
+        reading.documents += 1
+        reading.empty += not whole
+        reading.mended += whole is not text
+        yield whole
 
 
-def _bad_source(config: PrepareConfig, rule: str, fix: str) -> RunError:
-    return RunError(Problem(field="source", value=config.source, rule=rule, fix=fix))
+def _mend_surrogates(text: str) -> str:
+    """Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes U+FFFD; any other text is returned as is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts by their size, not their number: a corpus may have documents of megabytes."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
+def _bad_source(config: PrepareConfig, rule: str, fix: str, name: str | None = None) -> RunError:
+    shown = printable(name if name is not None else " ".join(config.source))
+    return RunError(Problem(field="source", value=shown, rule=rule, fix=fix))
 
 
 def _first_line(error: BaseException) -> str:

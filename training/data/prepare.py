@@ -1,12 +1,12 @@
 """From documents to token files: tokenise on all ranks, merge on rank 0, byte-identical for every number of ranks."""
 
-import hashlib
 import json
 import platform
+import re
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from parallel.errors import Problem, RunError
 from training.data.config import PrepareConfig, prepare_problems
-from training.data.corpus import load_documents
+from training.data.corpus import Reading, open_documents, write_documents
 from training.data.encoding import Encoding
 from training.data.files import (
     FORMAT,
@@ -26,26 +26,46 @@ from training.data.files import (
     VERSION,
     file_sha256,
     import_indexed_dataset,
-    read_manifest,
 )
 from training.data.order import random_bits
-from training.data.progress import track
+from training.data.progress import Progress
 from training.data.ranks import ONE_PROCESS, Comm, on_every_rank, on_rank_0
+from training.data.sources import STDLIB
 from training.data.tokenizer import train_tokenizer
+from training.data.work_directory import (
+    OWNER,
+    WorkDirectory,
+    check_output,
+    clear_leftovers,
+    ended_by_signals,
+    new_token,
+    resolve_output,
+    writing,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DOCUMENTS = "documents.arrow"  # in the working directory
 BATCH = 256  # documents tokenised at once, on all threads
 SAMPLE_BYTES = 128 * 2**20  # text that trains a tokenizer, at most
+# Training a BPE takes the square of a word's length: 500,000 letters without a space, 3 s in words of this length.
+LONGEST_WORD = 4096
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
-def choose_validation(num_documents: int, fraction: float, seed: int) -> np.ndarray:
-    """(documents,) bool: which validate, by a hash of index and seed; at least one does, and at least one does not."""
+def choose_validation(num_documents: int, fraction: float, seed: int, has_text: np.ndarray | None = None) -> np.ndarray:
+    """(documents,) bool: which validate, by a hash of index and seed; at least one does, and at least one does not.
+
+    Args:
+        has_text: (documents,) bool: which are not empty; among these are the one and the other. None is all.
+    """
     bits = random_bits(num_documents, seed)
     chosen = bits < np.uint64(int(fraction * 2**64))
-    chosen[np.argmin(bits)] = True
-    chosen[np.argmax(bits)] = False
+    candidates = np.arange(num_documents) if has_text is None else np.flatnonzero(has_text)
+    if len(candidates) > 1:
+        chosen[candidates[np.argmin(bits[candidates])]] = True
+        chosen[candidates[np.argmax(bits[candidates])]] = False
     return chosen
 
 
@@ -60,60 +80,61 @@ def prepare(config: PrepareConfig, comm: Comm = ONE_PROCESS) -> dict[str, Any]:
     """
     if problems := prepare_problems(config):
         raise RunError(*problems)
-    out = Path(config.out).resolve()
-    work = out.with_name(f".{out.name}.{comm.bcast(uuid.uuid4().hex[:12])}")
-    try:
-        on_rank_0(comm, lambda: _start(config, out, work))
-        documents, validates = _load_everywhere(config, work, comm)
-        on_rank_0(comm, lambda: _put_tokenizer(config, documents, validates, work / TOKENIZER))
-        encoding = on_every_rank(comm, lambda: Encoding.load(work / TOKENIZER, config.append_eod))
-        on_every_rank(comm, lambda: _tokenise_share(documents, validates, encoding, work, comm))
-        return on_rank_0(comm, lambda: _finish(config, encoding, work, out, comm.size))
-    finally:
-        if comm.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
+    out = on_rank_0(comm, lambda: resolve_output(config.out))
+    work = WorkDirectory(out, comm.bcast(new_token()))
+    with ended_by_signals(work if comm.rank == 0 else None):
+        try:
+            on_rank_0(comm, lambda: _start(config, work))
+            return _prepare(config, work, comm)
+        finally:
+            if comm.rank == 0:
+                work.remove()
 
 
-def _start(config: PrepareConfig, out: Path, work: Path) -> None:
+def _prepare(config: PrepareConfig, work: WorkDirectory, comm: Comm) -> dict[str, Any]:
+    """All the work, in the working directory; at the end it has become the dataset."""
+    place = work.path
+    reading, documents = _read_everywhere(config, place / DOCUMENTS, comm)
+    sizes = _text_sizes(documents)
+    validates = choose_validation(len(documents), config.val_fraction, config.seed, sizes > 0)
+    on_rank_0(comm, lambda: _put_tokenizer(config, documents, validates, place / TOKENIZER))
+    encoding = on_every_rank(comm, lambda: Encoding.load(place / TOKENIZER, config.append_eod))
+    on_every_rank(comm, lambda: _tokenise_share(config, documents, sizes, validates, encoding, place, comm))
+    return on_rank_0(comm, lambda: _finish(config, reading, encoding, work, comm.size))
+
+
+def _start(config: PrepareConfig, work: WorkDirectory) -> None:
     """Refuse before the work what could not be published after it; make the working directory."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        if not config.overwrite:
-            fix = "add --overwrite, or choose another directory"
-            raise RunError(Problem(field="out", value=config.out, rule="exists already", fix=fix))
-        foreign = sorted({path.name for path in out.iterdir()} - _own_files(out)) if out.is_dir() else [out.name]
-        if foreign:
-            rule = f"holds {', '.join(foreign)}, not written by prepare, which replaces only its own files"
-            raise RunError(Problem(field="out", value=config.out, rule=rule, fix="choose another directory"))
-    if config.tokenizer is not None:
-        Encoding.load(Path(config.tokenizer), config.append_eod)
-    work.mkdir(parents=True)
+    with writing(config.out):
+        check_output(work.out, config.out, config.overwrite)
+        if config.tokenizer is not None:
+            Encoding.load(Path(config.tokenizer), config.append_eod)
+        clear_leftovers(work.out)
+        work.make()
 
 
-def _own_files(directory: Path) -> set[str]:
-    """Names of the files that dataset.json says prepare wrote; none where there is no such record."""
-    try:
-        return {MANIFEST, *(Path(name).name for name in read_manifest(directory)["files"])}
-    except RunError:
-        return set()
+def _read_everywhere(config: PrepareConfig, path: Path, comm: Comm) -> tuple[Reading, "Dataset"]:
+    """What rank 0 reads of the sources, once; every rank opens the file that it writes."""
 
+    def read() -> Reading:
+        with writing(config.out):
+            return write_documents(config, path)
 
-def _load_everywhere(config: PrepareConfig, work: Path, comm: Comm) -> tuple["Dataset", np.ndarray]:
-    """Documents on every rank, and which of them validate. Rank 0 converts files first; the others find its result."""
-    cache = work / "cache"
-    documents = on_every_rank(comm, lambda: load_documents(config, cache) if comm.rank == 0 else None)
-    documents = on_every_rank(comm, lambda: documents or load_documents(config, cache))
-    sample = documents[:: -(-len(documents) // BATCH)]["text"]
-    seen = comm.allgather((len(documents), hashlib.sha256("".join(text or "" for text in sample).encode()).hexdigest()))
-    if len(set(seen)) > 1:
+    reading = on_rank_0(comm, read)
+    documents = on_every_rank(comm, lambda: open_documents(path))
+    if len(documents) != reading.documents:
+        rule = f"gave {reading.documents} documents, of which {len(documents)} were kept"
         raise RunError(
-            Problem(
-                field="source",
-                value=config.source,
-                rule=f"differs between ranks: {[count for count, _ in seen]} documents, or other texts",
-                fix="use the same Python and files on every host",
-            )
+            Problem(field="source", value=" ".join(config.source), rule=rule, fix="see that all hosts share --out")
         )
-    return documents, choose_validation(len(documents), config.val_fraction, config.seed)
+    return reading, documents
+
+
+def _text_sizes(documents: "Dataset") -> np.ndarray:
+    """(documents,) int64: bytes of each text in UTF-8."""
+    import pyarrow.compute
+
+    return pyarrow.compute.binary_length(documents.data.column("text")).to_numpy()
 
 
 def _put_tokenizer(config: PrepareConfig, documents: "Dataset", validates: np.ndarray, path: Path) -> None:
@@ -121,7 +142,9 @@ def _put_tokenizer(config: PrepareConfig, documents: "Dataset", validates: np.nd
         shutil.copyfile(config.tokenizer, path)
         return
     print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr, flush=True)
-    train_tokenizer(_training_sample(documents, validates, config.seed), config.vocab_size).save(str(path))
+    sample = _training_sample(documents, validates, config.seed)
+    with writing(config.out):
+        train_tokenizer(sample, config.vocab_size).save(str(path))
 
 
 def _training_sample(documents: "Dataset", validates: np.ndarray, seed: int) -> Iterator[list[str]]:
@@ -129,36 +152,54 @@ def _training_sample(documents: "Dataset", validates: np.ndarray, seed: int) -> 
     order = np.argsort(random_bits(len(documents), seed), kind="stable")
     order, left = order[~validates[order]], SAMPLE_BYTES
     for start in range(0, len(order), BATCH):
-        texts = [text or "" for text in documents[order[start : start + BATCH]]["text"]]
+        texts = [cut_words(text) for text in documents[order[start : start + BATCH]]["text"]]
         yield texts
         left -= sum(len(text.encode()) for text in texts)
         if left <= 0:
             return
 
 
+def cut_words(text: str) -> str:
+    """A space after every LONGEST_WORD characters of a word that is longer; for training a tokenizer only."""
+
+    def cut(word: re.Match[str]) -> str:
+        letters = word[0]
+        return " ".join(letters[start : start + LONGEST_WORD] for start in range(0, len(letters), LONGEST_WORD))
+
+    return LONG_WORD.sub(cut, text)
+
+
 def _part(work: Path, rank: int, split: str, kind: str) -> Path:
     return work / f"part-{rank}-{split}.{kind}"
 
 
-def _tokenise_share(documents: "Dataset", validates: np.ndarray, encoding: Encoding, work: Path, comm: Comm) -> None:
+def _tokenise_share(
+    config: PrepareConfig,
+    documents: "Dataset",
+    text_sizes: np.ndarray,
+    validates: np.ndarray,
+    encoding: Encoding,
+    work: Path,
+    comm: Comm,
+) -> None:
     """Write this rank's documents: for each split their tokens, and each one's number of tokens and bytes."""
     first, end = (len(documents) * r // comm.size for r in (comm.rank, comm.rank + 1))
-    starts = range(first, end, BATCH)
     sizes: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
-    streams = {split: _part(work, comm.rank, split, "bin").open("wb") for split in SPLITS}
-    try:
-        for start in track(starts, len(starts), "tokenising", show=comm.rank == 0):
-            texts = documents[start : min(start + BATCH, end)]["text"]
+    with ExitStack() as stack:
+        stack.enter_context(writing(config.out))
+        progress = stack.enter_context(Progress("tokenising", int(text_sizes[first:end].sum()), comm.rank == 0))
+        streams = {split: stack.enter_context(_part(work, comm.rank, split, "bin").open("wb")) for split in SPLITS}
+        for start in range(first, end, BATCH):
+            stop = min(start + BATCH, end)
+            texts = documents[start:stop]["text"]
             kept = [(index, text) for index, text in enumerate(texts, start) if text]
             for (index, text), tokens in zip(kept, encoding.encode([text for _, text in kept]), strict=True):
                 split = SPLITS[int(validates[index])]
-                tokens.tofile(streams[split])
+                streams[split].write(tokens.tobytes())
                 sizes[split].append((len(tokens), len(text.encode())))
-    finally:
-        for stream in streams.values():
-            stream.close()
-    for split in SPLITS:
-        np.save(_part(work, comm.rank, split, "npy"), np.array(sizes[split], dtype=np.int64).reshape(-1, 2))
+            progress.advance(int(text_sizes[start:stop].sum()))
+        for split in SPLITS:
+            np.save(_part(work, comm.rank, split, "npy"), np.array(sizes[split], dtype=np.int64).reshape(-1, 2))
 
 
 def _merge_parts(work: Path, split: str, dtype: np.dtype, num_ranks: int) -> dict[str, int]:
@@ -179,22 +220,37 @@ def _merge_parts(work: Path, split: str, dtype: np.dtype, num_ranks: int) -> dic
     return dict(zip(("documents", "tokens", "bytes"), totals.tolist(), strict=True))
 
 
-def _finish(config: PrepareConfig, encoding: Encoding, work: Path, out: Path, num_ranks: int) -> dict[str, Any]:
+def _finish(
+    config: PrepareConfig, reading: Reading, encoding: Encoding, work: WorkDirectory, num_ranks: int
+) -> dict[str, Any]:
+    with writing(config.out):
+        manifest = _complete(config, reading, encoding, work.path, num_ranks)
+        work.publish()
+    return manifest
+
+
+def _complete(
+    config: PrepareConfig, reading: Reading, encoding: Encoding, work: Path, num_ranks: int
+) -> dict[str, Any]:
+    """Merge the parts, write what stands beside them; the manifest."""
     from training.data.token_map import build_token_map, save_token_map
 
     counts = {split: _merge_parts(work, split, encoding.dtype, num_ranks) for split in SPLITS}
-    for split, count in counts.items():
-        if not count["documents"]:
-            rule = f"leaves no text in the {split} split"
-            fix = "give more documents, or another seed or val_fraction"
-            raise RunError(Problem(field="source", value=config.source, rule=rule, fix=fix))
+    if not all(count["documents"] for count in counts.values()):
+        found = reading.documents - reading.empty
+        rule = f"leaves no text in a split: {found} of {reading.documents} documents hold text"
+        raise RunError(
+            Problem(field="source", value=" ".join(config.source), rule=rule, fix="give two or more with text")
+        )
     save_token_map(build_token_map(encoding.tokenizer, encoding.pad_id), work / TOKEN_MAP, work / TOKENIZER)
-    shutil.rmtree(work / "cache", ignore_errors=True)
+    (work / DOCUMENTS).unlink()
+    (work / OWNER).unlink()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "prepare": {key: value for key, value in asdict(config).items() if key not in ("out", "overwrite")},
-        "python": platform.python_version() if config.source == "stdlib" else None,
+        "read": reading.as_record(),
+        "python": platform.python_version() if STDLIB in config.source else None,
         "vocab_size": encoding.vocab_size,
         "dtype": encoding.dtype.name,
         "eod_id": encoding.eod_id,
@@ -203,25 +259,6 @@ def _finish(config: PrepareConfig, encoding: Encoding, work: Path, out: Path, nu
         **counts,
         "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
     }
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _publish(work, out)
-    return manifest
-
-
-def _publish(work: Path, out: Path) -> None:
-    """Let ``work`` take the place of ``out``; of a previous dataset only the files of its manifest are removed."""
-    previous = None
-    if out.is_dir() and any(out.iterdir()):
-        previous = out.with_name(f"{work.name}.previous")
-        out.rename(previous)
-    try:
-        work.rename(out)
-    except OSError:
-        if previous is not None:
-            previous.rename(out)
-        raise
-    if previous is not None:
-        for name in _own_files(previous):
-            (previous / name).unlink(missing_ok=True)
-        if not any(previous.iterdir()):
-            previous.rmdir()
+    text = json.dumps(manifest, indent=2)
+    (work / MANIFEST).write_text(text + "\n")
+    return json.loads(text)
