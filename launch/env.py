@@ -15,6 +15,8 @@ from parallel.errors import Problem, RunError
 LOCALHOST = "127.0.0.1"
 # Slurm numbers the steps of a batch script, an interactive shell and the like from here on: one process, not srun's.
 FIRST_RESERVED_STEP = 0xFFFFFFF0
+# Where batch systems say which job this is.
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID", "JOB_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class Process:
     """Where rank 0 listens; empty until the processes have agreed on it."""
     master_port: int = 0
     """The port there; 0 until the processes have agreed on it."""
+    attempt: int = 0
+    """How often torchrun has restarted the processes (--max-restarts)."""
+    job: str = ""
+    """The batch system's number of the job; empty where there is none."""
     launcher_keeps_store: bool = False
     """Whether the launcher serves the store through which ranks meet, as torchrun does; else rank 0 does."""
 
@@ -110,7 +116,13 @@ def identify() -> Process:
     Raises:
         RunError: the launcher's variables contradict one another.
     """
-    return from_environment(os.environ)
+    attempt = _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
+    return replace(from_environment(os.environ), attempt=attempt, job=find_job(os.environ))
+
+
+def find_job(env: Mapping[str, str]) -> str:
+    """The number that Slurm, PBS, LSF, Grid Engine, Flux or OAR gave to the job that this is part of. Pure."""
+    return next((env[name] for name in JOBS if env.get(name)), "")
 
 
 def first_host(nodelist: str) -> str:

@@ -18,7 +18,8 @@ from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
 from training.presets import PRESETS
-from training.run_file import load_run_json
+from training.run_file import flat_fields, load_run_json
+from training.start_mode import StartMode, directory_problems
 from training.stop_signals import stop_signals
 
 RUNS = Path("runs")
@@ -26,8 +27,8 @@ RUNS = Path("runs")
 NAME_BYTES = 240
 # A process of two holds 114; each further peer asks for a few more.
 OPEN_FILES = 192
-USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --overwrite]
-       python -m launch train --config runs/<name>/run.json [--field.name value ...] [--resume | --overwrite]
+USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --auto-resume | --overwrite]
+       python -m launch train --config runs/<name>/run.json [--field.name value ...] [--resume | ...]
 
 presets:
 {presets}
@@ -41,9 +42,16 @@ class Request:
 
     run: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     resume: bool = False
-    """Continue the run in runs/<name> from its newest checkpoint."""
+    """Continue the run in runs/<name> from its newest checkpoint, with its own run.json and what is typed over it."""
+    auto_resume: bool = False
+    """Continue the run where it has a checkpoint, start it where nothing has been saved yet: for restarted jobs."""
     overwrite: bool = False
     """Start anew; an existing runs/<name> is moved aside."""
+
+    @property
+    def mode(self) -> StartMode:
+        """How the run begins."""
+        return next((mode for mode in StartMode if getattr(self, mode.value, False)), StartMode.FRESH)
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +78,7 @@ def main(argv: list[str]) -> int:
     process = discover()
     from training.loop import End, train
 
-    end = train(request.run, process, resume=request.resume, overwrite=request.overwrite)
+    end = train(request.run, process, request.mode)
     if end is End.NOT_BEGUN and process.rank == 0:
         from training.report import launch_command
 
@@ -79,8 +87,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None) -> Request:
+def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None, runs: Path = RUNS) -> Request:
     """The request in ``argv``: a preset or ``--config file``, then fields.
+
+    A run that is continued starts from its own run.json: then the preset only gives the run's name where none is typed.
 
     Args:
         found: takes what is wrong with fields, to be told with other problems; None raises it.
@@ -91,11 +101,40 @@ def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None) ->
         SystemExit: ``--help``, or words that are no options (code 2; told by rank 0).
     """
     source, words = argv[0], argv[1:]
-    if source.startswith("--config"):
+    named = source.startswith("--config")
+    if named:
         path = source.partition("=")[2] or (words.pop(0) if words else "")
         config = load_run_json(Path(path))
     else:
         config = _preset(source, words)
+    request = _apply_words(config, words, source, rank, found)
+    if named or not request.mode.continues or _name_problems(request.run.name):
+        return request
+    own = _own_config(runs / request.run.name)
+    return request if own is None else _apply_words(own, words, source, rank, found)
+
+
+def _own_config(directory: Path) -> RunConfig | None:
+    """The configuration of the run in ``directory`` as it was; None where nothing of a run is there.
+
+    Raises:
+        RunError: it cannot be read; what was trained is not continued by guesses.
+    """
+    path = directory / "run.json"
+    copies = sorted(directory.glob("checkpoints/step-*/run.json"))
+    try:
+        if path.exists() or any(directory.glob("checkpoints/step-*")):
+            return replace(load_run_json(path), name=directory.name)
+    except RunError as error:
+        fix = f"name one: --config {copies[-1] if copies else 'FILE'} --name {directory.name} --resume"
+        rules = [problem.rule if isinstance(problem, Problem) else problem for problem in error.problems]
+        rule = f"does not say what the run was trained with: it {'; '.join(rules)}"
+        raise RunError(Problem(field="run", value=path, rule=rule, fix=fix)) from error
+    return None
+
+
+def _apply_words(config: RunConfig, words: list[str], source: str, rank: int, found: list[Problem] | None) -> Request:
+    """``config`` with what was typed over it."""
     config, words = _switch_engram(config, join_values(words, field_types(RunConfig)))
     words, problems = read_words(words, field_types(RunConfig))
     if found is None and problems:
@@ -120,9 +159,10 @@ def find_problems(request: Request, process: Process, runs: Path) -> list[Proble
     problems = validate(request.run, process.world_size)
     problems += _directory_problems(request, runs)
     problems += _file_problems(allow_open_files())
-    problems += _start_problems(request.run.train.start_from)
+    if not request.mode.continues:
+        problems += _start_problems(request.run.train.start_from)
     problems += _memory_problems(request.run, process, free_memory())
-    return problems
+    return _say_origin(problems, request, runs / request.run.name / "run.json")
 
 
 def _file_problems(allowed: int) -> list[Problem]:
@@ -132,22 +172,31 @@ def _file_problems(allowed: int) -> list[Problem]:
     return [Problem(field="ulimit -n", value=allowed, rule=rule, fix="ulimit -n 4096")]
 
 
+def _say_origin(problems: list[Problem], request: Request, path: Path) -> list[Problem]:
+    """Where a value comes from that was not typed: a continued run has that of its own run.json."""
+    if not request.mode.continues or _name_problems(request.run.name) or not path.is_file():
+        return problems
+    try:
+        saved = flat_fields(load_run_json(path))
+    except RunError:
+        return problems
+    return [
+        replace(problem, value=f"{problem.value} of {path}", fix=f"{problem.fix}: --{problem.field} ...")
+        if problem.field in saved and saved[problem.field] == problem.value
+        else problem
+        for problem in problems
+    ]
+
+
 def _directory_problems(request: Request, runs: Path) -> list[Problem]:
     problems = _name_problems(request.run.name) or _place_problems(runs, runs / request.run.name)
     if problems:
         return problems
-    name, directory = request.run.name, runs / request.run.name
-    if request.resume and request.overwrite:
-        return [Problem(field="--resume", value="True", rule="contradicts --overwrite", fix="leave one of them out")]
-    exists = directory.exists() and any(directory.iterdir())
-    if exists and not (request.resume or request.overwrite):
-        fix = "add --resume to continue it, --overwrite to start anew, or choose another --name"
-        return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix=fix)]
-    if request.resume and not exists:
-        others = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
-        fix = nearest(name, others, "leave --resume out to start it", "--name ")
-        return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
-    return []
+    modes = [mode for mode in StartMode if getattr(request, mode.value, False)]
+    if len(modes) > 1:
+        first, second = (f"--{mode.value.replace('_', '-')}" for mode in modes[:2])
+        return [Problem(field=first, value="True", rule=f"contradicts {second}", fix="leave one of them out")]
+    return directory_problems(runs / request.run.name, request.mode)
 
 
 def _name_problems(name: str) -> list[Problem]:

@@ -34,3 +34,7 @@ class RunError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class LostRun(RunError):
+    """Another process has taken over what this one was writing: nothing of it may be touched any more."""

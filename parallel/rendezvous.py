@@ -35,6 +35,10 @@ class ProcessLike(Protocol):
     @property
     def master_port(self) -> int: ...
     @property
+    def attempt(self) -> int: ...
+    @property
+    def job(self) -> str: ...
+    @property
     def launcher_keeps_store(self) -> bool: ...
 
 
@@ -52,7 +56,9 @@ def join(process: ProcessLike, backend: str, timeout_s: float, asked_to_stop: Ca
     patience = _Patience(process, timeout_s, asked_to_stop)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _open_store(process, patience)
+        # torchrun gives restarted processes the store of the attempt before, in which the addresses, and the failure,
+        # of dead processes stand: each attempt has keys of its own.
+        store = dist.PrefixStore(f"attempt {process.attempt}", _open_store(process, patience))
         store.set_timeout(timeout)
         _await_all(process, store, patience)
     except _AskedToStop:

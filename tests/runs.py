@@ -19,7 +19,7 @@ from tests.launch.commands import BIN, environment
 from tests.ranks import HANG_S, free_port
 from training.data.config import PrepareConfig
 from training.data.prepare import prepare
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 
 WORDS = [
     "def",

@@ -143,7 +143,7 @@ def measure(mesh: Mesh, dtypes: Sequence[Dtype], rounds: int, steps: int, compil
     records |= {f"peer tuned, {dtype}": Record(Peer(dtype, tuned=True)) for dtype in dtypes}
     for turn in range(WARM_UP_ROUNDS + rounds):
         print("warm-up" if turn < WARM_UP_ROUNDS else f"round {turn - WARM_UP_ROUNDS + 1} of {rounds}", flush=True)
-        batches = [load_step(rows, turn * steps + step, BATCH, BATCH)[0] for step in range(steps)]
+        batches = [load_step(rows, (turn * steps + step) * BATCH, BATCH, BATCH)[0] for step in range(steps)]
         for name, record in records.items():
             begin = time.perf_counter()
             record.losses += [record.side.step(batch) for batch in batches]

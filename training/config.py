@@ -35,6 +35,8 @@ class OptimizerConfig:
     """Final learning rate / peak."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
+    schedule_steps: int | None = None
+    """Steps over which the rate warms up and decays; None: train.steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ def _range_problems(config: RunConfig) -> list[Problem]:
         "warmup_steps": (optimizer.warmup_steps >= 0, "must be 0 or more"),
         "min_ratio": (0 <= optimizer.min_ratio <= 1, shares),
         "decay_fraction": (0 <= optimizer.decay_fraction <= 1, shares),
+        "schedule_steps": (optimizer.schedule_steps is None or optimizer.schedule_steps >= 1, "must be 1 or more"),
     }
     default = OptimizerConfig()
     return problems + [

@@ -35,7 +35,7 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
     first = FirstRows(rows, min(num_rows, len(rows)), rows.seq_length)
     total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     for start in range(0, first.count, per_round):
-        for batch in load_step(first, start // per_round, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")):
+        for batch in load_step(first, start, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")):
             fetched = trainer.fetch(batch)
             moved = batch.to(trainer.device)
             loss, _ = trainer.model(moved.input_ids_BL, moved.targets_BL, moved.seq_idx_BL, memory_of(fetched))

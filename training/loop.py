@@ -2,9 +2,9 @@
 
 import itertools
 import os
-import shutil
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -18,9 +18,9 @@ from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
 from parallel.rendezvous import ProcessLike, join
-from training.checkpoint import Saver, latest, load, load_initial
+from training.checkpoint import Saver, load, load_initial
 from training.checkpoint.rows import told
-from training.checkpoint.storage import passed_over
+from training.checkpoint.run import run_comm
 from training.compute_dtype import agree_on_dtype
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
@@ -31,10 +31,13 @@ from training.evaluate import evaluate
 from training.flops import flops_per_token, peak_flops
 from training.hash_artifact import check_artifact, keep_artifact
 from training.metrics import Metrics, memory_gib
+from training.ownership import Ownership, own_run
 from training.preemption import StopRequest, asked_to_stop
 from training.report import finish, resume_command
-from training.run_file import save_run_json
-from training.schedule import learning_rate
+from training.resume import Origin, find_origin, restore_metrics
+from training.run_file import load_history, save_run_json
+from training.schedule import learning_rate, warm_up_notice
+from training.start_mode import StartMode
 from training.step import StepResult, train_step
 from training.trainer import Trainer, build_trainer, perplexity, run_token_map
 
@@ -49,6 +52,8 @@ class End(Enum):
     """A signal asked for it; what was trained is saved."""
     NOT_BEGUN = auto()
     """A signal asked for it before the first step; nothing was written."""
+    NOTHING_LEFT = auto()
+    """The run had come to its end before."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class RunData:
     token_map: TokenMap
 
 
-def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: bool) -> End:
-    """Train a run from its configuration, from scratch or from its newest checkpoint.
+def train(config: RunConfig, process: ProcessLike, mode: StartMode) -> End:
+    """Train a run from its configuration, from scratch or from its newest checkpoint, as its one owner.
 
     A signal that asks this process to stop ends it at the next step, saved.
 
@@ -76,25 +81,29 @@ def train(config: RunConfig, process: ProcessLike, *, resume: bool, overwrite: b
     device = local_device(process.local_rank)
     if not join(process, backend(device), config.parallel.timeout_s, asked_to_stop):
         return End.NOT_BEGUN
-    try:
-        with FailureWatch(process.rank, process.world_size) as watch:
-            config = agree_on_dtype(config, device, RUNS / config.name / "run.json" if resume else None)
-            end, trainer = run_steps(config, data, device, process, resume=resume, overwrite=overwrite)
-            if trainer is None:
-                dist.barrier()
-            else:
-                show = finish(trainer, data.files, RUNS / config.name, watch)
-            del trainer  # its memory is free for what is shown
-    except RunError as error:
-        if rank_0_tells(error, process.rank, process.world_size):
-            raise SystemExit(2) from error
-        raise
-    except Exception as error:
-        explain_failure(error, process.rank, process.world_size)
-        os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
-    dist.destroy_process_group()
-    if end is End.FINISHED:
-        show()
+    directory = RUNS / config.name
+    with ExitStack() as until_the_end:
+        try:
+            with FailureWatch(process.rank, process.world_size) as watch:
+                owner = until_the_end.enter_context(own_run(directory, process.job, run_comm(config.train)))
+                former = directory / "run.json"
+                config = agree_on_dtype(config, device, former if mode.continues and former.exists() else None)
+                end, trainer = run_steps(config, data, device, process, mode, owner)
+                if trainer is None:
+                    dist.barrier()
+                else:
+                    show = finish(trainer, data.files, directory, watch)
+                del trainer  # its memory is free for what is shown
+        except RunError as error:
+            if rank_0_tells(error, process.rank, process.world_size):
+                raise SystemExit(2) from error
+            raise
+        except Exception as error:
+            explain_failure(error, process.rank, process.world_size)
+            os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
+        dist.destroy_process_group()
+        if end is End.FINISHED:
+            show()
     return end
 
 
@@ -132,7 +141,12 @@ def _require_targets(files: TokenFiles) -> None:
 
 
 def run_steps(
-    config: RunConfig, data: RunData, device: torch.device, process: ProcessLike, *, resume: bool, overwrite: bool
+    config: RunConfig,
+    data: RunData,
+    device: torch.device,
+    process: ProcessLike,
+    mode: StartMode,
+    owner: Ownership,
 ) -> tuple[End, Trainer | None]:
     """Build everything, then: load, step, log, evaluate, save, until the last step or until a signal.
 
@@ -145,21 +159,33 @@ def run_steps(
     stop = StopRequest(mesh, device)
     if stop.agreed():
         return End.NOT_BEGUN, None
-    trainer = build_trainer(config, mesh, device, data.token_map)
     directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
-    if resume:
+    if mode.continues:
         check_artifact(directory, config.model.engram, data.token_map, data.files)
-    start = restore(trainer, directory, data_print) if resume else 0
-    if not start and config.train.start_from:
-        source, manifest = load_initial(Path(config.train.start_from), trainer, data.files.tokenizer_path)
-        tell(f"starts with the weights of {source}", manifest, trainer)
+    comm = run_comm(config.train)
+    origin = find_origin(directory, config, data.token_map, data_print, mode, comm)
+    start = origin.step
+    if process.rank == 0:
+        tell_beginning(origin, config, directory, process.world_size)
+    if start == config.train.steps:
+        return End.NOTHING_LEFT, None
+    trainer = build_trainer(config, mesh, device, data.token_map)
+    begin_at(origin, trainer, directory, data)
     if stop.agreed():
         return End.NOT_BEGUN, None
     stop.then("saving after this step")
-    saver = Saver(directory / "checkpoints", trainer, {"data_fingerprint": data_print}, attached(directory, data))
-    prepare_directory(directory, config, data, process, overwrite=overwrite)
+    saver = Saver(
+        directory / "checkpoints",
+        trainer,
+        {"data_fingerprint": data_print},
+        attached(directory, data),
+        spared=origin.passed_over,
+        guard=owner.require,
+    )
+    prepare_directory(directory, config, data, process, mode, origin)
     settings = config.train
-    loader = StepLoader(rows, start, settings.global_batch, settings.micro_batch, mesh.rank("dp"), mesh.size("dp"))
+    batch, micro_batch = settings.global_batch, settings.micro_batch
+    loader = StepLoader(rows, origin.rows, batch, micro_batch, mesh.rank("dp"), mesh.size("dp"))
     speed = Speedometer(config, mesh.size("world"), device, start)
     metrics = Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start)
     with loader, metrics, stop, saver:
@@ -168,7 +194,10 @@ def run_steps(
             done, last = step + 1, step + 1 == settings.steps
             result = train_step(trainer, next(loader), rate, step, list if last else loader.peek)
             record = speed.record(done, result, rate) | saver.poll()
-            metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
+            if owner.is_lost():
+                stop.ask()  # so that all ranks end: the guard of the save says why
+            else:
+                metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
             if result.num_targets == 0:
                 metrics.say(f"step {done} has no target: every document in its rows is a single token")
             if last or (settings.eval_every and done % settings.eval_every == 0):
@@ -177,7 +206,7 @@ def run_steps(
                 speed.pause()
             stopping = stop.agreed()
             if last or stopping or done % settings.save_every == 0:
-                saver.save(done)
+                saver.save(done, {"rows": loader.row})
                 metrics.write({"step": done, **saver.poll()}, echo=False)
                 speed.pause()
             if last or stopping:
@@ -192,20 +221,23 @@ def run_steps(
 
 
 def prepare_directory(
-    directory: Path, config: RunConfig, data: RunData, process: ProcessLike, *, overwrite: bool
+    directory: Path, config: RunConfig, data: RunData, process: ProcessLike, mode: StartMode, origin: Origin
 ) -> None:
     """runs/<name> with its run.json and Engram's hash. An overwritten run is moved aside, never deleted. Collective.
 
     Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
     """
     if process.rank == 0:
-        if overwrite and directory.exists():
+        if mode is StartMode.OVERWRITE and directory.exists():
             numbers = itertools.count(1)
             aside = next(path for n in numbers if not (path := directory.with_name(f"{config.name}.{n}")).exists())
             directory.rename(aside)
             print(f"the earlier run is now {aside}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
-        save_run_json(directory / "run.json", config, process.world_size)
+        history = load_history(directory / "run.json")
+        if origin.changes:
+            history.append({"step": origin.step, "time": time.time(), "changes": origin.changes})
+        save_run_json(directory / "run.json", config, process.world_size, history)
         keep_artifact(directory, config.model.engram, data.token_map, data.files)
     dist.barrier()
 
@@ -216,35 +248,31 @@ def attached(directory: Path, data: RunData) -> dict[str, Path]:
     return files | {"tokenizer.json": data.files.tokenizer_path, "token_map.json": data.files.token_map_path}
 
 
-def restore(trainer: Trainer, directory: Path, data_print: str) -> int:
-    """Load the newest complete checkpoint; the number of steps it has behind it, 0 where a run ended before its first.
+def tell_beginning(origin: Origin, config: RunConfig, directory: Path, world_size: int) -> None:
+    """Print what a run begins with that differs from what it was, and what is odd about it."""
+    lines = list(origin.notes)
+    if origin.step == config.train.steps:
+        command = resume_command(config, world_size, 2 * config.train.steps)
+        lines.append(f"{directory} is finished: all {origin.step} steps are done; to train further: {command}")
+    elif notice := warm_up_notice(config.optimizer, config.train.steps):
+        lines.append(notice)
+    for line in lines:
+        print(line, flush=True)
+
+
+def begin_at(origin: Origin, trainer: Trainer, directory: Path, data: RunData) -> None:
+    """Load what the run begins with: its own checkpoint, or the weights that it starts from, if any. Collective.
 
     Raises:
-        RunError: it does not fit, or the data are no longer the same.
+        RunError: it does not fit.
     """
-    path = latest(directory / "checkpoints")
-    if trainer.mesh.global_rank == 0:
-        for line in passed_over(directory / "checkpoints", path):
-            print(line, flush=True)
-        if path is None:
-            print(f"{directory} has no complete checkpoint yet: starting from step 0", flush=True)
-    if path is None:
-        return 0
-    manifest: dict[str, Any] = load(path, trainer)
-    if manifest["extra"]["data_fingerprint"] != data_print:
-        raise RunError(
-            Problem(
-                field="data.path",
-                value=trainer.config.data.path,
-                rule=f"no longer gives the rows that {path} was trained on",
-                fix="restore the token files, data.seed and data.seq_length of run.json",
-            )
-        )
-    tell(f"resumed from {path}", manifest, trainer)
-    ours, theirs = directory / "metrics.jsonl", path / "metrics.jsonl"
-    if trainer.mesh.global_rank == 0 and theirs.exists() and not ours.exists():
-        shutil.copyfile(theirs, ours)
-    return int(manifest["step"])
+    if origin.path is not None:
+        tell(f"resumed from {origin.path}", load(origin.path, trainer, verified=True), trainer)
+        if trainer.mesh.global_rank == 0:
+            restore_metrics(directory, origin.path)
+    elif trainer.config.train.start_from:
+        source, manifest = load_initial(Path(trainer.config.train.start_from), trainer, data.files.tokenizer_path)
+        tell(f"starts with the weights of {source}", manifest, trainer)
 
 
 def tell(line: str, manifest: dict[str, Any], trainer: Trainer) -> None:

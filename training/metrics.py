@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from training.board import Board
+from training.metrics_file import drop_later_records
 from training.patient_file import PatientFile
 
 
@@ -71,8 +71,8 @@ class Metrics:
         if not active:
             return
         path = directory / "metrics.jsonl"
-        if path.exists():
-            _truncate(path, resumed_at)
+        if path.exists() and (told := drop_later_records(path, resumed_at)):
+            print(told, flush=True)
         self._file = PatientFile(path, self.say)
         self._board = Board(directory / "tensorboard", resumed_at or None, self.say)
         if sys.stdout is not None and sys.stdout.isatty():
@@ -121,22 +121,3 @@ class Metrics:
             self._progress = None
         self._board.close()
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Keep the records up to ``step``; the file is replaced whole."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(fresh, path)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from training.data.entropy import Entropies
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 
 WINDOW = 1 / 40  # of the run: what the drawn training loss is averaged over
 

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from parallel.mesh import Mesh
 from training.stop_signals import StopSignals, stop_signals
 
+# Stands where a signal's number would, which are smaller: the rank itself asks.
+UNSIGNALLED = 1000
+
 
 class StopRequest:
     """While entered, ranks agree between steps on whether one of them was asked to stop.
@@ -23,18 +26,24 @@ class StopRequest:
         found = stop_signals()
         self._borrowed = found is not None
         self._signals = found or StopSignals()
+        self._asks = False
+
+    def ask(self) -> None:
+        """Ask for the end without a signal; whoever does has said why."""
+        self._asks = True
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop: the same answer on all. Collective over world, one scalar.
 
         Rank 0 tells of what another rank has received.
         """
-        size, first = self._mesh.size("world"), self._signals.first
+        size = self._mesh.size("world")
+        first = UNSIGNALLED if self._asks else self._signals.first
         self._asked.fill_(0 if first is None else first * size + self._mesh.global_rank)
         dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, group=self._mesh.group("world"))
         asked = int(self._asked)
-        if asked and self._mesh.global_rank == 0:
-            number, rank = divmod(asked, size)
+        number, rank = divmod(asked, size)
+        if 0 < number < UNSIGNALLED and self._mesh.global_rank == 0:
             self._signals.say(signal.Signals(number), f" (rank {rank})" if size > 1 else "")
         return bool(asked)
 

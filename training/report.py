@@ -13,7 +13,7 @@ from parallel.failure import FailureWatch
 from training.config import RunConfig
 from training.data.entropy import Entropies, validation_entropies
 from training.data.files import TokenFiles
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 from training.plot import plot_loss
 from training.preemption import asked_to_stop
 from training.sample import PROMPT, sample_text
@@ -91,8 +91,13 @@ def _silent(sample: str | None = None) -> None:
 
 
 def resume_command(config: RunConfig, world_size: int, num_steps: int) -> str:
-    """The exact command that continues a run up to ``num_steps`` from where it was started."""
+    """The exact command that continues a run up to ``num_steps`` from where it was started, for a shell.
+
+    More steps than the run's do not stretch its schedule: the learning rate stays where it has come to.
+    """
     steps = ["--train.steps", str(num_steps)] if num_steps != config.train.steps else []
+    if steps and config.optimizer.schedule_steps is None:
+        steps += ["--optimizer.schedule_steps", str(config.train.steps)]
     return launch_command(world_size, ["--config", f"runs/{config.name}/run.json", "--resume", *steps])
 
 

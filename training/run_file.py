@@ -1,9 +1,13 @@
-"""run.json: a run's resolved configuration and where it ran. It reloads strictly and can start another run."""
+"""run.json: a run's resolved configuration and where it ran. It reloads strictly and can start another run.
+
+A resumed run starts from it. What was changed then, and at which step, is its ``history``.
+"""
 
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,19 +18,30 @@ from parallel.errors import Problem, RunError, nearest
 from training.config import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "mpi4py", "numpy", "tokenizers", "datasets")
-PARTS = {"config", "commit", "versions", "hardware"}
+PARTS = {"config", "commit", "versions", "hardware", "history"}
+# Field -> its value before and after.
+Changes = dict[str, tuple[Any, Any]]
 
 
-def save_run_json(path: Path, config: RunConfig, world_size: int) -> None:
-    """Write ``config``, the git commit, versions and hardware to ``path``, at once or not at all."""
-    content = {
+def save_run_json(path: Path, config: RunConfig, world_size: int, history: Sequence[dict[str, Any]] = ()) -> None:
+    """Write ``config``, the git commit, versions and hardware to ``path``, at once or not at all.
+
+    Args:
+        history: what resumes have changed: step, time and changes of each, oldest first.
+    """
+    content: dict[str, Any] = {
         "config": asdict(config),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions()},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "processes": world_size},
     }
+    if history:
+        content["history"] = list(history)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a resume stands on it
     temporary.replace(path)
 
 
@@ -61,6 +76,35 @@ def load_run_json(path: Path) -> RunConfig:
                 for e in error.errors()
             )
         ) from error
+
+
+def load_history(path: Path) -> list[dict[str, Any]]:
+    """What resumes have changed, oldest first; empty where the file says nothing of it, or cannot be read."""
+    try:
+        history = json.loads(path.read_text())["history"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return history if isinstance(history, list) else []
+
+
+def find_changes(former: RunConfig, config: RunConfig) -> Changes:
+    """The fields, by dotted name, in which two configurations differ; the run's name does not count."""
+    before, after = flat_fields(former), flat_fields(config)
+    names = [name for name in before | after if name != "name"]
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """Every value of a configuration by its dotted name."""
+    return _flat(asdict(config))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def versions() -> dict[str, str | None]:

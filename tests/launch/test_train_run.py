@@ -99,7 +99,10 @@ def test_a_run_ends_with_losses_plot_sample_and_command(runs, corpus, name):  # 
     assert found == sorted(found)
     command = re.search(r"^to train further: (.+?)\s*$", text, re.MULTILINE)
     assert command is not None
-    assert command[1].endswith(f"-m launch train --config runs/{name}/run.json --resume --train.steps {2 * STEPS}")
+    assert command[1].endswith(
+        f"-m launch train --config runs/{name}/run.json --resume --train.steps {2 * STEPS} "
+        f"--optimizer.schedule_steps {STEPS}"
+    )
     assert ("torch.distributed.run --standalone --nproc-per-node 2" in command[1]) == (name != "python")
 
 

@@ -22,6 +22,7 @@ from tests.runs import (  # noqa: F401
     MPIRUN,
     NO_TIME_OUT,
     TORCHRUN,
+    TRAIN,
     corpus,
     forked,
     started,
@@ -91,10 +92,10 @@ def _break_rows(broken: int):
     def patch(rank: int) -> None:
         load_step = loader.load_step
 
-        def burn(rows, step, *args):
-            if rank == broken and step == 3:
+        def burn(rows, first_row, *args):
+            if rank == broken and first_row == 3 * TRAIN["global_batch"]:
                 raise OSError("disk on fire")
-            return load_step(rows, step, *args)
+            return load_step(rows, first_row, *args)
 
         loader.load_step = burn
 

@@ -1,6 +1,6 @@
-"""Stands in for ``python -m launch`` in a Slurm job: ``train PRESET --name NAME [--die] [--resume]``.
+"""Stands in for ``python -m launch`` in a Slurm job: ``train PRESET --name NAME [--die] [--auto-resume]``.
 
-Every rank sums over all ranks. The first start waits for USR1, as a long training would; a start with --resume ends.
+Every rank sums over all ranks. The first start waits for USR1, as a long training would; one with --auto-resume ends.
 """
 
 import os
@@ -21,7 +21,7 @@ rank, ranks = dist.get_rank(), torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(ranks)
 directory = Path("runs") / name
 directory.mkdir(parents=True, exist_ok=True)
-state = "resumed" if "--resume" in sys.argv else "started"
+state = "resumed" if "--auto-resume" in sys.argv else "started"
 (directory / f"{state}-{rank}").write_text(
     f"sum {ranks.item()} node {os.environ['GROUP_RANK']} port {os.environ['MASTER_PORT']}"
 )

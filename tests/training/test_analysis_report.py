@@ -22,7 +22,7 @@ from training.analysis.report import analyze_engram, lines
 from training.checkpoint import load_weights
 from training.data.files import TokenFiles
 from training.hash_artifact import FILE, make_artifact, write_artifact
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 from training.run_file import load_run_json
 from training.trained import load_trained
 from training.trainer import build_memory, memory_of, run_token_map

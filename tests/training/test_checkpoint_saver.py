@@ -27,7 +27,7 @@ from training.checkpoint.logical import Chunk, LogicalTensor, Tensors
 from training.checkpoint.snapshot import Snapshot
 from training.config import RunConfig
 from training.data.ranks import ONE_PROCESS
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 
 TWO = ("--parallel.ep", "2", "--train.eval_every", "0")
 

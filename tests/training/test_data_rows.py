@@ -194,13 +194,13 @@ def test_padding_at_the_end_of_a_row_has_an_index_of_its_own():
 @pytest.mark.parametrize(("num_ranks", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1), (2, 1)])
 def test_the_rows_of_a_step_do_not_depend_on_ranks(num_ranks, micro_batch):
     for step in (0, 1, 7):
-        shares = [step_rows(step, 12, micro_batch, rank, num_ranks) for rank in range(num_ranks)]
+        shares = [step_rows(12 * step, 12, micro_batch, rank, num_ranks) for rank in range(num_ranks)]
         assert all(share.shape == (12 // (micro_batch * num_ranks), micro_batch) for share in shares)
         assert sorted(np.concatenate(shares, axis=None)) == list(range(12 * step, 12 * step + 12))
 
 
 def test_rows_are_assigned_as_by_megatrons_sampler():
-    shares = [step_rows(1, 8, 2, rank, 2).tolist() for rank in range(2)]
+    shares = [step_rows(8, 8, 2, rank, 2).tolist() for rank in range(2)]
     assert shares == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]
 
 
@@ -214,7 +214,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 def test_step_holds_its_rows():
     rows = PackedRows(make_files([9, 30, 4, 16]), "train", 7, seed=2)
-    batches = load_step(rows, 3, 8, 2, rank=1, num_ranks=2)
+    batches = load_step(rows, 24, 8, 2, rank=1, num_ranks=2)
     got = torch.cat([batch.input_ids_BL for batch in batches]).tolist()
     assert got == [rows.row(index)[:-1].tolist() for index in (26, 27, 30, 31)]
 
@@ -225,23 +225,38 @@ def test_resumed_loader_reads_on():
 
     with StepLoader(rows(), 0, 4, 2, 1, 2) as loader:
         uninterrupted = list(itertools.islice(loader, 12))
-        assert loader.step == 12
-    with StepLoader(rows(), 5, 4, 2, 1, 2) as resumed:
+        assert loader.row == 48
+    with StepLoader(rows(), 20, 4, 2, 1, 2) as resumed:
         assert all(same(next(resumed), expected) for expected in uninterrupted[5:])
     assert not same(uninterrupted[0], uninterrupted[1])
 
 
+@pytest.mark.parametrize("batches", [(4, 8), (8, 4), (4, 12, 2), (6, 3, 3, 12)])
+def test_another_batch_reads_on_where_the_last_one_ended(batches):
+    """Each row once and in order, wherever the batch changes; what is peeked at is what comes."""
+    read, first_row = [], 0
+    for batch in batches:
+        with StepLoader(BrokenRows(broken=None), first_row, batch, 1) as loader:
+            for _ in range(3):
+                coming = loader.peek()
+                step = next(loader)
+                assert step is coming
+                read += [int(micro.input_ids_BL[0, 0]) for micro in step]
+            first_row = loader.row
+    assert read == list(range(3 * sum(batches)))
+
+
 class BrokenRows:
-    """Raises in row 6; remembers which threads read."""
+    """Raises in row ``broken``; remembers which threads read."""
 
     seq_length = 4
 
-    def __init__(self):
-        self.threads = set()
+    def __init__(self, broken=6):
+        self.threads, self.broken = set(), broken
 
     def read(self, index):
         self.threads.add(threading.current_thread())
-        if index == 6:
+        if index == self.broken:
             raise OSError("disk gone")
         return Row(np.full(5, index), np.zeros(5, dtype=np.int32), 5)
 

@@ -76,7 +76,7 @@ def trained(path: Path, evaluating: bool) -> list[tuple[float, float]]:
     trainer, files = make_trainer(config)
     rows, mesh, figures = PackedRows(files, "train", LENGTH), trainer.mesh, []
     for step in range(3):
-        batches = load_step(rows, step, config.train.global_batch, 2, mesh.rank("dp"), 2)
+        batches = load_step(rows, step * config.train.global_batch, config.train.global_batch, 2, mesh.rank("dp"), 2)
         result = train_step(trainer, batches, 1e-2, step)
         figures.append((result.loss, result.grad_norm))
         if evaluating:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.runs import records
 from training.board import Board
-from training.metrics import Metrics, read_metrics
+from training.metrics import Metrics
+from training.metrics_file import read_metrics
 from training.patient_file import PatientFile
 
 # TensorBoard's own thread, when it cannot write.

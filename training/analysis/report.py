@@ -14,6 +14,7 @@ from training.analysis.pictures import bin_label, draw_effect, draw_gates, gate_
 from training.analysis.usage import Growth, HeadUsage, Traffic, growth, head_usage, read_steps, traffic
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import Split
+from training.resume import rows_consumed
 from training.trained import Trained, load_trained
 from training.trainer import EngramMemory
 
@@ -101,7 +102,7 @@ def _measure(trained: Trained, memory: EngramMemory, observed: Observed, limit: 
     config, step = trained.config, trained.manifest["step"]
     length, micro_batch = config.data.seq_length, config.train.micro_batch
     rows = PackedRows(trained.files, "train", length, config.data.seed)
-    seen_rows = max(1, step * config.train.global_batch)
+    seen_rows = max(1, rows_consumed(trained.path, trained.manifest, config))
     max_order = max(spec.max_order for spec in memory.hashes.values())
     counted = range(min(seen_rows, max(1, limit // length)))
     counts = NgramCounts(windows_of_rows(rows, counted, memory.token_map, max_order), memory.token_map.num_compressed)

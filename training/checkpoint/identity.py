@@ -55,10 +55,7 @@ def require_same_model(
 ) -> None:
     """Raise RunError with everything that differs between the checkpoint and the model that asks for it."""
     identity = identity_of(config, memory)
-    problems = [
-        Problem(field=f"model.{name}", value=here, rule=f"is {there} in {path}", fix="use the checkpoint's value")
-        for name, here, there in _config_differences(identity["model"], manifest["model"])
-    ]
+    problems = model_problems(path, manifest, config)
     problems += _tensor_problems(path, census_of(tensors), stored)
     for key, name in (("token_map", "token map"), ("hashes", "Engram hashes")):
         if not problems and identity[key] != manifest[key]:
@@ -67,6 +64,15 @@ def require_same_model(
             problems.append(Problem(field=name, value=identity[key], rule=rule, fix=fix))
     if problems:
         raise RunError(*problems)
+
+
+def model_problems(path: Path, manifest: Manifest, config: ModelConfig) -> list[Problem]:
+    """The fields that make another function of the model than the checkpoint's."""
+    here = identity_of(config, None)["model"]
+    return [
+        Problem(field=f"model.{name}", value=mine, rule=f"is {theirs} in {path}", fix="use the checkpoint's value")
+        for name, mine, theirs in _config_differences(here, manifest["model"])
+    ]
 
 
 def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from parallel.deepspeed_bridge import refresh_parameters
-from parallel.errors import RunError
+from parallel.errors import LostRun, RunError
 from parallel.mesh import Mesh
 from training.checkpoint import storage, sums
 from training.checkpoint.identity import census_of, identity_of, require_same_model
@@ -107,16 +107,30 @@ def describe(trainer: Trainer, step: int, extra: dict[str, Any]) -> Manifest:
 
 
 def write(
-    directory: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files: Mapping[str, bytes] | None = None
+    directory: Path,
+    tensors: Tensors,
+    record: Manifest,
+    comm: GroupComm,
+    files: Mapping[str, bytes] | None = None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Path:
     """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread beside training.
 
     Args:
         files: names of ``storage.ATTACHED`` and contents, stored and verified with the tensors. Rank 0's count.
+        guard: called on rank 0 before the directory is touched, and before the save is committed. Where it raises
+            ``LostRun`` everything is left as it is: it is another process's by now.
     """
-    path = on_rank_0(comm, lambda: storage.start_directory(directory, record["step"]))
+
+    def start() -> Path:
+        guard()
+        return storage.start_directory(directory, record["step"])
+
+    path = on_rank_0(comm, start)
     try:
-        return _fill(path, tensors, record, comm, files or {})
+        return _fill(path, tensors, record, comm, files or {}, guard)
+    except LostRun:
+        raise
     except RunError:  # of all ranks, and none is writing any more: a full disk gets its space back
         if comm.rank == 0:
             with contextlib.suppress(OSError):
@@ -124,7 +138,14 @@ def write(
         raise
 
 
-def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files: Mapping[str, bytes]) -> Path:
+def _fill(
+    path: Path,
+    tensors: Tensors,
+    record: Manifest,
+    comm: GroupComm,
+    files: Mapping[str, bytes],
+    guard: Callable[[], None],
+) -> Path:
     with told_for(path, "written"):
         written = write_tensors(path, tensors, comm.group)
 
@@ -138,13 +159,21 @@ def _fill(path: Path, tensors: Tensors, record: Manifest, comm: GroupComm, files
         "files": {name: file for share in shares for name, file in sorted(share.items())},
         "tensors": census_of(tensors),
     }
-    return on_rank_0(comm, lambda: storage.commit(path, json.loads(json.dumps(record))))
+
+    def commit() -> Path:
+        guard()
+        return storage.commit(path, json.loads(json.dumps(record)))
+
+    return on_rank_0(comm, commit)
 
 
-def load(path: Path, trainer: Trainer) -> Manifest:
+def load(path: Path, trainer: Trainer, *, verified: bool = False) -> Manifest:
     """Restore masters, moments, steps, tables and router biases, and the model's parameters. Collective over world.
 
     Into a trainer that has not trained yet. Rows of another format are converted to the tables'.
+
+    Args:
+        verified: ``choose_whole`` has just compared all files with their checksums.
 
     Returns:
         The manifest; ``step`` and ``extra`` are those of ``save``.
@@ -155,7 +184,8 @@ def load(path: Path, trainer: Trainer) -> Manifest:
             found before anything is changed.
     """
     comm, config = _comm(trainer.config.train.checkpoint_timeout_s), trainer.config.model
-    manifest = _restore(comm, Path(path), trainer_tensors(trainer), config, trainer.memory, lambda name: True)
+    tensors, memory = trainer_tensors(trainer), trainer.memory
+    manifest = _restore(comm, Path(path), tensors, config, memory, lambda name: True, verified=verified)
     refresh_parameters(trainer.engine)
     return manifest
 
@@ -204,6 +234,11 @@ def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemor
     return _restore(_comm(), Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight)
 
 
+def run_comm(config: TrainConfig) -> GroupComm:
+    """The communicator on which a run's ranks wait for a disk. Collective at first."""
+    return _comm(config.checkpoint_timeout_s)
+
+
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint in ``directory``; None where there is none. Collective over world."""
     return storage.latest(Path(directory), _comm())
@@ -227,6 +262,8 @@ def _restore(
     config: ModelConfig,
     memory: EngramMemory | None,
     wanted: Callable[[str], bool],
+    *,
+    verified: bool = False,
 ) -> Manifest:
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
@@ -238,7 +275,8 @@ def _restore(
     if memory is not None:
         first, tensors, stored = fit_rows(path, tensors, stored, memory.tables)
     on_every_rank(comm, lambda: require_same_model(path, manifest, first | tensors, config, memory, stored))
-    storage.verify(path, manifest, comm)
+    if not verified:
+        storage.verify(path, manifest, comm)
     with told_for(path, "read"):
         if first:
             read_tensors(path, first, comm.group)

@@ -5,7 +5,7 @@ collectives run beside training's. One save is outstanding at most.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -37,19 +37,29 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, trainer: Trainer, extra: dict[str, Any], files: Mapping[str, Path] | None = None
+        self,
+        directory: Path,
+        trainer: Trainer,
+        extra: dict[str, Any],
+        files: Mapping[str, Path] | None = None,
+        *,
+        spared: Collection[Path] = (),
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the group; nothing is read or written yet.
 
         Args:
             extra: anything that JSON can hold; ``load`` gives it back. Rank 0's counts.
             files: name in each checkpoint (one of ``storage.ATTACHED``) -> a file to be copied, where it exists.
+            spared: damaged checkpoints that are not deleted before one of the same step has replaced them.
+            guard: called on rank 0 before a save begins and before it is committed; may raise ``LostRun``.
 
         Raises:
             RunError: on every rank: the directory cannot be written to, or a host has no memory for the copies.
         """
         self._directory, self._trainer, self._extra = directory, trainer, extra
         self._settings, self._sources = trainer.config.train, dict(files or {})
+        self._spared, self._guard = set(spared), guard
         timeout = timedelta(seconds=self._settings.checkpoint_timeout_s)
         self._comm = GroupComm(dist.new_group(backend="gloo", timeout=timeout))
         self._snapshot, self._thread = Snapshot(), ThreadPoolExecutor(1, "saver", self._begin_thread)
@@ -60,15 +70,19 @@ class Saver:
         if self._settings.async_save:
             require_memory(trainer_tensors(trainer), self._comm)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
         """Save the state that ``step`` steps made, once the save before has ended. Only between steps.
+
+        Args:
+            extra: what belongs to this step, beside what belongs to the run.
 
         Raises:
             RunError: on every rank: the save before, or this one where it is not asynchronous, failed.
         """
         begin = time.perf_counter()
         self.finish()
-        tensors, record = trainer_tensors(self._trainer), describe(self._trainer, step, self._extra)
+        tensors = trainer_tensors(self._trainer)
+        record = describe(self._trainer, step, self._extra | dict(extra or {}))
         if self._settings.async_save:
             tensors = self._snapshot.take(tensors)
             self._outstanding = self._thread.submit(self._write, tensors, record, self._read_files(), begin)
@@ -115,8 +129,9 @@ class Saver:
             torch.accelerator.set_device_index(self._trainer.device)
 
     def _write(self, tensors: Tensors, record: Manifest, files: dict[str, bytes], begin: float) -> float:
-        write(self._directory, tensors, record, self._comm, files)
-        storage.prune(self._directory, self._settings.keep, self._comm, self._settings.keep_every)
+        path = write(self._directory, tensors, record, self._comm, files, self._guard)
+        self._spared.discard(path)
+        storage.prune(self._directory, self._settings.keep, self._comm, self._settings.keep_every, self._spared)
         return time.perf_counter() - begin
 
     def _has_ended(self, saving: Future[float]) -> bool:

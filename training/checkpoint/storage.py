@@ -10,7 +10,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +95,11 @@ def commit(path: Path, manifest: Manifest) -> Path:
             os.fsync(file.fileno())
         _sync_directory(path)
         if final.exists():
-            _remove_checkpoint(old)
+            _remove_replaced(old)
             os.rename(final, old)
         os.rename(path, final)
         _sync_directory(path.parent)
-        _remove_checkpoint(old)
+        _remove_replaced(old)
     return final
 
 
@@ -135,21 +137,51 @@ def latest(directory: Path, comm: Comm) -> Path | None:
 
 def passed_over(directory: Path, chosen: Path | None) -> list[str]:
     """Later than the checkpoint ``chosen``, in words: what has the name of a complete one, and is none."""
-    first = 0 if chosen is None else _step(chosen) + 1
-    defects = {path: _defect(path) for path in sorted(_named(directory)) if _step(path) >= first}
-    return [f"passed over {path}: it {defect}" for path, defect in defects.items() if defect]
+    return [f"passed over {path}: it {defect}" for path, defect in _incomplete(directory, chosen).items()]
 
 
-def prune(directory: Path, keep: int, comm: Comm, keep_every: int = 0) -> None:
+@dataclass(frozen=True)
+class Choice:
+    """What a run can go on from."""
+
+    path: Path | None
+    """The newest checkpoint that is whole, byte by byte; None where none is."""
+    defects: dict[Path, str]
+    """What has the name of a later checkpoint and cannot be used, and why."""
+
+
+def choose_whole(directory: Path, comm: Comm) -> Choice:
+    """The newest checkpoint whose every byte is as it was written; later ones are passed over. Collective.
+
+    Raises:
+        RunError: on every rank: ``directory`` cannot be read.
+    """
+    damaged: dict[Path, str] = {}
+    chosen = None
+    for path in on_rank_0(comm, lambda: _complete(directory)):
+        try:
+            verify(path, on_rank_0(comm, partial(read_manifest, path)), comm)
+        except RunError as error:
+            damaged[path] = _rules(error)
+        else:
+            chosen = path
+            break
+    return Choice(chosen, damaged | on_rank_0(comm, lambda: _incomplete(directory, chosen)))
+
+
+def prune(directory: Path, keep: int, comm: Comm, keep_every: int = 0, spared: Collection[Path] = frozenset()) -> None:
     """Delete all but the ``keep`` newest complete checkpoints and every ``keep_every``-th step's. Collective.
 
     Only files that their manifests name; what else lies there stays.
+
+    Args:
+        spared: checkpoints that are neither deleted nor counted as kept.
     """
     if keep < 1:
         raise RunError(Problem(field="train.keep", value=keep, rule="is below 1", fix="keep at least one checkpoint"))
 
     def remove() -> None:
-        for path in _complete(directory)[keep:]:
+        for path in [path for path in _complete(directory) if path not in spared][keep:]:
             if not keep_every or _step(path) % keep_every:
                 with told_for(path, "deleted"):
                     _remove_checkpoint(path)
@@ -182,12 +214,20 @@ def verify(path: Path, manifest: Manifest, comm: Comm) -> None:
 def _complete(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first: their manifests are whole and all files have their sizes."""
     found = [path for path in _named(directory) if _defect(path) is None]
-    return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"), reverse=True)
+    return sorted(found, key=_age, reverse=True)
+
+
+def _incomplete(directory: Path, chosen: Path | None) -> dict[Path, str]:
+    """What has the name of a checkpoint later than ``chosen`` and is none, oldest first, with its defect."""
+    later = [path for path in _named(directory) if chosen is None or _age(path) > _age(chosen)]
+    defects = {path: _defect(path) for path in sorted(later, key=_age)}
+    return {path: defect for path, defect in defects.items() if defect}
 
 
 def _named(directory: Path) -> list[Path]:
     """What has the name of a complete checkpoint."""
-    return [path for path in directory.iterdir() if COMPLETE.fullmatch(path.name)] if directory.is_dir() else []
+    with told_for(directory, "read"):
+        return [path for path in directory.iterdir() if COMPLETE.fullmatch(path.name)] if directory.is_dir() else []
 
 
 def _defect(path: Path) -> str | None:
@@ -195,9 +235,19 @@ def _defect(path: Path) -> str | None:
     try:
         files = read_manifest(path)["files"]
     except RunError as error:
-        return "; ".join(problem.rule if isinstance(problem, Problem) else problem for problem in error.problems)
+        return _rules(error)
     damages = {name: find_damage(path / name, record, content=False) for name, record in files.items()}
     return next((f"is incomplete: {name} {damage.what}" for name, damage in damages.items() if damage), None)
+
+
+def _rules(error: RunError) -> str:
+    """What is wrong, as the end of a sentence about the checkpoint."""
+    return "; ".join(problem.rule if isinstance(problem, Problem) else problem for problem in error.problems)
+
+
+def _age(path: Path) -> tuple[int, bool]:
+    """Orders checkpoints; one that another of the same step replaces comes before that."""
+    return _step(path), path.suffix != ".old"
 
 
 def _step(path: Path) -> int:
@@ -241,6 +291,13 @@ def _remove_checkpoint(path: Path) -> None:
     _remove(gone, [*files, MANIFEST])
     if gone.exists():  # files of others: they stay where they were
         os.rename(gone, path)
+
+
+def _remove_replaced(path: Path) -> None:
+    """Delete a checkpoint in whose place there is a whole one now; of a damaged one too what a save has written."""
+    _remove_checkpoint(path)
+    if path.is_dir():
+        discard(path)
 
 
 def _remove(path: Path, names: list[str]) -> None:

@@ -1,4 +1,7 @@
-"""Which rows a rank computes in a step. The set of rows of a step depends on nothing but step and global batch."""
+"""Which rows a rank computes in a step: the next ``global_batch`` of them after those that were consumed before.
+
+The position in the data is a number of rows, not of steps: a run may go on with another global batch.
+"""
 
 import hashlib
 from collections import deque
@@ -10,8 +13,8 @@ import numpy as np
 from training.data.dataset import Batch, Rows
 
 
-def step_rows(step: int, global_batch: int, micro_batch: int, rank: int, num_ranks: int) -> np.ndarray:
-    """(micro-batches, micro_batch) int64 numbers of the rows that ``rank`` of ``num_ranks`` computes in ``step``.
+def step_rows(first_row: int, global_batch: int, micro_batch: int, rank: int, num_ranks: int) -> np.ndarray:
+    """(micro-batches, micro_batch) int64 numbers of the rows that ``rank`` computes of a step from ``first_row`` on.
 
     As Megatron's sampler: micro-batch m takes the m-th run of micro_batch x num_ranks rows of the step, and rank r the
     r-th share of it.
@@ -25,19 +28,19 @@ def step_rows(step: int, global_batch: int, micro_batch: int, rank: int, num_ran
         )
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank={rank} is not one of num_ranks={num_ranks}")
-    rows = step * global_batch + np.arange(global_batch, dtype=np.int64)
+    rows = first_row + np.arange(global_batch, dtype=np.int64)
     return rows.reshape(-1, num_ranks, micro_batch)[:, rank]
 
 
 def load_step(
-    rows: Rows, step: int, global_batch: int, micro_batch: int, rank: int = 0, num_ranks: int = 1
+    rows: Rows, first_row: int, global_batch: int, micro_batch: int, rank: int = 0, num_ranks: int = 1
 ) -> list[Batch]:
-    """The micro-batches of ``rank`` in ``step`` (from 0), read from ``rows``.
+    """The micro-batches of ``rank`` in the step whose rows begin at number ``first_row`` of ``rows``.
 
     Raises:
         ValueError: as step_rows.
     """
-    numbers = step_rows(step, global_batch, micro_batch, rank, num_ranks)
+    numbers = step_rows(first_row, global_batch, micro_batch, rank, num_ranks)
     return [Batch.stack([rows.read(number) for number in numbers_B]) for numbers_B in numbers.tolist()]
 
 
@@ -45,29 +48,30 @@ class StepLoader:
     """Iterates over steps without end and reads two ahead on a thread; what that raises is raised by ``next``."""
 
     def __init__(
-        self, rows: Rows, step: int, global_batch: int, micro_batch: int, rank: int = 0, num_ranks: int = 1
+        self, rows: Rows, first_row: int, global_batch: int, micro_batch: int, rank: int = 0, num_ranks: int = 1
     ) -> None:
-        """Begin to read ``step``: the only state that a resumed run needs.
+        """Begin to read at ``first_row``: the only state that a resumed run needs.
 
         Raises:
             ValueError: as step_rows.
         """
-        step_rows(step, global_batch, micro_batch, rank, num_ranks)
-        self.step = step
+        step_rows(first_row, global_batch, micro_batch, rank, num_ranks)
+        self.row = first_row
+        self._global_batch = global_batch
         self._arguments = (global_batch, micro_batch, rank, num_ranks)
         self._rows = rows
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
-        self._ahead = deque([self._submit(step), self._submit(step + 1)])
+        self._ahead = deque([self._submit(first_row), self._submit(first_row + global_batch)])
 
     def __iter__(self) -> "StepLoader":
         return self
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of ``self.step``, which then counts one more."""
+        """The micro-batches of the next step. ``self.row`` then says how many rows all steps have consumed."""
         batches = self._ahead[0].result()  # an error stays, for the next call too
         self._ahead.popleft()
-        self.step += 1
-        self._ahead.append(self._submit(self.step + 1))
+        self.row += self._global_batch
+        self._ahead.append(self._submit(self.row + self._global_batch))
         return batches
 
     def peek(self) -> list[Batch]:
@@ -86,8 +90,8 @@ class StepLoader:
         """Stop reading ahead and end the thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, step: int) -> Future[list[Batch]]:
-        return self._reader.submit(load_step, self._rows, step, *self._arguments)
+    def _submit(self, first_row: int) -> Future[list[Batch]]:
+        return self._reader.submit(load_step, self._rows, first_row, *self._arguments)
 
 
 def fingerprint(rows: Rows, n: int = 1000) -> str:
