@@ -113,7 +113,7 @@ def kill_and_resume(cwd: Path, corpus: Path, seed: int, expected: list[dict], se
         ranks.wait(1 - rank)
     step = records(directory)[-1]["step"]
     whole, torn = examine(directory / "checkpoints")
-    printed = run_forked(cwd, [*argv(corpus, name), "--resume"], 2)
+    printed = run_forked(cwd, [*argv(corpus, name), "--auto-resume"], 2)
     resumed = re.findall(r"resumed from \S+/step-(\d+)", printed)
     return Outcome(
         seed=seed, rank=rank, step=step, moment=moment, newest=max(whole, default=0), torn=torn,

@@ -24,7 +24,9 @@ FEW = ("--train.eval_every", "0", "--train.eval_rows", "1", "--train.keep", "3")
 def base(corpus, tmp_path_factory):  # noqa: F811
     """The directory of the run ``runs/base``."""
     cwd = tmp_path_factory.mktemp("base")
-    argv = words(corpus, "base", *FEW, "--train.steps", "6", "--train.save_every", "2")
+    argv = words(
+        corpus, "base", *FEW, "--train.steps", "6", "--train.save_every", "2", "--optimizer.learning_rate", "2e-3"
+    )
     assert go(cwd, argv)[0] == 0
     return cwd / "runs" / "base"
 
