@@ -228,7 +228,7 @@ def prepare_directory(
     Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
     """
     if process.rank == 0:
-        if mode is StartMode.OVERWRITE and directory.exists():
+        if mode is StartMode.OVERWRITE and holds_files(directory):
             numbers = itertools.count(1)
             aside = next(path for n in numbers if not (path := directory.with_name(f"{config.name}.{n}")).exists())
             directory.rename(aside)
@@ -240,6 +240,11 @@ def prepare_directory(
         save_run_json(directory / "run.json", config, process.world_size, history)
         keep_artifact(directory, config.model.engram, data.token_map, data.files)
     dist.barrier()
+
+
+def holds_files(directory: Path) -> bool:
+    """Whether there is more in ``directory`` than the directories that this run has made for itself."""
+    return any(path.is_file() for path in directory.rglob("*"))
 
 
 def attached(directory: Path, data: RunData) -> dict[str, Path]:

@@ -49,6 +49,7 @@ def run(source: Path, cache: Path, factor: float, monkeypatch) -> numba.core.dis
     compiled_loops.tell_once.cache_clear()
     spec = importlib.util.spec_from_file_location("some_loops", source)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "some_loops", module)  # numba imports a cached form's module by its name
     spec.loader.exec_module(module)
     loop, x, y = module.form(factor), np.arange(4.0), np.full(4, np.nan)
     loop(x, y)

@@ -109,7 +109,8 @@ def test_an_existing_run_is_left_alone(corpus, whole, tmp_path):  # noqa: F811
 
 def test_overwrite_moves_the_earlier_run_aside(corpus, tmp_path):  # noqa: F811
     short = ("--train.steps", "1", "--train.eval_rows", "1")
-    run_forked(tmp_path, argv(corpus, "again", *short, "--parallel.ep", "1"))
+    printed = run_forked(tmp_path, argv(corpus, "again", *short, "--parallel.ep", "1", "--overwrite"))
+    assert "the earlier run" not in printed
     (tmp_path / "runs" / "again" / "notes.txt").write_text("mine")
     first = contents(tmp_path / "runs" / "again")
     for number in (1, 2):
