@@ -1,8 +1,6 @@
 """The training loop of one rank."""
 
-import itertools
 import os
-import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.device import backend, device_name, local_device
+from parallel.device import backend, local_device
 from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
@@ -28,17 +26,17 @@ from training.data.files import Split, TokenFiles
 from training.data.loader import StepLoader, fingerprint
 from training.data.token_map import TokenMap
 from training.evaluate import evaluate
-from training.flops import flops_per_token, peak_flops
-from training.hash_artifact import check_artifact, keep_artifact
-from training.metrics import Metrics, memory_gib
+from training.hash_artifact import check_artifact
+from training.metrics import Metrics
 from training.ownership import Ownership, own_run
 from training.preemption import StopRequest, asked_to_stop
 from training.report import finish, resume_command
 from training.resume import Origin, find_origin, restore_metrics
-from training.run_file import load_history, save_run_json
+from training.run_directory import attached, prepare_directory
 from training.schedule import learning_rate, warm_up_notice
+from training.speedometer import Speedometer
 from training.start_mode import StartMode
-from training.step import StepResult, train_step
+from training.step import train_step
 from training.trainer import Trainer, build_trainer, perplexity, run_token_map
 
 RUNS = Path("runs")
@@ -178,11 +176,11 @@ def run_steps(
         directory / "checkpoints",
         trainer,
         {"data_fingerprint": data_print},
-        attached(directory, data),
+        attached(directory, data.files),
         spared=origin.passed_over,
         guard=owner.require,
     )
-    prepare_directory(directory, config, data, process, mode, origin)
+    prepare_directory(directory, config, data.files, data.token_map, process, mode, origin)
     settings = config.train
     batch, micro_batch = settings.global_batch, settings.micro_batch
     loader = StepLoader(rows, origin.rows, batch, micro_batch, mesh.rank("dp"), mesh.size("dp"))
@@ -220,39 +218,6 @@ def run_steps(
     return End.FINISHED, trainer
 
 
-def prepare_directory(
-    directory: Path, config: RunConfig, data: RunData, process: ProcessLike, mode: StartMode, origin: Origin
-) -> None:
-    """runs/<name> with its run.json and Engram's hash. An overwritten run is moved aside, never deleted. Collective.
-
-    Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
-    """
-    if process.rank == 0:
-        if mode is StartMode.OVERWRITE and holds_files(directory):
-            numbers = itertools.count(1)
-            aside = next(path for n in numbers if not (path := directory.with_name(f"{config.name}.{n}")).exists())
-            directory.rename(aside)
-            print(f"the earlier run is now {aside}", flush=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        history = load_history(directory / "run.json")
-        if origin.changes:
-            history.append({"step": origin.step, "time": time.time(), "changes": origin.changes})
-        save_run_json(directory / "run.json", config, process.world_size, history)
-        keep_artifact(directory, config.model.engram, data.token_map, data.files)
-    dist.barrier()
-
-
-def holds_files(directory: Path) -> bool:
-    """Whether there is more in ``directory`` than the directories that this run has made for itself."""
-    return any(path.is_file() for path in directory.rglob("*"))
-
-
-def attached(directory: Path, data: RunData) -> dict[str, Path]:
-    """What a checkpoint holds beside its tensors, by name: with it, the checkpoint's directory can be used alone."""
-    files = {name: directory / name for name in ("run.json", "metrics.jsonl", "engram_hash.json")}
-    return files | {"tokenizer.json": data.files.tokenizer_path, "token_map.json": data.files.token_map_path}
-
-
 def tell_beginning(origin: Origin, config: RunConfig, directory: Path, world_size: int) -> None:
     """Print what a run begins with that differs from what it was, and what is odd about it."""
     lines = list(origin.notes)
@@ -284,43 +249,3 @@ def tell(line: str, manifest: dict[str, Any], trainer: Trainer) -> None:
     """Print what was loaded, and what became of its table rows."""
     if trainer.mesh.global_rank == 0:
         print("\n".join([line, *told(manifest["tensors"], trainer.config.table)]), flush=True)
-
-
-class Speedometer:
-    """Turns step results into records: tokens a second, MFU, shares of time, time left."""
-
-    def __init__(self, config: RunConfig, num_ranks: int, device: torch.device, start: int) -> None:
-        self.steps, self.start, self.device = config.train.steps, start, device
-        self.tokens = config.train.global_batch * config.data.seq_length
-        self.flops = self.tokens * flops_per_token(config.model, config.data.seq_length)
-        self.peak = (peak_flops(device_name(device)) or 0.0) * num_ranks
-        self.last, self.spent, self.counted = time.perf_counter(), 0.0, 0
-
-    def pause(self) -> None:
-        """Do not count the time since the last record: evaluation, saving."""
-        self.last = time.perf_counter()
-
-    def record(self, done: int, result: StepResult, rate: float) -> dict[str, Any]:
-        """The record of the step that made ``done`` steps."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        if self.counted:  # the first step allocates and compiles
-            self.spent += seconds
-        self.counted += 1
-        mean = self.spent / max(1, self.counted - 1) if self.spent else seconds
-        return {
-            "step": done,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "step_s": seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": self.flops / seconds / self.peak if self.peak else None,
-            "mem_gib": memory_gib(self.device),
-            "a2a": result.exchange_s / seconds,
-            "expert_max": result.expert_max,
-            "engram_wait": None if result.engram_wait_s is None else result.engram_wait_s / seconds,
-            "engram_work": None if result.engram_work_s is None else result.engram_work_s / seconds,
-            "engram_hot_hits": result.engram_hot_hits,
-            "eta_s": mean * (self.steps - done),
-        }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.flops import flops_per_token, peak_flops
-from training.loop import Speedometer
+from training.speedometer import Speedometer
 from training.metrics import Metrics, clock, log_line, memory_gib, short
 from training.metrics_file import drop_later_records, read_lines, read_metrics, tell_bad_lines
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig
@@ -136,7 +136,7 @@ def test_an_unknown_device_has_no_peak(name):
 def test_speedometer(monkeypatch):
     """Pauses and the first step do not count for the time that is left."""
     now = iter([0.0, 10.0, 12.0, 100.0, 104.0])
-    monkeypatch.setattr("training.loop.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("training.speedometer.time.perf_counter", lambda: next(now))
     config = PRESETS["tiny"]()
     speed = Speedometer(config, 2, torch.device("cpu"), 0)
     tokens = config.train.global_batch * config.data.seq_length
@@ -153,8 +153,8 @@ def test_speedometer(monkeypatch):
 
 def test_mfu_is_of_the_peak_of_all_devices(monkeypatch):
     now = iter([0.0, 2.0])
-    monkeypatch.setattr("training.loop.time.perf_counter", lambda: next(now))
-    monkeypatch.setattr("training.loop.device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("training.speedometer.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("training.speedometer.device_name", lambda device: "NVIDIA H200")
     config = PRESETS["tiny"]()
     speed = Speedometer(config, 2, torch.device("cpu"), 0)
     record = speed.record(1, StepResult(2.0, 1.0, None, None, None, 0.0), 0.1)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -14,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from parallel.errors import Problem, RunError
 from training.data.files import MANIFEST, read_manifest
 from training.data.sources import printable
+from training.owner_file import read_owner, this_process
 
 OWNER = "owner.json"  # who works in the directory
 OLD_S = 7 * 24 * 3600.0  # nobody works in a directory that has not changed for so long
@@ -41,8 +40,7 @@ class WorkDirectory:
     def make(self) -> None:
         """Make it, and say in it whose it is."""
         self.path.mkdir(parents=True)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
-        (self.path / OWNER).write_text(json.dumps(owner) + "\n")
+        (self.path / OWNER).write_text(json.dumps(this_process(job="")) + "\n")
 
     def publish(self) -> None:
         """Let it take the place of ``out``; of a previous dataset only the files of its manifest are removed."""
@@ -212,43 +210,14 @@ def _settle_previous(path: Path, out: Path) -> None:
 
 def _is_dead(path: Path) -> tuple[bool, str]:
     """Whether nobody works in ``path`` any more, and who does."""
-    owner = _read_owner(path)
-    if owner.get("host") == socket.gethostname():
-        pid = owner.get("pid")
-        alive = isinstance(pid, int) and _start_of(pid) == owner.get("start") and _exists(pid)
-        return not alive, f"a prepare works in it, process {pid}"
-    who = f"a prepare on {owner['host']} may work in it" if "host" in owner else "a prepare may work in it"
+    owner = read_owner(path / OWNER)
+    if owner is not None and owner.is_here:
+        return owner.is_dead, f"a prepare works in it, {owner}"
     try:
         changed = max(place.stat().st_mtime for place in (path, *path.iterdir()))
     except OSError:
-        return False, who
-    return time.time() - changed > OLD_S, who
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads((path / OWNER).read_text())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: a number that is given out again later differs in it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        return False, "it cannot be looked into"
+    return time.time() - changed > OLD_S, f"{owner or 'an unknown process'} may work in it"
 
 
 def _bad_output(out: str, error: BaseException) -> RunError:
