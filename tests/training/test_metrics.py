@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from training.flops import flops_per_token, peak_flops
-from training.speedometer import Speedometer
 from training.metrics import Metrics, clock, log_line, memory_gib, short
 from training.metrics_file import drop_later_records, read_lines, read_metrics, tell_bad_lines
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig
 from training.presets import PRESETS
+from training.speedometer import Speedometer
 from training.step import StepResult
 
 RECORD = {
