@@ -23,6 +23,8 @@ class Process:
     local_rank: int = 0
     master_addr: str = "127.0.0.1"
     launcher_keeps_store: bool = False
+    attempt: int = 0
+    job: str = ""
 
 
 @pytest.fixture(autouse=True)
