@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,10 +207,15 @@ def test_a_document_with_text_validates_wherever_there_is_one(tmp_path):
     assert (manifest["read"]["documents"], manifest["read"]["empty"]) == (22, 20)
 
 
-def test_a_word_without_end_trains_a_tokenizer(tmp_path):
+def test_a_word_without_end_trains_a_tokenizer(tmp_path, capsys):
     letters = np.random.RandomState(0).choice(list("abcdefghij"), 500_000)
-    prepare(small(tmp_path, "some words", "other words", "".join(letters)))
-    assert cut_words("a b" * 9) == "a b" * 9
+    word = "".join(letters)
+    manifest = prepare(
+        replace(small(tmp_path, *[f"some words {index}" for index in range(9)], word), val_fraction=0.01)
+    )
+    assert "1 words of more than 4,096 characters, cut to train the tokenizer" in capsys.readouterr().err
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == 9 * len("some words 0") + len(word)
+    assert cut_words("a b" * 9, Counter()) == "a b" * 9
 
 
 REFUSED = {

@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -142,31 +143,42 @@ def _put_tokenizer(config: PrepareConfig, documents: "Dataset", validates: np.nd
         shutil.copyfile(config.tokenizer, path)
         return
     print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr, flush=True)
-    sample = _training_sample(documents, validates, config.seed)
+    cut: Counter[str] = Counter()
+    sample = _training_sample(documents, validates, config.seed, cut)
     with writing(config.out):
         train_tokenizer(sample, config.vocab_size).save(str(path))
+    if num_cut := cut["words"]:
+        line = (
+            f"words of more than {LONGEST_WORD:,} characters, cut to train the tokenizer (in the data they are whole)"
+        )
+        print(f"{num_cut:,} {line}", file=sys.stderr, flush=True)
 
 
-def _training_sample(documents: "Dataset", validates: np.ndarray, seed: int) -> Iterator[list[str]]:
+def _training_sample(documents: "Dataset", validates: np.ndarray, seed: int, cut: Counter[str]) -> Iterator[list[str]]:
     """Training documents in a random order that the seed fixes, up to SAMPLE_BYTES of text."""
     order = np.argsort(random_bits(len(documents), seed), kind="stable")
     order, left = order[~validates[order]], SAMPLE_BYTES
     for start in range(0, len(order), BATCH):
-        texts = [cut_words(text) for text in documents[order[start : start + BATCH]]["text"]]
+        texts = [cut_words(text, cut) for text in documents[order[start : start + BATCH]]["text"]]
         yield texts
         left -= sum(len(text.encode()) for text in texts)
         if left <= 0:
             return
 
 
-def cut_words(text: str) -> str:
-    """A space after every LONGEST_WORD characters of a word that is longer; for training a tokenizer only."""
+def cut_words(text: str, cut: Counter[str]) -> str:
+    """A space after every LONGEST_WORD characters of a word that is longer; for training a tokenizer only.
 
-    def cut(word: re.Match[str]) -> str:
+    Args:
+        cut: ``words`` counts those that were.
+    """
+
+    def apart(word: re.Match[str]) -> str:
         letters = word[0]
+        cut["words"] += 1
         return " ".join(letters[start : start + LONGEST_WORD] for start in range(0, len(letters), LONGEST_WORD))
 
-    return LONG_WORD.sub(cut, text)
+    return LONG_WORD.sub(apart, text)
 
 
 def _part(work: Path, rank: int, split: str, kind: str) -> Path:
