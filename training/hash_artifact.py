@@ -132,12 +132,10 @@ def keep_artifact(directory: Path, config: EngramConfig | None, token_map: Token
     if (directory / FILE).exists():
         check_artifact(directory, config, token_map, files)
     else:
-        write_artifact(directory / FILE, make_artifact(config, token_map, files.manifest["tokenizer_sha256"]))
+        write_artifact(directory / FILE, make_artifact(config, token_map, files.tokenizer_sha256))
 
 
-def check_artifact(
-    directory: Path, config: EngramConfig | None, token_map: TokenMap, files: TokenFiles | Vocabulary
-) -> None:
+def check_artifact(directory: Path, config: EngramConfig | None, token_map: TokenMap, files: Vocabulary) -> None:
     """Compare a run's artefact, where it has one, with the hash of these settings and this tokenizer.
 
     Raises:

@@ -84,10 +84,7 @@ def find_vocabulary(config: RunConfig, checkpoint: Path) -> Vocabulary:
     Raises:
         RunError: there is neither.
     """
-    held = Vocabulary.beside(checkpoint)
-    if held is not None:
-        return held
-    return Vocabulary.of_files(TokenFiles.open(find_data(config.data.path, checkpoint)))
+    return Vocabulary.beside(checkpoint) or TokenFiles.open(find_data(config.data.path, checkpoint))
 
 
 def find_data(path: str, checkpoint: Path) -> Path:

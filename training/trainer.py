@@ -18,7 +18,6 @@ from parallel.placement import register_gradient_reduction
 from training.compute_dtype import DTYPES
 from training.config import RunConfig
 from training.data.dataset import Batch
-from training.data.files import TokenFiles
 from training.data.token_map import TokenMap, load_token_map
 from training.data.vocabulary import Vocabulary
 from training.model.config import EngramConfig
@@ -115,7 +114,7 @@ class Trainer:
         return rows
 
 
-def run_token_map(config: RunConfig, files: TokenFiles | Vocabulary) -> TokenMap:
+def run_token_map(config: RunConfig, files: Vocabulary) -> TokenMap:
     """The token map that Engram hashes through: the prepared one, or every token as it is."""
     if config.model.engram is None or config.model.engram.compress:
         return load_token_map(files.token_map_path, files.tokenizer_path)

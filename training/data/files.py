@@ -1,21 +1,18 @@
 """A prepared dataset on disk: megatron-core token files of two splits, a tokenizer, a token map, and dataset.json."""
 
-import hashlib
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from parallel.errors import Problem, RunError
+from training.data.vocabulary import TOKENIZER, Vocabulary, file_sha256
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-MANIFEST, TOKENIZER, TOKEN_MAP = "dataset.json", "tokenizer.json", "token_map.json"
+MANIFEST = "dataset.json"
 FORMAT, VERSION = "engramba-tokens", 1
 SPLITS = ("train", "val")
 INDEX_HEADER = b"MMIDIDX\x00\x00"  # of megatron-core's .idx
@@ -41,16 +38,12 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenFiles:
-    """An opened dataset directory."""
+class TokenFiles(Vocabulary):
+    """An opened dataset directory, with the vocabulary that its tokens were made with."""
 
-    path: Path
     manifest: dict[str, Any]
     train: Split
     val: Split
-    vocab_size: int
-    eod_id: int
-    pad_id: int
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenFiles":
@@ -64,28 +57,8 @@ class TokenFiles:
         manifest = read_manifest(path)
         check_manifest(path, manifest)
         train, val = (_open_split(path, manifest, name) for name in SPLITS)
-        return cls(path, manifest, train, val, manifest["vocab_size"], manifest["eod_id"], manifest["pad_id"])
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer.json that the tokens were made with."""
-        return self.path / TOKENIZER
-
-    @property
-    def token_map_path(self) -> Path:
-        """Engram's token map of that tokenizer."""
-        return self.path / TOKEN_MAP
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """sha256 of that tokenizer's file."""
-        return str(self.manifest["tokenizer_sha256"])
-
-    def tokenizer(self) -> "Tokenizer":
-        """The tokenizer that the tokens were made with."""
-        from training.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.tokenizer_path)
+        ids = {name: manifest[name] for name in ("vocab_size", "eod_id", "pad_id")}
+        return cls(path, manifest, train, val, **ids)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -106,12 +79,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if missing := sorted(KEYS - manifest.keys()):
         raise _bad_data(path, f"has a {MANIFEST} without {', '.join(missing)}")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def import_indexed_dataset() -> ModuleType:

@@ -18,21 +18,13 @@ from parallel.errors import Problem, RunError
 from training.data.config import PrepareConfig, prepare_problems
 from training.data.corpus import Reading, open_documents, write_documents
 from training.data.encoding import Encoding
-from training.data.files import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    TOKEN_MAP,
-    TOKENIZER,
-    VERSION,
-    file_sha256,
-    import_indexed_dataset,
-)
+from training.data.files import FORMAT, MANIFEST, SPLITS, VERSION, import_indexed_dataset
 from training.data.order import random_bits
 from training.data.progress import Progress
 from training.data.ranks import ONE_PROCESS, Comm, on_every_rank, on_rank_0
 from training.data.sources import STDLIB
 from training.data.tokenizer import train_tokenizer
+from training.data.vocabulary import TOKEN_MAP, TOKENIZER, file_sha256
 from training.data.work_directory import (
     OWNER,
     WorkDirectory,

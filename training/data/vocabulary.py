@@ -1,23 +1,26 @@
 """A tokenizer and its token map, with the ids that a model's text begins and ends with: all that generation asks."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.data.files import TOKEN_MAP, TOKENIZER, TokenFiles, file_sha256
 from training.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENIZER, TOKEN_MAP = "tokenizer.json", "token_map.json"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """What a model's ids mean, read from the directory that holds tokenizer.json and token_map.json."""
 
     path: Path
     """The directory: a checkpoint, or prepared token files."""
+    _: KW_ONLY
     vocab_size: int
     """Largest token id + 1."""
     eod_id: int
@@ -36,12 +39,7 @@ class Vocabulary:
             return None
         tokenizer = load_tokenizer(path / TOKENIZER)
         eod, pad = special_ids(tokenizer)
-        return cls(path, vocabulary_size(tokenizer), eod, pad)
-
-    @classmethod
-    def of_files(cls, files: TokenFiles) -> "Vocabulary":
-        """That of prepared token files."""
-        return cls(files.path, files.vocab_size, files.eod_id, files.pad_id)
+        return cls(path, vocab_size=vocabulary_size(tokenizer), eod_id=eod, pad_id=pad)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -61,3 +59,9 @@ class Vocabulary:
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer."""
         return load_tokenizer(self.tokenizer_path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
