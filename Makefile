@@ -50,9 +50,9 @@ test-all: $(VENV)/tested
 # Without features numba takes those of the name.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
-AVX2_TESTS := tests/kernels tests/parallel/test_engram_table*.py tests/training/test_model.py \
-	tests/training/test_mixers.py tests/training/test_engram_layer.py tests/training/test_hyper_connection.py \
-	tests/training/test_parity.py tests/training/test_loop.py
+AVX2_TESTS := tests/kernels tests/parallel/test_engram_table*.py tests/training/model/test_model.py \
+	tests/training/model/test_mixers.py tests/training/model/test_engram.py tests/training/model/test_hyper_connection.py \
+	tests/test_parity.py tests/training/test_loop.py
 
 test-avx2: $(VENV)/tested
 	$(AVX2) $(PYTEST) -m "not slow" $(AVX2_TESTS) $(ARGS)
@@ -67,17 +67,17 @@ format: $(VENV)/tested
 	$(BIN)/ruff format .
 
 bench: $(VENV)/tested data/stdlib/dataset.json
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench $(ARGS)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench.throughput $(ARGS)
 	$(BIN)/python -m kernels.bench_cpu
-	$(BIN)/python -m parallel.engram_table.bench
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.checkpoint.bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m training.checkpoint.bench_resize
+	$(BIN)/python -m parallel.bench.engram_table
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench.checkpoint
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.bench.checkpoint_resize
 
 # On a card, with whatever python has torch, triton and numba: make bench-gpu BENCH_PYTHON=python3
 BENCH_PYTHON ?= $(BIN)/python
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/tested)
 	$(BENCH_PYTHON) -m kernels.bench_gpu $(ARGS)
-	$(BENCH_PYTHON) -m training.bench_engram $(ENGRAM_ARGS)
+	$(BENCH_PYTHON) -m training.bench.engram $(ENGRAM_ARGS)
 
 compile-kernels: $(VENV)/tested
 	$(BIN)/python -m kernels.compile_all $(ARGS)

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def catch_signals() -> Iterator[None]:
     """From now on, before anything is imported that takes time, a signal asks this process to stop and does no more."""
-    from training.stop_signals import StopSignals
+    from training.run.stop_signals import StopSignals
 
     signals = StopSignals()
     signals.catch()

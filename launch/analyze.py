@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         raise RunError(*problems)
     text = None if request.text is None else _read(request.text)
     discover()
-    from training.analysis.report import analyze_engram, lines
+    from training.analysis.engram_report import analyze_engram, lines
 
     report, output = analyze_engram(request.source, text, request.tokens, request.output, request.count)
     print("\n".join(lines(report)))

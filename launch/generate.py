@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if problems := find_problems(request):
         raise RunError(*problems)
     discover()
-    from training.generate import generate
+    from training.decode.generate import generate
 
     print(
         generate(request.run, request.prompt, request.max_tokens, request.temperature, request.top_p, request.seed),

@@ -12,9 +12,7 @@ import tyro
 from parallel.errors import Problem, RunError, nearest
 from parallel.table_config import RowFormat, RowOptimizer, TableConfig, table_problems
 from training.config import RunConfig
-from training.presets import PRESETS
-from training.run_file import load_run_json
-from training.table_plan import (
+from training.plan.tables import (
     MEASURED,
     Assumptions,
     Curve,
@@ -24,6 +22,8 @@ from training.table_plan import (
     published,
     shape_of_run,
 )
+from training.presets import PRESETS
+from training.run.run_file import load_run_json
 
 FORMATS: tuple[RowFormat, ...] = ("fp32", "bf16", "fp8")
 OPTIMIZERS: tuple[RowOptimizer, ...] = ("adam", "rowwise_adam", "momentum_sinkhorn")

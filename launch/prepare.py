@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.data.ranks import Comm
+    from parallel.agree import Comm
 
 
 def main(argv: list[str]) -> int:
@@ -39,8 +39,8 @@ def _communicator() -> "Comm":
         RunError: processes were started that MPI does not know as its own.
     """
     from launch.env import identify
+    from parallel.agree import ONE_PROCESS
     from parallel.errors import Problem, RunError
-    from training.data.ranks import ONE_PROCESS
 
     process = identify()
     if process.world_size == 1:

@@ -18,9 +18,9 @@ from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
 from training.presets import PRESETS
-from training.run_file import flat_fields, load_run_json
-from training.start_mode import StartMode, directory_problems
-from training.stop_signals import stop_signals
+from training.run.run_file import flat_fields, load_run_json
+from training.run.start_mode import StartMode, directory_problems
+from training.run.stop_signals import stop_signals
 
 RUNS = Path("runs")
 # Of a run's name: file systems take 255, and an overwritten run's gets a number.
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 
     end = train(request.run, process, request.mode)
     if end is End.NOT_BEGUN and process.rank == 0:
-        from training.report import launch_command
+        from training.run.ending import launch_command
 
         again = launch_command(process.world_size, argv)
         print(f"stopped before the first step: nothing was trained or written; to start again: {again}", flush=True)

@@ -13,7 +13,7 @@ from torch import nn
 from kernels.grouped_matmul import grouped_mlp
 from kernels.moe_permute import permute, unpermute
 from parallel.collectives import all_to_all_rows
-from parallel.deepspeed_bridge import ExpertMarker
+from parallel.engine.deepspeed import ExpertMarker
 from parallel.mesh import Mesh
 from parallel.placement import Init, Placement, declare
 

@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and resumed: nothing is lost but the steps since the last save.
 
-``python -m tests.kills`` prints the table; ``tests/training/test_kills.py`` asserts the same of a few seeds. Two ranks
+``python -m tests.kills`` prints the table; ``tests/test_kills.py`` asserts the same of a few seeds. Two ranks
 save every other step beside training, on a disk that is made so slow that most kills fall into a save. The kind of
 moment is read from what lies on the disk, and which checkpoint is whole from its bytes, by none of the code under test.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import xxhash
 
-from tests.runs import forked, make_corpus, records, run_forked, wait_for_step, words
+from tests.helpers.runs import forked, make_corpus, records, run_forked, wait_for_step, words
 
 STEPS, INTERVAL = 12, 2
 # One save may be outstanding: the steps since the one before it are lost at most.
@@ -75,7 +75,8 @@ def slow_disk(rank: int) -> None:
     import os
 
     from parallel import failure
-    from training.checkpoint import planners, sums
+    from training.checkpoint.format import checksums as sums
+    from training.checkpoint.format import planners
 
     def slower(function, seconds):
         def slow(*args, **kwargs):

@@ -1,6 +1,6 @@
 """Any layout resumes any other's checkpoint: trains the tiny model, saves, loads elsewhere and compares what follows.
 
-``python -m tests.layouts`` prints the table; ``tests/training/test_layouts.py`` asserts some of its rows.
+``python -m tests.layouts`` prints the table; ``tests/test_layouts.py`` asserts some of its rows.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import layout, made_up_batches, make_trainer, tiny_config
 from tests.parity import parity_run, quiet_libraries
-from tests.ranks import run_ranks
-from tests.training.tiny import layout, made_up_batches, make_trainer, tiny_config
 from training.checkpoint import load, save
 from training.config import RunConfig
 from training.step import train_step

@@ -1,6 +1,6 @@
 """N ranks equal one: trains the tiny model on many layouts and compares every figure and tensor with a single process.
 
-``python -m tests.parity`` prints the table of the README. ``tests/training/test_parity.py`` asserts the same figures.
+``python -m tests.parity`` prints the table of the README. ``tests/test_parity.py`` asserts the same figures.
 """
 
 import logging
@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from kernels.engram_gate.reference import engram_gate_reference
-from parallel.deepspeed_bridge import gradient_fragments
+from parallel.engine.deepspeed import gradient_fragments
 from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, placed_parameters
-from tests.compare import relative_rmse, rounding_limit
-from tests.exact import NUM_DRAWS, train_plainly
-from tests.ranks import run_ranks
-from tests.training.tiny import layout, made_up_batches, make_trainer, tiny_config
+from tests.helpers.compare import relative_rmse, rounding_limit
+from tests.helpers.exact import NUM_DRAWS, train_plainly
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import layout, made_up_batches, make_trainer, tiny_config
 from training.config import RunConfig
 from training.model import engram as engram_layer
 from training.model import moe as moe_layer

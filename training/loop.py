@@ -17,25 +17,25 @@ from parallel.failure import FailureWatch, explain_failure, rank_0_tells
 from parallel.mesh import build_mesh
 from parallel.rendezvous import ProcessLike, join
 from training.checkpoint import Saver, load, load_initial
-from training.checkpoint.rows import told
-from training.checkpoint.run import run_comm
+from training.checkpoint.format.stored_rows import told
+from training.checkpoint.save_and_load import run_comm
 from training.compute_dtype import agree_on_dtype
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import Split, TokenFiles
 from training.data.loader import StepLoader, fingerprint
-from training.data.token_map import TokenMap
+from training.engram.hash_artifact import check_artifact
+from training.engram.token_map import TokenMap
 from training.evaluate import evaluate
-from training.hash_artifact import check_artifact
-from training.metrics import Metrics
-from training.ownership import Ownership, own_run
-from training.preemption import StopRequest, asked_to_stop
-from training.report import finish, resume_command
-from training.resume import Origin, find_origin, restore_metrics
-from training.run_directory import attached, prepare_directory
+from training.run.directory import attached, prepare_directory
+from training.run.ending import finish, resume_command
+from training.run.metrics import Metrics
+from training.run.ownership import Ownership, own_run
+from training.run.preemption import StopRequest, asked_to_stop
+from training.run.resume import Origin, find_origin, restore_metrics
+from training.run.speedometer import Speedometer
+from training.run.start_mode import StartMode
 from training.schedule import learning_rate, warm_up_notice
-from training.speedometer import Speedometer
-from training.start_mode import StartMode
 from training.step import train_step
 from training.trainer import Trainer, build_trainer, perplexity, run_token_map
 

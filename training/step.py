@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from parallel.deepspeed_bridge import gradient_fragments, squared_grad_norm
+from parallel.engine.deepspeed import gradient_fragments, squared_grad_norm
 from parallel.errors import RunError
 from parallel.experts import take_exchange_seconds
 from parallel.placement import placed_parameters

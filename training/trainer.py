@@ -10,7 +10,7 @@ import torch
 
 from kernels.compiled import compile_pieces, compiler_problem
 from kernels.engram_hash import NgramHash, engram_hash_layers, ngram_hashes
-from parallel.deepspeed_bridge import GradientScale, start_engine
+from parallel.engine.deepspeed import GradientScale, start_engine
 from parallel.engram_table import EngramTables, Rows, TableShape
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
@@ -18,8 +18,8 @@ from parallel.placement import register_gradient_reduction
 from training.compute_dtype import DTYPES
 from training.config import RunConfig
 from training.data.dataset import Batch
-from training.data.token_map import TokenMap, load_token_map
 from training.data.vocabulary import Vocabulary
+from training.engram.token_map import TokenMap, load_token_map
 from training.model.config import EngramConfig
 from training.model.model import HybridModel, Memory, build_model
 

@@ -18,7 +18,7 @@ from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.cpu import sum_sorted_cpu
 
 COLUMNS = 16  # looked up by a token
-SPREADS = {"Zipfian": 0.42, "all in one": 0.0}  # distinct ids of a batch: as in parallel.engram_table.bench, and one
+SPREADS = {"Zipfian": 0.42, "all in one": 0.0}  # distinct ids of a batch: as in parallel.bench.engram_table, and one
 
 
 def zipfian(num_ids: int, num_segments: int) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from kernels.segment_sum import sum_sorted
+from kernels.table_rows.loops import split_keys
 from parallel.device import to_device
-from parallel.engram_table.row_loops import split_keys
 
 
 @dataclass(frozen=True)

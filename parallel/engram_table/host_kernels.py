@@ -9,8 +9,8 @@ Shape suffixes: R rows of this rank, U touched rows, W row width.
 import numpy as np
 import torch
 
+from kernels.table_rows import loops as row_loops
 from kernels.threads import for_each, for_ranges
-from parallel.engram_table import row_loops
 from parallel.engram_table.store import RowStore
 from parallel.table_config import TableConfig
 

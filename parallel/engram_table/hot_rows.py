@@ -17,9 +17,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from kernels.table_rows import hot_loops
 from parallel.device import to_device
-from parallel.engram_table import hot_loops
-from parallel.engram_table.memory import host_zeros
+from parallel.host_memory import host_zeros
 from parallel.table_config import HOT_WAYS, hot_sets
 
 HALF_LIFE = 256

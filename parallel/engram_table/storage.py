@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.engram_table.memory import available_host_bytes, check_memory, host_zeros, locked_zeros
 from parallel.engram_table.store import Allocate
 from parallel.errors import Problem, RunError
+from parallel.host_memory import available_host_bytes, check_memory, host_zeros, locked_zeros
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig, hot_bytes, row_bytes, state_bytes
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from kernels.gather_rows import gather_rows
+from kernels.table_rows import loops as row_loops
+from kernels.table_rows.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
 from kernels.threads import for_ranges
-from parallel.engram_table import row_loops
-from parallel.engram_table.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
 from parallel.table_config import RowFormat
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tests.compare import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # falling
 

@@ -6,7 +6,7 @@ import torch
 from kernels.causal_attention import causal_attention
 from kernels.causal_attention import cpu as blocked
 from kernels.causal_attention.reference import causal_attention_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 CASES = [(2, 63, 4, 2, 8), (1, 300, 2, 2, 16), (2, 129, 3, 1, 8), (1, 1, 2, 1, 4), (2, 128, 4, 4, 8)]
 

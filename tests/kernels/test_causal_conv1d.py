@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.causal_conv1d.cpu import CausalConv1d
 from kernels.causal_conv1d.reference import causal_conv1d_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def make_inputs(B: int, L: int, D: int, K: int, dilation: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.causal_conv1d.reference import causal_conv1d_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 NAMES = ("x_BLD", "weight_DK", "bias", "initial_states")

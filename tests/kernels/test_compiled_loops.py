@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kernels import compiled_loops
-from tests.ranks import HANG_S
+from tests.helpers.ranks import HANG_S
 
 LOOPS = """
 from kernels.compiled_loops import compile_loop

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.engram_gate import cpu, engram_gate
 from kernels.engram_gate.reference import CLAMP, engram_gate_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 EPS = 1e-5
 NAMES = ("h", "k", "v", "query_weight", "key_weight")

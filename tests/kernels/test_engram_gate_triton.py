@@ -7,7 +7,7 @@ import torch
 
 from kernels.engram_gate import engram_gate
 from kernels.engram_gate.reference import CLAMP, engram_gate_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 EPS = 1e-5

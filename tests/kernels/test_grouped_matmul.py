@@ -10,7 +10,7 @@ from kernels.grouped_matmul.cpu import padded_counts
 from kernels.grouped_matmul.cuda import takes
 from kernels.grouped_matmul.op import grouped_matmul_fwd, grouped_mlp_fwd
 from kernels.grouped_matmul.reference import reference_grouped_matmul, reference_grouped_mlp
-from tests.compare import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 COUNTS = {
     "uneven": [17, 0, 65, 1, 64, 100],

@@ -7,7 +7,7 @@ import torch
 
 from kernels.grouped_matmul import grouped_matmul, grouped_mlp
 from kernels.grouped_matmul.reference import reference_grouped_matmul, reference_grouped_mlp
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 COUNTS = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_cross_entropy.cpu import chunks
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def make_inputs(T, V, D, dtype, ignored=0.2, vocab_size=None):

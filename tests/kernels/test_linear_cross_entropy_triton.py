@@ -10,9 +10,9 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from parallel.mesh import build_mesh
 from parallel.mesh_plan import ParallelConfig
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
+from tests.helpers.ranks import run_ranks
 from tests.kernels.against import assert_equals_fp64
-from tests.ranks import run_ranks
 from training.model.config import ModelConfig
 from training.model.embedding import Head
 

@@ -22,7 +22,7 @@ from kernels.lti_conv import (
     s4d_step,
 )
 from kernels.selective_scan import selective_scan
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 KINDS = ("legs", "lin", "inv", "real")
 METHODS = ("zoh", "bilinear")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.moe_permute import Permutation, permute, unpermute
 from kernels.moe_permute.reference import reference_permute, reference_unpermute
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def case(num_tokens, top_k, num_experts, width=5, drop=False, dtype=torch.float64):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernels.moe_permute import permute, unpermute
 from kernels.moe_permute.cpu import sort_by_expert
 from kernels.moe_permute.reference import reference_permute, reference_unpermute
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 from tests.kernels.conftest import CUDA
 

@@ -9,7 +9,7 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from kernels.rms_norm import gated_rms_norm, rms_norm
 from kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def check(got, inputs, expected, exact, dtype):

@@ -7,7 +7,7 @@ import torch
 
 from kernels.rms_norm import gated_rms_norm, rms_norm
 from kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 SHAPES = [

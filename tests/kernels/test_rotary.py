@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from kernels.rotary import apply_rotary
 from kernels.rotary.reference import apply_rotary_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.route import choose_experts, drop_over_capacity, route, sequence_aux_loss, update_bias, z_loss
 from kernels.route.reference import reference_drop_over_capacity, reference_route, reference_sequence_aux_loss
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def test_hand_computed_example():

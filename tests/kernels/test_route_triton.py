@@ -7,7 +7,7 @@ import torch
 
 from kernels.route import choose_experts, route
 from kernels.route.reference import reference_route
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.reference import segment_sum_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def sum_by_index(rows_MW, index_M, num_segments, backend=None):

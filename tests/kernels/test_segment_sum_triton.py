@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.reference import segment_sum_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 from tests.kernels.test_segment_sum import sum_by_index
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from kernels.selective_scan import chunked, cpu, op, selective_scan, selective_scan_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 FLAGS = {"delta_softplus": True, "return_last_state": True}
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.selective_scan import op, selective_scan, selective_scan_reference
 from kernels.state_update import state_update
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 from tests.kernels.test_selective_scan import FLAGS, make_inputs, random_documents
 

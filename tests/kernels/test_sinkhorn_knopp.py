@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.sinkhorn_knopp import sinkhorn_knopp
 from kernels.sinkhorn_knopp.reference import reference_sinkhorn_knopp
-from tests.compare import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 # Of DeepSeek's TileKernels recipe: T = 20, eps = 1e-6.
 LOGITS = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2], [-1, 0.5, 0, 1], [2, 2, -2, 0]])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels.ssd.cpu
 from kernels.ssd import ssd, ssd_reference
-from tests.compare import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 HEADS, WIDTH, STATE, BATCH = 4, 5, 7, 2
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.ssd.documents
 from kernels.ssd import ssd, ssd_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 from tests.kernels.test_ssd import HEADS, STATE, WIDTH, check, compare, documents, make_inputs, run
 

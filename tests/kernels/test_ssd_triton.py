@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.ssd import ssd, ssd_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 KEYWORDS = {"dt_softplus": True, "return_final_states": True}

@@ -7,7 +7,7 @@ import torch
 
 from kernels.ssd import ssd
 from kernels.state_update import state_update, state_update_reference
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 BATCH, HEADS, WIDTH, STATE = 2, 6, 5, 7
 

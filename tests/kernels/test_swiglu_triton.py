@@ -7,7 +7,7 @@ import torch
 
 from kernels.swiglu import swiglu
 from kernels.swiglu.reference import reference_swiglu
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
 
 

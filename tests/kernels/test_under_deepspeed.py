@@ -7,7 +7,7 @@ import torch
 
 from kernels.backend import serve_cpu_tensors
 from tests import parity
-from tests.training.tiny import layout
+from tests.helpers.tiny import layout
 
 CASES = (
     parity.Case("TP2 x EP2, ZeRO 2, recompute", 2, {"tp": 2, "ep": 2, "zero_stage": 2}, recompute=True),

@@ -14,11 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from launch.__main__ import main
+from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
+from tests.helpers.saved import read_plainly
 from tests.launch.commands import ROOT, environment, launch, run
-from tests.runs import corpus, run_forked, words  # noqa: F401
-from tests.training.saved import read_plainly
 from training.checkpoint.tools.reader import Reader
-from training.generate import generate
+from training.decode.generate import generate
 
 TOOLS = ("inspect", "verify", "diff", "average", "export", "import")
 

@@ -8,8 +8,8 @@ import pytest
 from launch import doctor
 from launch.doctor import check_communication, check_node, check_versions, show
 from launch.env import Process
+from tests.helpers.runs import LOCAL
 from tests.launch.commands import BIN, launch, run
-from tests.runs import LOCAL
 
 
 def test_alone():

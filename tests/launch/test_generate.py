@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.generate import Request, find_problems
+from tests.helpers.ranks import HANG_S
 from tests.launch.commands import ROOT, environment, launch
-from tests.ranks import HANG_S
 
 
 def test_problems_come_together(tmp_path):

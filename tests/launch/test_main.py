@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from launch.__main__ import VERBS, main, shadowed
+from tests.helpers.runs import LOCAL
 from tests.launch.commands import BIN, ROOT, launch, run
-from tests.runs import LOCAL
 
 WRONG_LAYOUT = ("-m", "launch", "train", "tiny", "--name", "never-started", "--parallel.ep", "3", "--parallel.tp", "5")
 

@@ -21,7 +21,7 @@ find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name in {ABSENT} else find(name, *rest))
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"
-import launch.train, training.loop, training.report, training.generate, training.data.prepare
+import launch.train, training.loop, training.run.ending, training.decode.generate, training.data.prepare
 """
 
 

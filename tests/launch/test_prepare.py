@@ -9,8 +9,8 @@ import pytest
 
 from launch.prepare import main
 from parallel.errors import RunError
+from tests.helpers.ranks import HANG_S
 from tests.launch.commands import environment
-from tests.ranks import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")

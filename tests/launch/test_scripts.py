@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
+from tests.helpers.runs import corpus, records, started, words  # noqa: F401
 from tests.launch.commands import ROOT, run
-from tests.runs import corpus, records, started, words  # noqa: F401
-from training.report import launch_command
+from training.run.ending import launch_command
 
 PROGRAM = """
 import os, sys

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.helpers.runs import HANG_S, corpus, records, words  # noqa: F401
 from tests.launch.commands import environment
-from tests.runs import HANG_S, corpus, records, words  # noqa: F401
 
 # name -> what a shell does with the console of {run}
 CONSOLES = {

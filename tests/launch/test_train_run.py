@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.runs import MPIRUN, TORCHRUN, corpus, forked, records, run_forked, started, words  # noqa: F401
 from tests.launch.commands import BIN
-from tests.runs import MPIRUN, TORCHRUN, corpus, forked, records, run_forked, started, words  # noqa: F401
 from training.config import RunConfig
 from training.data.config import PrepareConfig
 from training.data.entropy import validation_entropies
 from training.data.files import TokenFiles
 from training.data.prepare import prepare
-from training.hash_artifact import read_artifact
-from training.run_file import load_run_json
+from training.engram.hash_artifact import read_artifact
+from training.run.run_file import load_run_json
 
 STEPS = 8
 EP2 = ("--parallel.ep", "2")

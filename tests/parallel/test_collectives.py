@@ -14,7 +14,7 @@ import torch.distributed as dist
 from parallel import collectives
 from parallel.mesh import Mesh, single_mesh
 from parallel.mesh_plan import ParallelConfig, plan_mesh
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 # name -> (x is a slice of the tokens, x is a replica, y is a replica). What is neither is each rank's own. A replica
 # is one vector, of which each rank has a copy: it counts once in an inner product, and so does its gradient.

@@ -13,9 +13,9 @@ from parallel.experts import ExpertParallelMLP, take_exchange_seconds
 from parallel.mesh import build_mesh, single_mesh
 from parallel.mesh_plan import ParallelConfig
 from parallel.placement import initialize_parameters, normal, placed_parameters
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
+from tests.helpers.ranks import run_ranks
 from tests.parity import assemble, parameter_piece
-from tests.ranks import run_ranks
 
 TOKENS, CHOSEN, EXPERTS, D, INNER = 23, 2, 8, 6, 5
 LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2), (2, 1)]  # (ranks, ep)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from parallel import failure
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
-from tests.ranks import HANG_S, run_ranks
-from tests.runs import (  # noqa: F401
+from tests.helpers.ranks import HANG_S, run_ranks
+from tests.helpers.runs import (  # noqa: F401
     ENDLESS,
     MPIRUN,
     NO_TIME_OUT,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parallel.mesh import Mesh, build_mesh, single_mesh
 from parallel.mesh_plan import AXES, ParallelConfig, layout_problems, plan_mesh
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4)]  # (tp, ep)
 

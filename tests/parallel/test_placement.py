@@ -27,9 +27,9 @@ from parallel.placement import (
     squared_norm,
     uniform,
 )
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
+from tests.helpers.ranks import run_ranks
 from tests.parity import assemble, parameter_piece
-from tests.ranks import run_ranks
 
 # in_proj of a Mamba-2 layer with 8 heads of 3 channels and one group of 5 states: z, x, B, C, dt.
 PACKED = (

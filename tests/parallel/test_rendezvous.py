@@ -10,7 +10,7 @@ import pytest
 from parallel import rendezvous
 from parallel.errors import RunError
 from parallel.rendezvous import join
-from tests.ranks import free_port
+from tests.helpers.ranks import free_port
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.ranks import HANG_S, free_port
+from tests.helpers.ranks import HANG_S, free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 ROOT = Path(__file__).resolve().parents[2]

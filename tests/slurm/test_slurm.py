@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import ROOT, Cluster, missing, running_cluster, wait_for
 from training.data.config import PrepareConfig
 from training.data.prepare import prepare
-from training.metrics_file import read_metrics
+from training.run.metrics_file import read_metrics
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

@@ -15,14 +15,14 @@ from kernels.cpu_dtype import DtypeChoice, choose_cpu_dtype
 from parallel import device as devices
 from parallel.device import choose_dtype
 from parallel.mesh import single_mesh
-from tests.ranks import HANG_S
-from tests.runs import corpus, run_forked, words  # noqa: F401
-from tests.training.tiny import made_up_token_map, tiny_config
+from tests.helpers.ranks import HANG_S
+from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
+from tests.helpers.tiny import made_up_token_map, tiny_config
 from training import compute_dtype
 from training.compute_dtype import dtype_to_read_with, tell_choice, with_dtype
 from training.config import RunConfig
-from training.run_file import load_run_json
-from training.trained import load_trained
+from training.decode.loaded_model import load_trained
+from training.run.run_file import load_run_json
 from training.trainer import build_trainer
 
 FP32, BF16 = DtypeChoice(torch.float32, "slow in bf16"), DtypeChoice(torch.bfloat16, "quick in bf16")

@@ -8,9 +8,9 @@ import torch
 
 from parallel.experts import take_exchange_seconds
 from parallel.mesh import build_mesh
-from tests.ranks import run_ranks
-from tests.runs import corpus  # noqa: F401
-from tests.training.tiny import layout, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import corpus  # noqa: F401
+from tests.helpers.tiny import layout, tiny_config
 from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.runs import corpus, forked, words  # noqa: F401
+from tests.helpers.runs import corpus, forked, words  # noqa: F401
 
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "clang++", "ninja", "nvcc", "ld")
 

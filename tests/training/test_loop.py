@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from parallel.errors import RunError
+from tests.helpers.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
 from tests.launch.commands import run
-from tests.runs import corpus, forked, hold_after, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
 from training.data.files import TokenFiles
 from training.loop import _require_targets
-from training.run_file import load_run_json
+from training.run.run_file import load_run_json
 
 STEPS = 8
 

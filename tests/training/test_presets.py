@@ -5,7 +5,7 @@ import re
 import pytest
 
 from training.config import validate
-from training.model.count import count_parameters
+from training.plan.parameters import count_parameters
 from training.presets import PRESETS
 
 UNITS = {"M": 1e6, "B": 1e9}

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.deepspeed_bridge import master_fragments
+from parallel.engine.deepspeed import master_fragments
 from parallel.engram_table import Rows
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from parallel.placement import placed_parameters
-from tests.compare import assert_close
-from tests.exact import CPU, plain_model, train_plainly
+from tests.helpers.compare import assert_close
+from tests.helpers.exact import CPU, plain_model, train_plainly
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import layout, made_up_batches, made_up_token_map, make_trainer, tiny_config
 from tests.parity import STEPS, plain_run, quiet_libraries, reference_run
-from tests.ranks import run_ranks
-from tests.training.tiny import layout, made_up_batches, made_up_token_map, make_trainer, tiny_config
 from training.config import RunConfig
 from training.data.dataset import Batch
 from training.step import train_step

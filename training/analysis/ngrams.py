@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.data.dataset import Batch, Rows
-from training.data.token_map import TokenMap
+from training.engram.token_map import TokenMap
 
 MOST_BLOCKS, BLOCK_TOKENS = 64, 2**21  # of text, looked at for one mean
 

@@ -12,9 +12,9 @@ import torch
 
 from kernels.engram_hash import NgramHash, engram_hash
 from training.analysis.ngrams import NgramCounts
-from training.checkpoint.boxes import Box
-from training.checkpoint.logical import Chunk, LogicalTensor
-from training.checkpoint.planners import read_tensors
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.logical import Chunk, LogicalTensor
+from training.checkpoint.format.planners import read_tensors
 from training.compute_dtype import DTYPES
 from training.config import Dtype
 from training.data.dataset import Batch, Rows

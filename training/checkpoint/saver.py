@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.agree import on_rank_0
 from parallel.errors import RunError
-from training.checkpoint import storage
-from training.checkpoint.logical import Tensors, trainer_tensors
-from training.checkpoint.run import GroupComm, describe, write
+from training.checkpoint.format import storage
+from training.checkpoint.format.logical import Tensors, trainer_tensors
+from training.checkpoint.format.storage import Manifest
+from training.checkpoint.save_and_load import GroupComm, describe, write
 from training.checkpoint.snapshot import Snapshot, require_memory
-from training.checkpoint.storage import Manifest
-from training.data.ranks import on_rank_0
 from training.trainer import Trainer
 
 POLL_S = 0.1

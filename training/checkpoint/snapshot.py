@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from parallel.engram_table.memory import GIB, available_host_bytes, host_zeros
+from parallel.agree import Comm
 from parallel.errors import Problem, RunError
-from training.checkpoint.logical import Chunk, Tensors
-from training.checkpoint.planners import stored_chunks
-from training.data.ranks import Comm
+from parallel.host_memory import GIB, available_host_bytes, host_zeros
+from training.checkpoint.format.logical import Chunk, Tensors
+from training.checkpoint.format.planners import stored_chunks
 
 # Each tensor's copy begins at a multiple of it: right for any dtype.
 ALIGNMENT_BYTES = 64

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parallel.agree import ONE_PROCESS, Comm, on_every_rank, on_rank_0
 from parallel.errors import Problem, RunError
 from training.data.config import PrepareConfig, prepare_problems
 from training.data.corpus import Reading, open_documents, write_documents
@@ -21,7 +22,6 @@ from training.data.encoding import Encoding
 from training.data.files import FORMAT, MANIFEST, SPLITS, VERSION, import_indexed_dataset
 from training.data.order import random_bits
 from training.data.progress import Progress
-from training.data.ranks import ONE_PROCESS, Comm, on_every_rank, on_rank_0
 from training.data.sources import STDLIB
 from training.data.tokenizer import train_tokenizer
 from training.data.vocabulary import TOKEN_MAP, TOKENIZER, file_sha256
@@ -237,7 +237,7 @@ def _complete(
     config: PrepareConfig, reading: Reading, encoding: Encoding, work: Path, num_ranks: int
 ) -> dict[str, Any]:
     """Merge the parts, write what stands beside them; the manifest."""
-    from training.data.token_map import build_token_map, save_token_map
+    from training.engram.token_map import build_token_map, save_token_map
 
     counts = {split: _merge_parts(work, split, encoding.dtype, num_ranks) for split in SPLITS}
     if not all(count["documents"] for count in counts.values()):

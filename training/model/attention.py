@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from kernels.causal_attention import causal_attention
 from kernels.rotary import apply_rotary
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
 from training.model.init import output_init, weight_init
 from training.model.mamba2 import Cache

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from kernels.causal_conv1d import causal_conv1d
 from kernels.selective_scan import selective_scan
 from parallel.collectives import copy_to
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part, Placement, constant, declare, normal, uniform
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
 from training.model.init import dt_bias_init, output_init, weight_init
 from training.model.mamba2 import Cache

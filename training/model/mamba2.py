@@ -14,9 +14,9 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.rms_norm import gated_rms_norm
 from kernels.ssd import ssd
 from parallel.collectives import sum_over
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part, Placement, constant, declare, uniform
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
 from training.model.init import dt_bias_init, output_init, weight_init
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from kernels.swiglu import swiglu
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
 from training.model.init import output_init, weight_init
 from training.model.mamba2 import Cache

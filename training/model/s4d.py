@@ -16,9 +16,9 @@ from kernels.lti_conv import (
     s4d_kernel,
     s4d_step,
 )
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Mesh
 from parallel.placement import Part, Placement, constant, declare, normal
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
 from training.model.init import log_dt_init, output_init, weight_init
 from training.model.mamba2 import Cache

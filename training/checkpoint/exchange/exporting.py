@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
+from parallel.agree import ONE_PROCESS
 from parallel.errors import Problem, RunError
-from training.checkpoint import storage
-from training.checkpoint.boxes import Box
 from training.checkpoint.exchange.families import FAMILIES, Family
 from training.checkpoint.exchange.pieces import BESIDE, Piece, fold_shape, fold_values
 from training.checkpoint.exchange.tensor_file import write_tensor_file
-from training.checkpoint.logical import is_weight
-from training.checkpoint.tools.companions import DATASET, companions, data_directory, refuse_existing
+from training.checkpoint.format import storage
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.reader import Reader
+from training.checkpoint.tools.sidecar_files import DATASET, companions, data_directory, refuse_existing
 from training.checkpoint.tools.writer import Shapes
-from training.data.ranks import ONE_PROCESS
 from training.model.config import ModelConfig
 
 WEIGHTS, BESIDE_FILE = "model.safetensors", "engramba.safetensors"

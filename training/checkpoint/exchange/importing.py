@@ -12,7 +12,6 @@ import torch
 
 from parallel.errors import Problem, RunError
 from parallel.mesh import single_mesh
-from training.checkpoint.boxes import Box
 from training.checkpoint.exchange.exporting import (
     BESIDE_FILE,
     CONFIG,
@@ -25,13 +24,14 @@ from training.checkpoint.exchange.exporting import (
 from training.checkpoint.exchange.families import FAMILIES, Family, modern
 from training.checkpoint.exchange.pieces import BESIDE, Piece, unfold_values
 from training.checkpoint.exchange.tensor_file import TensorFiles
-from training.checkpoint.logical import weight_tensors
-from training.checkpoint.tools.companions import OF_DATA, OF_RUN, refuse_existing, start_run
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.logical import weight_tensors
+from training.checkpoint.tools.sidecar_files import OF_DATA, OF_RUN, refuse_existing, start_run
 from training.checkpoint.tools.writer import Shapes, write_weights
 from training.config import RunConfig
 from training.model.config import ModelConfig, model_problems
 from training.model.model import HybridModel
-from training.run_file import load_run_json, save_run_json
+from training.run.run_file import load_run_json, save_run_json
 
 MAX_LISTED = 10
 # Defaults there that are not what our configuration means.

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
+from parallel.agree import ONE_PROCESS
 from parallel.errors import Problem, RunError
-from training.checkpoint import storage
-from training.checkpoint.boxes import Box
-from training.checkpoint.logical import is_weight
-from training.checkpoint.tools.companions import companions, refuse_existing, start_run
+from training.checkpoint.format import storage
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.compare import flatten
 from training.checkpoint.tools.reader import Reader
+from training.checkpoint.tools.sidecar_files import companions, refuse_existing, start_run
 from training.checkpoint.tools.writer import write_weights
-from training.data.ranks import ONE_PROCESS
 
 MAX_LISTED = 10
 

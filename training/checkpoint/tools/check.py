@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.agree import ONE_PROCESS
 from parallel.errors import Problem, RunError
-from training.checkpoint import storage
-from training.checkpoint.boxes import cover_problem
-from training.checkpoint.problems import checkpoint_problem
-from training.checkpoint.storage import COMPLETE, Manifest
+from training.checkpoint.format import storage
+from training.checkpoint.format.boxes import cover_problem
+from training.checkpoint.format.problems import checkpoint_problem
+from training.checkpoint.format.safe_unpickling import METADATA
+from training.checkpoint.format.storage import COMPLETE, Manifest
 from training.checkpoint.tools.reader import Reader
-from training.checkpoint.trust import METADATA
-from training.data.ranks import ONE_PROCESS
 
 # Yields the names of files and shows how many are done.
 Track = Callable[[Sequence[str]], Iterable[str]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from training.checkpoint.tools.companions import companions
 from training.checkpoint.tools.reader import Reader, StoredTensor
+from training.checkpoint.tools.sidecar_files import companions
 
 Track = Callable[[Sequence[str]], Iterable[str]]
 MISSING = "missing"

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from training.checkpoint import storage
-from training.checkpoint.boxes import Box
-from training.checkpoint.problems import checkpoint_problem, told_for
-from training.checkpoint.storage import COMPLETE, Manifest
-from training.checkpoint.trust import read_metadata
-from training.data.ranks import ONE_PROCESS
+from parallel.agree import ONE_PROCESS
+from training.checkpoint.format import storage
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.problems import checkpoint_problem, told_for
+from training.checkpoint.format.safe_unpickling import read_metadata
+from training.checkpoint.format.storage import COMPLETE, Manifest
 
 CACHED_CHUNKS = 16  # of at most 8 MiB each: boxes that lie across chunks read each of them once
 NEEDED = {"step", "format", "layout", "model", "token_map", "hashes", "files", "tensors"}  # of a manifest

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from training.checkpoint.logical import is_weight
+from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.reader import Reader, StoredTensor
 
 # Kinds by what their names begin with, in the order in which they are shown.

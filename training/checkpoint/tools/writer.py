@@ -11,12 +11,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.mesh_plan import ParallelConfig
-from training.checkpoint import storage, sums
-from training.checkpoint.boxes import Box
-from training.checkpoint.planners import MAX_CHUNK_BYTES, write_planned
-from training.checkpoint.problems import told_for
-from training.checkpoint.storage import FORMAT, Manifest
-from training.checkpoint.trust import METADATA
+from training.checkpoint.format import checksums as sums
+from training.checkpoint.format import storage
+from training.checkpoint.format.boxes import Box
+from training.checkpoint.format.planners import MAX_CHUNK_BYTES, write_planned
+from training.checkpoint.format.problems import told_for
+from training.checkpoint.format.safe_unpickling import METADATA
+from training.checkpoint.format.storage import FORMAT, Manifest
 
 # Shape and dtype of each tensor.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -1,0 +1,30 @@
+"""Small tables and stores of rows, and a step of them: what the tests of the Engram table share."""
+
+import torch
+
+from parallel.engram_table import EngramTables, TableConfig, TableShape
+from parallel.engram_table.store import RowStore
+from tests.parallel.engram_table.test_tables import make_mesh
+
+CPU = torch.device("cpu")
+FORMATS = ("fp32", "bf16", "fp8")
+
+
+def heap(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def make_store(form: str, num_rows: int = 40, width: int = 64) -> RowStore:
+    return RowStore(num_rows, width, form, 3, torch.tensor([[0, 10], [7, 1 << 40]]), heap)
+
+
+def make_tables(shape: TableShape, config: TableConfig, std: float = 0.5) -> EngramTables:
+    return EngramTables({2: shape}, make_mesh(), config, init_std=std, seed=3, device=CPU)
+
+
+def train(tables: EngramTables, ids: torch.Tensor, grad_NW: torch.Tensor, step: int, rate: float = 1e-2) -> None:
+    """One step in which row ids[i] receives the gradient grad[i]."""
+    rows = tables.fetch({2: ids[:, None]})
+    rows[2].embed().backward(grad_NW)
+    tables.accumulate(rows)
+    tables.step(rate, 1.0, step)

@@ -1,0 +1,52 @@
+"""Tokens a second, MFU, shares of a step's time, and the time left."""
+
+import time
+from typing import Any
+
+import torch
+
+from parallel.device import device_name
+from training.config import RunConfig
+from training.plan.flops import flops_per_token, peak_flops
+from training.run.metrics import memory_gib
+from training.step import StepResult
+
+
+class Speedometer:
+    """Turns step results into records: tokens a second, MFU, shares of time, time left."""
+
+    def __init__(self, config: RunConfig, num_ranks: int, device: torch.device, start: int) -> None:
+        self.steps, self.start, self.device = config.train.steps, start, device
+        self.tokens = config.train.global_batch * config.data.seq_length
+        self.flops = self.tokens * flops_per_token(config.model, config.data.seq_length)
+        self.peak = (peak_flops(device_name(device)) or 0.0) * num_ranks
+        self.last, self.spent, self.counted = time.perf_counter(), 0.0, 0
+
+    def pause(self) -> None:
+        """Do not count the time since the last record: evaluation, saving."""
+        self.last = time.perf_counter()
+
+    def record(self, done: int, result: StepResult, rate: float) -> dict[str, Any]:
+        """The record of the step that made ``done`` steps."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if self.counted:  # the first step allocates and compiles
+            self.spent += seconds
+        self.counted += 1
+        mean = self.spent / max(1, self.counted - 1) if self.spent else seconds
+        return {
+            "step": done,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "step_s": seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / self.peak if self.peak else None,
+            "mem_gib": memory_gib(self.device),
+            "a2a": result.exchange_s / seconds,
+            "expert_max": result.expert_max,
+            "engram_wait": None if result.engram_wait_s is None else result.engram_wait_s / seconds,
+            "engram_work": None if result.engram_work_s is None else result.engram_work_s / seconds,
+            "engram_hot_hits": result.engram_hot_hits,
+            "eta_s": mean * (self.steps - done),
+        }
