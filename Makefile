@@ -50,9 +50,7 @@ test-all: $(VENV)/tested
 # Without features numba takes those of the name.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
-AVX2_TESTS := tests/kernels tests/parallel/test_engram_table*.py tests/training/model/test_model.py \
-	tests/training/model/test_mixers.py tests/training/model/test_engram.py tests/training/model/test_hyper_connection.py \
-	tests/test_parity.py tests/training/test_loop.py
+AVX2_TESTS := tests/kernels tests/parallel/engram_table tests/training/model tests/test_parity.py tests/training/test_loop.py
 
 test-avx2: $(VENV)/tested
 	$(AVX2) $(PYTEST) -m "not slow" $(AVX2_TESTS) $(ARGS)

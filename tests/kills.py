@@ -75,8 +75,7 @@ def slow_disk(rank: int) -> None:
     import os
 
     from parallel import failure
-    from training.checkpoint.format import checksums as sums
-    from training.checkpoint.format import planners
+    from training.checkpoint.format import checksums, planners
 
     def slower(function, seconds):
         def slow(*args, **kwargs):
@@ -86,7 +85,7 @@ def slow_disk(rank: int) -> None:
         return slow
 
     planners.ChunkSavePlanner.resolve_data = slower(planners.ChunkSavePlanner.resolve_data, 0.0005)
-    sums.file_records = slower(sums.file_records, 0.05)
+    checksums.file_records = slower(checksums.file_records, 0.05)
     os.fsync, os.rename, os.unlink = slower(os.fsync, 0.02), slower(os.rename, 0.02), slower(os.unlink, 0.005)
     failure.GRACE_S = 1.0
 

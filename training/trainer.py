@@ -81,7 +81,7 @@ def memory_of(rows: Mapping[int, Rows]) -> Memory:
 
 
 def _recall(rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return rows.embed(), rows.dead()
+    return rows.embed(), rows.masked()
 
 
 @dataclass

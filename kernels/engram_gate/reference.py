@@ -23,7 +23,7 @@ def engram_gate_reference(
     query_weight_SD: Tensor,
     key_weight_SD: Tensor,
     eps: float,
-    dead_BL: Tensor | None = None,
+    masked_BL: Tensor | None = None,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """u in v's dtype or h + u in h's (B, L, S, D), and gate (B, L, S).
@@ -35,7 +35,7 @@ def engram_gate_reference(
     key_BLSD = rms_norm(k_BLSD.to(math_dtype), key_weight_SD.to(math_dtype), eps)
     score_BLS = (key_BLSD * query_BLSD).sum(-1) / math.sqrt(h_BLSD.shape[-1])
     gate_BLS = torch.sigmoid(score_BLS.sign() * score_BLS.abs().clamp_min(CLAMP).sqrt())
-    if dead_BL is not None:
-        gate_BLS = gate_BLS.masked_fill(dead_BL[..., None], 0.0)
+    if masked_BL is not None:
+        gate_BLS = gate_BLS.masked_fill(masked_BL[..., None], 0.0)
     u_BLSD = gate_BLS[..., None] * v_BLD[:, :, None].to(math_dtype)
     return (h_BLSD + u_BLSD).to(h_BLSD.dtype) if residual else u_BLSD.to(v_BLD.dtype), gate_BLS

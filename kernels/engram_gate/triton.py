@@ -36,23 +36,23 @@ GRADIENT_PROGRAMS = 4096  # of the second backward kernel: about 4 waves of an H
 
 
 @triton.jit
-def _tokens(first, T, L, dead_ptr, HAS_DEAD: tl.constexpr, ROWS: tl.constexpr):
+def _tokens(first, T, L, masked_ptr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr):
     """Tokens from ``first`` on, their batch row and place, and which of them have a memory to read."""
     t = first + tl.arange(0, ROWS)
     live = t < T
-    if HAS_DEAD:
-        live = live & (tl.load(dead_ptr + t, mask=live, other=1) == 0)
+    if HAS_MASK:
+        live = live & (tl.load(masked_ptr + t, mask=live, other=1) == 0)
     return t, t // L, t % L, live
 
 
 @triton.jit
 def engram_gate_fwd_kernel(
-    h_ptr, k_ptr, v_ptr, weight_ptr, dead_ptr, u_ptr, scalars_ptr,
+    h_ptr, k_ptr, v_ptr, weight_ptr, masked_ptr, u_ptr, scalars_ptr,
     T, L, D, plane, eps, scale, stride_hb, stride_hl, stride_hs, stride_kb, stride_kl, stride_ks, stride_vb, stride_vl,
-    S: tl.constexpr, HAS_DEAD: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, HAS_MASK: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """u or h + u (T, S, D); scalars (4, T, S): gate, score, 1 / rms of h and of k. Grid (blocks of T)."""
-    t, b, l, live = _tokens(tl.program_id(0).to(tl.int64) * ROWS, T, L, dead_ptr, HAS_DEAD, ROWS)
+    t, b, l, live = _tokens(tl.program_id(0).to(tl.int64) * ROWS, T, L, masked_ptr, HAS_MASK, ROWS)
     h_row, k_row = h_ptr + b * stride_hb + l * stride_hl, k_ptr + b * stride_kb + l * stride_kl
     gates = ()
     for s in tl.static_range(S):
@@ -97,12 +97,12 @@ def engram_gate_fwd_kernel(
 
 @triton.jit
 def engram_gate_bwd_dv_kernel(
-    du_ptr, v_ptr, dead_ptr, scalars_ptr, dv_ptr, coefficients_ptr,
+    du_ptr, v_ptr, masked_ptr, scalars_ptr, dv_ptr, coefficients_ptr,
     T, L, D, plane, scale, stride_ub, stride_ul, stride_us, stride_vb, stride_vl,
-    S: tl.constexpr, HAS_DEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv (T, D); coefficients (3, T, S) of dh = k w c0 - h c1 and dk = h w c0 - k c2. Grid (blocks of T)."""
-    t, b, l, live = _tokens(tl.program_id(0).to(tl.int64) * ROWS, T, L, dead_ptr, HAS_DEAD, ROWS)
+    t, b, l, live = _tokens(tl.program_id(0).to(tl.int64) * ROWS, T, L, masked_ptr, HAS_MASK, ROWS)
     gates = ()
     sums = ()
     for s in tl.static_range(S):
@@ -135,10 +135,10 @@ def engram_gate_bwd_dv_kernel(
 
 @triton.jit
 def engram_gate_bwd_dhk_kernel(
-    du_ptr, h_ptr, k_ptr, weight_ptr, dead_ptr, coefficients_ptr, dh_ptr, dk_ptr, dweight_ptr,
+    du_ptr, h_ptr, k_ptr, weight_ptr, masked_ptr, coefficients_ptr, dh_ptr, dk_ptr, dweight_ptr,
     T, L, D, plane, rows_of_program, stride_ub, stride_ul, stride_us, stride_hb, stride_hl, stride_hs,
     stride_kb, stride_kl, stride_ks,
-    S: tl.constexpr, HAS_DEAD: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, HAS_MASK: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dh, dk (T, S, D) and the parts of dweight (programs, S, D); grid (blocks of D, S, programs): what runs at the
     same time reads whole tokens."""
@@ -148,7 +148,7 @@ def engram_gate_bwd_dhk_kernel(
     weight = tl.load(weight_ptr + s * D + d, mask=d < D, other=0.0)[None, :]
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, rows_of_program, ROWS):
-        t, b, l, live = _tokens(first + start, T, L, dead_ptr, HAS_DEAD, ROWS)
+        t, b, l, live = _tokens(first + start, T, L, masked_ptr, HAS_MASK, ROWS)
         mask, out = live[:, None] & (d < D)[None, :], (t < T)[:, None] & (d < D)[None, :]
         h_row, k_row = h_ptr + b * stride_hb + l * stride_hl, k_ptr + b * stride_kb + l * stride_kl
         h = tl.load((h_row + s * stride_hs)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -169,7 +169,7 @@ def engram_gate_bwd_dhk_kernel(
 
 
 def forward(
-    h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, dead: Tensor | None,
+    h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float, masked: Tensor | None,
     residual: bool, values: int = TILE, num_warps: int = NUM_WARPS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u in v's dtype or h + u in h's, (B, L, S, D), and the scalars (4, B, L, S) in fp32."""
@@ -180,15 +180,15 @@ def forward(
     rows, block = _tile(D, values)
     if scalars.numel():
         engram_gate_fwd_kernel[(triton.cdiv(B * L, rows),)](
-            h, k, v, _weight(query_weight, key_weight), _flags(dead), u, scalars,
+            h, k, v, _weight(query_weight, key_weight), _flags(masked), u, scalars,
             B * L, L, D, B * L * S, eps, 1 / math.sqrt(D), *h.stride()[:3], *k.stride()[:3], *v.stride()[:2],
-            S=S, HAS_DEAD=dead is not None, RESIDUAL=residual, ROWS=rows, BLOCK_D=block, num_warps=num_warps,
+            S=S, HAS_MASK=masked is not None, RESIDUAL=residual, ROWS=rows, BLOCK_D=block, num_warps=num_warps,
         )  # fmt: skip
     return u, scalars
 
 
 def backward(
-    du: Tensor, h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, dead: Tensor | None,
+    du: Tensor, h: Tensor, k: Tensor, v: Tensor, query_weight: Tensor, key_weight: Tensor, masked: Tensor | None,
     scalars: Tensor, residual: bool, values: int = TILE, num_warps: int = NUM_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dh, dk, dv, and the gradient (S, D) of the product of the norms' weights, in fp32."""
@@ -199,9 +199,9 @@ def backward(
         return dh, dk, dv, torch.zeros((S, D), dtype=torch.float32, device=h.device)
     coefficients = torch.empty((3, B, L, S), dtype=torch.float32, device=h.device)
     rows, block = _tile(D, values)
-    options = {"S": S, "HAS_DEAD": dead is not None, "ROWS": rows, "BLOCK_D": block, "num_warps": num_warps}
+    options = {"S": S, "HAS_MASK": masked is not None, "ROWS": rows, "BLOCK_D": block, "num_warps": num_warps}
     engram_gate_bwd_dv_kernel[(triton.cdiv(B * L, rows),)](
-        du, v, _flags(dead), scalars, dv, coefficients,
+        du, v, _flags(masked), scalars, dv, coefficients,
         B * L, L, D, B * L * S, 1 / math.sqrt(D), *du.stride()[:3], *v.stride()[:2], **options,
     )  # fmt: skip
     blocks = triton.cdiv(D, block)
@@ -209,7 +209,7 @@ def backward(
     programs = triton.cdiv(B * L, rows_of_program)
     dweight = torch.empty((programs, S, D), dtype=torch.float32, device=h.device)
     engram_gate_bwd_dhk_kernel[(blocks, S, programs)](
-        du, h, k, _weight(query_weight, key_weight), _flags(dead), coefficients, dh, dk, dweight,
+        du, h, k, _weight(query_weight, key_weight), _flags(masked), coefficients, dh, dk, dweight,
         B * L, L, D, B * L * S, rows_of_program, *du.stride()[:3], *h.stride()[:3], *k.stride()[:3],
         RESIDUAL=residual, **options,
     )  # fmt: skip
@@ -228,5 +228,5 @@ def _weight(query_weight: Tensor, key_weight: Tensor) -> Tensor:
     return query_weight.float().mul(key_weight).contiguous()
 
 
-def _flags(dead: Tensor | None) -> Tensor | None:
-    return None if dead is None else dead.contiguous().view(torch.uint8)
+def _flags(masked: Tensor | None) -> Tensor | None:
+    return None if masked is None else masked.contiguous().view(torch.uint8)

@@ -32,16 +32,16 @@ def hash_rows(ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: 
     """Rows (B, L, O) int64 for checked int64 ids and a past of exactly ``max_order - 1`` ids.
 
     The mix rolls: ``mix_(n+1) = mix_n xor ids[t - n] * multipliers[n]``; all heads of an order share it and differ in
-    the modulus only. Windows with a dead id are hashed too, and overwritten.
+    the modulus only. Windows with a masked id are hashed too, and overwritten.
     """
     tokens = _windows(ids_BL, hash, seq_idx, past_BK)
-    mix_BL, dead_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL, dtype=torch.bool)
+    mix_BL, masked_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL, dtype=torch.bool)
     offsets, columns = iter(ids_BL.new_tensor(hash.offsets).split([len(heads) for heads in hash.primes])), []
     for order, (token_BL, multiplier) in enumerate(zip(tokens, hash.multipliers, strict=True), start=1):
         mix_BL = mix_BL ^ (token_BL * multiplier)
-        dead_BL = dead_BL | (token_BL < 0)
+        masked_BL = masked_BL | (token_BL < 0)
         if order in hash.orders:
             primes = ids_BL.new_tensor(hash.primes[hash.orders.index(order)])
             rows = (mix_BL[..., None] % primes).add_(next(offsets))
-            columns.append(rows.masked_fill_(dead_BL[..., None], -1))
+            columns.append(rows.masked_fill_(masked_BL[..., None], -1))
     return torch.cat(columns, dim=-1)

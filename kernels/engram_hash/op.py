@@ -32,7 +32,7 @@ def engram_hash(
     side. Bitwise deterministic, and the same on every device.
 
     Args:
-        ids_BL: compressed ids, any integer dtype, 0 to vocab_size - 1; -1 is a dead position (an image, say).
+        ids_BL: compressed ids, any integer dtype, 0 to vocab_size - 1; -1 is a masked position (an image, say).
         hash: the layer's functions, from :func:`ngram_hashes`.
         seq_idx: (B, L) integers from 0, never decreasing along a row: the document of each position.
         history_BK: the last max_order - 1 ids of position 0's document, for decoding and chunks of a long row;
@@ -41,7 +41,7 @@ def engram_hash(
 
     Returns:
         (B, L, O) int64, O = orders x heads, order-major; rows count over the layer's one logical row space. -1 in every
-        column whose window contains a dead position.
+        column whose window contains a masked position.
 
     Raises:
         ValueError: a shape, dtype, device or id is out of range, or the backend cannot. Ids are looked at on CPUs only:
@@ -126,7 +126,7 @@ def _check_ids(name: str, ids: Tensor, batch: int, length: int, vocab_size: int)
     low, high = (int(bound) for bound in ids.to(torch.int64).aminmax())
     if low < -1 or high >= vocab_size:
         wrong = low if low < -1 else high
-        raise ValueError(f"{name}: got id {wrong}, expected -1 (dead) to vocab_size - 1 = {vocab_size - 1}")
+        raise ValueError(f"{name}: got id {wrong}, expected -1 (masked) to vocab_size - 1 = {vocab_size - 1}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:

@@ -53,9 +53,9 @@ def engram_hash_fwd_kernel(
         documents = seq_idx_ptr + b * stride_sb
         document = tl.load(documents + l * stride_sl, mask=live, other=0)
     mix, inside = tl.zeros((BLOCK,), tl.int64), live
-    dead = mix < 0
+    masked = mix < 0
     mixes = tl.zeros((BLOCK, BLOCK_O), tl.int64)
-    deaths = mixes < 0
+    masks = mixes < 0
     for k in tl.static_range(N):
         if HAS_SEQ_IDX and k > 0:  # history is of the first position's document
             at = tl.maximum(l - k, 0) * stride_sl
@@ -68,10 +68,10 @@ def engram_hash_fwd_kernel(
             here = inside
         token = tl.where(here, token, pad_id)
         mix = mix ^ (token * tl.load(multipliers_ptr + layer * N + k))
-        dead = dead | (token < 0)
+        masked = masked | (token < 0)
         mixes = tl.where(order == k + 1, mix[:, None], mixes)
-        deaths = tl.where(order == k + 1, dead[:, None], deaths)
-    rows = tl.where(deaths, -1, _remainder(mixes, prime, reciprocal) + offset)
+        masks = tl.where(order == k + 1, masked[:, None], masks)
+    rows = tl.where(masks, -1, _remainder(mixes, prime, reciprocal) + offset)
     tl.store(rows_ptr + (layer * T + t)[:, None] * O + o[None, :], rows, mask=live[:, None] & (o < O)[None, :])
 
 

@@ -22,12 +22,12 @@ class Arrival:
     """The rows of a fetch, once its exchange is done. The table's thread may still patch ``values``.
 
     Attributes:
-        values: (M, W) distinct rows in the compute dtype on the compute device; one more of zeros where ids are dead.
+        values: (M, W) distinct rows in the compute dtype on the compute device; one more of zeros where ids are masked.
         groups: layer -> equal ids, on the compute device.
         slots_N: layer -> (N,) int64, the place of each id's row in ``values``.
         num_rows: layer -> U.
         shapes: layer -> shape of the ids.
-        dead: layer -> ``dead_positions``, on the compute device.
+        masked: layer -> ``masked_positions``, on the compute device.
         route: the way of the fetch, along which gradients return.
         num_hot: of the rows that others and this rank asked of this rank, those that were hot (``HotRows``).
     """
@@ -37,17 +37,17 @@ class Arrival:
     slots_N: Mapping[int, torch.Tensor]
     num_rows: Mapping[int, int]
     shapes: Mapping[int, torch.Size]
-    dead: Mapping[int, torch.Tensor | None]
+    masked: Mapping[int, torch.Tensor | None]
     route: Route
     num_hot: int
 
 
-def dead_positions(ids: torch.Tensor, groups: Groups, device: torch.device) -> torch.Tensor | None:
-    """(…) bool: positions of ``ids`` (…, O) that look nothing up: all ids there are dead. None where there is none."""
+def masked_positions(ids: torch.Tensor, groups: Groups, device: torch.device) -> torch.Tensor | None:
+    """(…) bool: positions of ``ids`` (…, O) that look nothing up: all of them masked. None where there is none."""
     if groups.order.numel() == groups.num_ids:
         return None
-    dead = (ids < 0).all(-1)
-    return to_device(dead, device) if dead.any() else None
+    masked = (ids < 0).all(-1)
+    return to_device(masked, device) if masked.any() else None
 
 
 class Fetch:
@@ -95,7 +95,7 @@ class Rows:
         self._leaf_UW: torch.Tensor | None = None
 
     def embed(self) -> torch.Tensor:
-        """(…, O * W) in the compute dtype: each id's row, zero for dead ids. May be called again (recomputation).
+        """(…, O * W) in the compute dtype: each id's row, zero for masked ids. May be called again (recomputation).
 
         Waits for the rows where they have not arrived.
         """
@@ -104,9 +104,9 @@ class Rows:
         shape = arrival.shapes[layer]
         return out_NW.reshape(*shape[:-1], shape[-1] * out_NW.shape[-1])
 
-    def dead(self) -> torch.Tensor | None:
+    def masked(self) -> torch.Tensor | None:
         """(…) bool: positions that look nothing up, whose rows are zero; None where every position has a live id."""
-        return self.fetch.take().dead[self._layer]
+        return self.fetch.take().masked[self._layer]
 
     def _leaf(self) -> torch.Tensor:
         """(U, W) fp32 leaf whose ``.grad`` is the gradient of the rows.

@@ -20,7 +20,7 @@ from parallel.engram_table.hot_rows import HotRows
 from parallel.engram_table.initial import fill_initial_rows
 from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
-from parallel.engram_table.rows import Arrival, Fetch, Rows, dead_positions
+from parallel.engram_table.rows import Arrival, Fetch, Rows, masked_positions
 from parallel.engram_table.sinkhorn import MomentumSinkhorn
 from parallel.engram_table.storage import open_storage, refused_together
 from parallel.engram_table.store import RowStore
@@ -134,7 +134,7 @@ class EngramTables:
         """Rows of a micro-batch, each distinct row once. Collective over ``engram``.
 
         Args:
-            ids: layer -> (…, O) int64, global rows, for every layer; -1 is dead: a zero row without gradient. Or a
+            ids: layer -> (…, O) int64, global rows, for every layer; -1 is masked: a zero row without gradient. Or a
                 function that gives them, which runs with the fetch.
 
         Raises:
@@ -161,20 +161,20 @@ class EngramTables:
         route, slots = open_route(groups, self.layout, self.mesh)
         answer, num_hot = self._hot.ask(route.local_rows) if self._hot else (self._read_table(route.local_rows), 0)
         values = return_rows(answer, route, self.mesh)
-        dead = values.shape[0]
+        masked = values.shape[0]
         if any(group.order.numel() < group.num_ids for group in groups):
             values = F.pad(values, (0, 0, 0, 1))
         return Arrival(
             values,
             {layer: group.to(self.device) for layer, group in zip(layers, groups, strict=True)},
             {
-                layer: to_device(group.positions(slot_U, dead), self.device)
+                layer: to_device(group.positions(slot_U, masked), self.device)
                 for layer, group, slot_U in zip(layers, groups, slots, strict=True)
             },
             {layer: len(slot_U) for layer, slot_U in zip(layers, slots, strict=True)},
             {layer: ids[layer].shape for layer in layers},
             {
-                layer: dead_positions(ids[layer], group, self.device)
+                layer: masked_positions(ids[layer], group, self.device)
                 for layer, group in zip(layers, groups, strict=True)
             },
             route,

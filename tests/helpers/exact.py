@@ -103,7 +103,7 @@ def accumulate(model: HybridModel, memory: EngramMemory, config: RunConfig, step
 
 def recall(rows: dict[int, Rows], dtype: torch.dtype) -> Memory:
     """Fetched rows as the model reads them."""
-    return {layer: lambda row=row: (row.embed().to(dtype), row.dead()) for layer, row in rows.items()}
+    return {layer: lambda row=row: (row.embed().to(dtype), row.masked()) for layer, row in rows.items()}
 
 
 def gradients_of(model: HybridModel, memory: EngramMemory) -> dict[str, torch.Tensor]:

@@ -11,8 +11,7 @@ from parallel.mesh import single_mesh
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import made_up_batches, made_up_rows, made_up_token_map, make_trainer
 from training.checkpoint import load_weights, save
-from training.checkpoint.format import checksums as sums
-from training.checkpoint.format import storage
+from training.checkpoint.format import checksums, storage
 from training.config import RunConfig
 from training.model.model import build_model
 from training.run.run_file import save_run_json
@@ -65,6 +64,6 @@ def make_consistent(path: Path, **fields) -> None:
     """Give a tampered checkpoint the manifest that one who wishes to deceive would give it."""
     manifest = json.loads((path / "manifest.json").read_text()) | fields
     manifest.pop("checksum")
-    manifest["files"] = sums.file_records(path, sorted(manifest["files"]))
+    manifest["files"] = checksums.file_records(path, sorted(manifest["files"]))
     text = json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
     (path / "manifest.json").write_text(text)

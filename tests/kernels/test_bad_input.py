@@ -96,7 +96,7 @@ OPS = {
     }),
     "engram_gate": (partial(engram_gate, eps=1e-5), lambda: {
         "h_BLSD": r(2, 6, 2, 4), "k_BLSD": r(2, 6, 2, 4), "v_BLD": r(2, 6, 4), "query_weight_SD": r(2, 4),
-        "key_weight_SD": r(2, 4), "dead_BL": torch.zeros(2, 6, dtype=torch.bool),
+        "key_weight_SD": r(2, 4), "masked_BL": torch.zeros(2, 6, dtype=torch.bool),
     }),
     "sum_sorted": (sum_sorted, lambda: {
         "rows_MW": r(5, 3), "order_N": torch.arange(5), "starts_S": torch.tensor([0, 2]),

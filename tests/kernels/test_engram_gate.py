@@ -1,4 +1,4 @@
-"""The Engram gate against its reference in fp64: forward, every gradient, the residual, the clamp, dead positions."""
+"""The Engram gate against its reference in fp64: forward, every gradient, the residual, the clamp, masked positions."""
 
 import math
 
@@ -29,10 +29,10 @@ def exact_inputs(inputs):
     return [x.detach().double().requires_grad_() for x in inputs]
 
 
-def assert_equals_reference(inputs, du, dead_BL=None, eps=EPS, residual=False):
-    u = engram_gate(*inputs, eps, dead_BL, residual=residual)
+def assert_equals_reference(inputs, du, masked_BL=None, eps=EPS, residual=False):
+    u = engram_gate(*inputs, eps, masked_BL, residual=residual)
     exact = exact_inputs(inputs)
-    expected = engram_gate_reference(*exact, eps, dead_BL, residual)[0]
+    expected = engram_gate_reference(*exact, eps, masked_BL, residual)[0]
     assert u.dtype == inputs[0 if residual else 2].dtype
     assert_close("u", u, expected)
     gradients = torch.autograd.grad(u, inputs, du)
@@ -144,25 +144,25 @@ def test_zero_and_tiny_inputs_stay_finite(dtype):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("residual", [False, True])
-def test_dead_positions_equal_absent_ones(junk, residual):
+def test_masked_positions_equal_absent_ones(junk, residual):
     """They give nothing and get nothing; with the residual they give h, and dh is du, exactly."""
     inputs, du = make_inputs(batch=1), torch.randn(1, 7, 4, 33).double()
-    dead_BL = torch.tensor([[False, True, False, False, True, True, False]])
+    masked_BL = torch.tensor([[False, True, False, False, True, True, False]])
     with torch.no_grad():
-        inputs[1][dead_BL], inputs[2][dead_BL] = junk, junk
-    u, gate = engram_gate(*inputs, EPS, dead_BL, return_gate=True, residual=residual)
-    assert torch.equal(u[dead_BL], inputs[0][dead_BL] * residual)
-    assert (gate[dead_BL] == 0).all()
+        inputs[1][masked_BL], inputs[2][masked_BL] = junk, junk
+    u, gate = engram_gate(*inputs, EPS, masked_BL, return_gate=True, residual=residual)
+    assert torch.equal(u[masked_BL], inputs[0][masked_BL] * residual)
+    assert (gate[masked_BL] == 0).all()
     gradients = torch.autograd.grad(u, inputs, du)
-    alive = exact_inputs([x[:, ~dead_BL[0]] for x in inputs[:3]] + inputs[3:])
+    alive = exact_inputs([x[:, ~masked_BL[0]] for x in inputs[:3]] + inputs[3:])
     expected_u = engram_gate_reference(*alive, EPS, residual=residual)[0]
-    assert_close("u", u[~dead_BL], expected_u[0])
-    expected = torch.autograd.grad(expected_u, alive, du[:, ~dead_BL[0]])
-    assert torch.equal(gradients[0][dead_BL], du[dead_BL] * residual), "dh at a dead position"
+    assert_close("u", u[~masked_BL], expected_u[0])
+    expected = torch.autograd.grad(expected_u, alive, du[:, ~masked_BL[0]])
+    assert torch.equal(gradients[0][masked_BL], du[masked_BL] * residual), "dh at a masked position"
     for name, got in zip(NAMES[1:3], gradients[1:3], strict=True):
-        assert (got[dead_BL] == 0).all(), f"d{name} at a dead position"
+        assert (got[masked_BL] == 0).all(), f"d{name} at a masked position"
     for name, got, want in zip(NAMES[:3], gradients, expected, strict=False):
-        assert_close(f"d{name}", got[~dead_BL], want[0], kind="gradient")
+        assert_close(f"d{name}", got[~masked_BL], want[0], kind="gradient")
     for name, got, want in zip(NAMES[3:], gradients[3:], expected[3:], strict=True):
         assert_close(f"d{name}", got, want, kind="gradient")
 
@@ -218,7 +218,7 @@ def test_some_inputs_may_need_no_gradient():
         (4, torch.zeros(4, 32), r"key_weight_SD: got shape \(4, 32\), expected \(4, 33\)"),
         (2, torch.zeros(2, 7, 33, dtype=torch.int64), "v_BLD: got dtype torch.int64"),
         (5, 0.0, "eps: got 0.0"),
-        (6, torch.zeros(2, 7), r"dead_BL: got torch.float32 \(2, 7\), expected bool \(2, 7\)"),
+        (6, torch.zeros(2, 7), r"masked_BL: got torch.float32 \(2, 7\), expected bool \(2, 7\)"),
     ],
 )
 def test_wrong_input_is_named(place, value, message):

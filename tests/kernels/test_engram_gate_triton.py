@@ -1,4 +1,4 @@
-"""The Triton kernels of engram_gate: against fp64 on odd shapes and strides, the clamp, dead positions, compilation."""
+"""The Triton kernels of engram_gate: against fp64 on odd shapes and strides, the clamp, masks, compilation."""
 
 from functools import partial
 
@@ -24,13 +24,13 @@ def make_inputs(batch=2, length=7, streams=4, width=33, h_dtype=torch.float32, d
     return dict(zip(NAMES, tensors, strict=True))
 
 
-def ours(dead_BL=None, eps=EPS, residual=False, **inputs):
+def ours(masked_BL=None, eps=EPS, residual=False, **inputs):
     options = {"return_gate": True, "residual": residual, "backend": "triton"}
-    return engram_gate(**inputs, eps=eps, dead_BL=dead_BL, **options)
+    return engram_gate(**inputs, eps=eps, masked_BL=masked_BL, **options)
 
 
-def reference(dead_BL=None, eps=EPS, residual=False, **inputs):
-    u_BLSD, gate_BLS = engram_gate_reference(**inputs, eps=eps, dead_BL=dead_BL, residual=residual)
+def reference(masked_BL=None, eps=EPS, residual=False, **inputs):
+    u_BLSD, gate_BLS = engram_gate_reference(**inputs, eps=eps, masked_BL=masked_BL, residual=residual)
     return u_BLSD, gate_BLS.detach()
 
 
@@ -80,28 +80,28 @@ def test_the_sum_is_rounded_once(device):
 
 
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
-def test_dead_positions_equal_absent_ones(poison, device, junk, residual, both):
+def test_masked_positions_equal_absent_ones(poison, device, junk, residual, both):
     """They give nothing and get nothing; with the residual they give h, and dh is du, exactly."""
     inputs = make_inputs(1, 7, 4, 33)
-    dead_BL = torch.tensor([[False, True, False, False, True, True, False]])
+    masked_BL = torch.tensor([[False, True, False, False, True, True, False]])
     for name in ("h_BLSD", "k_BLSD", "v_BLD"):
-        inputs[name][dead_BL] = junk
+        inputs[name][masked_BL] = junk
     leaves = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
     du = torch.randn(1, 7, 4, 33)
-    u, gate = both[0](dead_BL.to(device), **leaves)
+    u, gate = both[0](masked_BL.to(device), **leaves)
     gradients = torch.autograd.grad(u, list(leaves.values()), du.to(device))
-    alive = {n: (x if x.dim() == 2 else x[:, ~dead_BL[0]]).double().requires_grad_() for n, x in inputs.items()}
+    alive = {n: (x if x.dim() == 2 else x[:, ~masked_BL[0]]).double().requires_grad_() for n, x in inputs.items()}
     expected_u, expected_gate = both[1](**alive)
-    expected = torch.autograd.grad(expected_u, list(alive.values()), du[:, ~dead_BL[0]].double())
+    expected = torch.autograd.grad(expected_u, list(alive.values()), du[:, ~masked_BL[0]].double())
     names, found, wanted = ("u", "gate", *NAMES), (u, gate, *gradients), (expected_u, expected_gate, *expected)
-    at_dead = {"u": inputs["h_BLSD"][dead_BL], "h_BLSD": du[dead_BL]} if residual else {}
+    at_masked = {"u": inputs["h_BLSD"][masked_BL], "h_BLSD": du[masked_BL]} if residual else {}
     for name, got, want in zip(names, found, wanted, strict=True):
         got = got.cpu()
         if got.dim() > 2:
-            dead, zero = got[dead_BL], torch.zeros_like(got[dead_BL])
+            masked, zero = got[masked_BL], torch.zeros_like(got[masked_BL])
             same = torch.testing.assert_close  # NaN is NaN
-            same(dead, at_dead.get(name, zero), rtol=0, atol=0, equal_nan=True, msg=f"{name} at a dead position")
-            got = got[~dead_BL][None]
+            same(masked, at_masked.get(name, zero), rtol=0, atol=0, equal_nan=True, msg=f"{name} at a masked position")
+            got = got[~masked_BL][None]
         assert_close(name, got, want, kind="gradient")
 
 
@@ -175,10 +175,10 @@ def test_tokens_in_batches_of_any_size_give_the_same_bits(device, residual):
 
 def test_under_compilation_and_recomputation(device, residual):
     leaves = [x.to(device).requires_grad_() for x in make_inputs(1, 3, 2, 8, dtype=torch.float16).values()]
-    dead_BL = torch.tensor([[False, True, False]], device=device)
+    masked_BL = torch.tensor([[False, True, False]], device=device)
 
     def twice(*inputs):
-        u, gate = engram_gate(*inputs, EPS, dead_BL, return_gate=True, residual=residual, backend="triton")
+        u, gate = engram_gate(*inputs, EPS, masked_BL, return_gate=True, residual=residual, backend="triton")
         return 2 * u, gate
 
     expected = torch.autograd.grad(twice(*leaves)[0].sum(), leaves)
@@ -189,7 +189,7 @@ def test_under_compilation_and_recomputation(device, residual):
         assert torch.equal(gate, twice(*leaves)[1])
         for a, b in zip(torch.autograd.grad(u.sum(), leaves), expected, strict=True):
             assert torch.equal(a, b)
-    torch.library.opcheck(torch.ops.engramba.engram_gate_fwd.default, (*leaves, EPS, dead_BL, residual))
+    torch.library.opcheck(torch.ops.engramba.engram_gate_fwd.default, (*leaves, EPS, masked_BL, residual))
 
 
 def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
@@ -201,7 +201,7 @@ def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
         engram_gate(*many, EPS, backend="triton")
     with pytest.raises(ValueError, match="k_BLSD: got a tensor on meta, expected"):
         engram_gate(inputs[0], inputs[1].to("meta"), *inputs[2:], EPS)
-    with pytest.raises(ValueError, match="dead_BL: got a tensor on meta, expected"):
+    with pytest.raises(ValueError, match="masked_BL: got a tensor on meta, expected"):
         engram_gate(*inputs, EPS, torch.zeros(2, 7, dtype=torch.bool, device="meta"))
 
 

@@ -27,11 +27,11 @@ def small_hash(orders=(2, 3), num_heads=3, table_size=50, vocab_size=30, pad_id=
     return ngram_hashes((4,), vocab_size, orders, num_heads, table_size, seed=1, pad_id=pad_id)[4]
 
 
-def random_case(length=23, vocab_size=30, dead_every=0):
+def random_case(length=23, vocab_size=30, masked_every=0):
     """Two packed rows: ids, and documents of random lengths."""
     ids_BL = torch.randint(0, vocab_size, (2, length))
-    if dead_every:
-        ids_BL[torch.rand(2, length) < 1 / dead_every] = -1
+    if masked_every:
+        ids_BL[torch.rand(2, length) < 1 / masked_every] = -1
     return ids_BL, (torch.rand(2, length) < 0.25).cumsum(1)
 
 
@@ -113,7 +113,7 @@ def test_hashes_do_not_depend_on_global_random_state():
 def test_equals_the_reference(seed, length, orders, vocab_size, documents, history):
     torch.manual_seed(seed)
     hash = ngram_hashes((4,), vocab_size, orders, 3, 97, seed=seed, pad_id=seed % vocab_size)[4]
-    ids_BL, seq_idx = random_case(length, vocab_size, dead_every=seed % 5)
+    ids_BL, seq_idx = random_case(length, vocab_size, masked_every=seed % 5)
     past = torch.randint(-1, vocab_size, (2, hash.max_order - 1)) if history else None
     args = (ids_BL, hash, seq_idx if documents else None, past)
     assert torch.equal(engram_hash(*args), engram_hash_reference(*args))
@@ -153,7 +153,7 @@ def test_packed_documents_equal_separate_ones():
     assert not torch.equal(packed, engram_hash(ids_BL, hash))
 
 
-def test_dead_positions_block_their_windows_and_no_other():
+def test_masked_positions_block_their_windows_and_no_other():
     hash = small_hash(orders=(2, 3))
     ids_BL = torch.tensor([[5, 6, -1, 8, 9, 10]])
     blocked = engram_hash(ids_BL, hash) == -1
@@ -164,7 +164,7 @@ def test_dead_positions_block_their_windows_and_no_other():
     assert torch.equal(engram_hash(ids_BL, hash)[0, 5], engram_hash(torch.tensor([[8, 9, 10]]), hash)[0, 2])
 
 
-def test_dead_position_of_another_document_does_not_block():
+def test_masked_position_of_another_document_does_not_block():
     hash = small_hash()
     rows = engram_hash(torch.tensor([[-1, 4, 5]]), hash, torch.tensor([[0, 1, 1]]))
     assert (rows[0, 0] == -1).all()
@@ -173,7 +173,7 @@ def test_dead_position_of_another_document_does_not_block():
 
 def test_steps_with_history_equal_the_whole():
     hash = small_hash(orders=(2, 3, 4), pad_id=7)
-    ids_BL, _ = random_case(dead_every=9)
+    ids_BL, _ = random_case(masked_every=9)
     whole, history_BK = engram_hash(ids_BL, hash), torch.full((2, 3), 7)
     for t in range(ids_BL.shape[1]):
         step = engram_hash(ids_BL[:, t : t + 1], hash, history_BK=history_BK)
@@ -209,7 +209,7 @@ def test_empty_and_short_rows(shape):
 @pytest.mark.parametrize(
     ("ids", "kwargs", "message"),
     [
-        ([[1, 30]], {}, "ids_BL: got id 30, expected -1 .dead. to vocab_size - 1 = 29"),
+        ([[1, 30]], {}, "ids_BL: got id 30, expected -1 .masked. to vocab_size - 1 = 29"),
         ([[1, -2]], {}, "ids_BL: got id -2"),
         ([1, 2], {}, r"ids_BL: got shape \(2,\)"),
         ([[1.0]], {}, "ids_BL: got dtype torch.float32"),

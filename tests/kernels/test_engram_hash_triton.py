@@ -29,7 +29,7 @@ def assert_same_bits(device, ids_BL, hash, seq_idx=None, history_BK=None):
 def test_same_bits(device, seed, length, orders, vocab_size, table_size, documents, history):
     torch.manual_seed(seed)
     hash = ngram_hashes((4,), vocab_size, orders, 3, table_size, seed=seed, pad_id=seed % vocab_size)[4]
-    ids_BL, seq_idx = random_case(length, vocab_size, dead_every=seed % 5)
+    ids_BL, seq_idx = random_case(length, vocab_size, masked_every=seed % 5)
     past = torch.randint(-1, vocab_size, (2, hash.max_order - 1)) if history else None
     assert_same_bits(device, ids_BL, hash, seq_idx if documents else None, past)
 
@@ -48,7 +48,7 @@ def test_both_ends_of_the_vocabulary(device):
 
 
 def test_all_layers_in_one_launch(device):
-    ids_BL, seq_idx = random_case(33, VOCAB, dead_every=7)
+    ids_BL, seq_idx = random_case(33, VOCAB, masked_every=7)
     hashes = list(ngram_hashes((0, 3, 9), VOCAB, (2, 3, 4), 5, 1000, seed=0, pad_id=2).values())
     for backend in ("triton", "torch"):
         rows = engram_hash_layers(ids_BL.to(device), hashes, seq_idx.to(device), backend=backend).cpu()
@@ -117,7 +117,7 @@ def test_empty_and_short_rows(device, shape):
 
 def test_steps_with_history_equal_the_whole(device):
     hash = small_hash(orders=(2, 3, 4), pad_id=7)
-    ids_BL, history_BK = random_case(9, dead_every=9)[0].to(device), torch.full((2, 3), 7, device=device)
+    ids_BL, history_BK = random_case(9, masked_every=9)[0].to(device), torch.full((2, 3), 7, device=device)
     whole = engram_hash(ids_BL, hash, backend="triton")
     for t in range(ids_BL.shape[1]):
         step = engram_hash(ids_BL[:, t : t + 1], hash, history_BK=history_BK, backend="triton")
@@ -126,7 +126,7 @@ def test_steps_with_history_equal_the_whole(device):
 
 
 def test_under_compilation(device):
-    hash, (ids_BL, seq_idx) = small_hash(), random_case(7, dead_every=4)
+    hash, (ids_BL, seq_idx) = small_hash(), random_case(7, masked_every=4)
     ids_BL, seq_idx = ids_BL.to(device), seq_idx.to(device)
 
     def add_one(ids_BL, seq_idx):

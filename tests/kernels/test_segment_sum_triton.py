@@ -51,10 +51,10 @@ def test_half_precision_is_summed_in_fp32(poison, device):
 
 @pytest.mark.usefixtures("poison", "small_units")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(0, 29), min_size=1, max_size=6), dead=st.integers(0, 7), seed=st.integers(0, 999))
-def test_segments_of_every_length(device, lengths, dead, seed):
+@given(lengths=st.lists(st.integers(0, 29), min_size=1, max_size=6), masked=st.integers(0, 7), seed=st.integers(0, 999))
+def test_segments_of_every_length(device, lengths, masked, seed):
     torch.manual_seed(seed)
-    index_M = torch.tensor([-1] * dead + [s for s, length in enumerate(lengths) for _ in range(length)])
+    index_M = torch.tensor([-1] * masked + [s for s, length in enumerate(lengths) for _ in range(length)])
     index_M = index_M[torch.randperm(len(index_M))].to(device, torch.int64)
     rows_MW = whole_numbers(len(index_M), 5, device)
     expected = torch.zeros(len(lengths) + 1, 5, device=device).index_add_(0, index_M % (len(lengths) + 1), rows_MW)

@@ -21,7 +21,7 @@ from tests.helpers.tiny import made_up_token_map, tiny_config
 from training import compute_dtype
 from training.compute_dtype import dtype_to_read_with, tell_choice, with_dtype
 from training.config import RunConfig
-from training.decode.loaded_model import load_trained
+from training.decode.loaded_model import load_model
 from training.run.run_file import load_run_json
 from training.trainer import build_trainer
 
@@ -126,7 +126,7 @@ def test_rank_0_decides_and_run_json_keeps_it(corpus, tmp_path, monkeypatch):  #
     assert load_run_json(run / "run.json").train.dtype == "bf16"
     for choice in (FP32, BF16):
         monkeypatch.setattr(compute_dtype, "choose_dtype", lambda device, choice=choice: choice)
-        found = load_trained(run)
+        found = load_model(run)
         assert found.model.embedding.weight.dtype == found.memory.tables.dtype == choice.dtype
         assert found.config.train.dtype == "bf16"
 

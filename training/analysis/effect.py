@@ -71,8 +71,8 @@ def without_rows(memory: Memory) -> Memory:
     """Memory of the same shapes that holds zeros."""
 
     def nothing(recall: Recall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        memory_BLM, dead_BL = recall()
-        return torch.zeros_like(memory_BLM), dead_BL
+        memory_BLM, masked_BL = recall()
+        return torch.zeros_like(memory_BLM), masked_BL
 
     return {layer: partial(nothing, recall) for layer, recall in memory.items()}
 

@@ -14,7 +14,7 @@ from training.analysis.pictures import bin_label, draw_effect, draw_gates, gate_
 from training.analysis.usage import Growth, HeadUsage, Traffic, growth, head_usage, read_steps, traffic
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import Split
-from training.decode.loaded_model import Trained, load_trained
+from training.decode.loaded_model import LoadedModel, load_model
 from training.run.resume import rows_consumed
 from training.trainer import EngramMemory
 
@@ -61,7 +61,7 @@ def analyze_engram(
     Raises:
         RunError: no checkpoint, no Engram in its model, a text without a token, or nowhere to write.
     """
-    trained = load_trained(source)
+    trained = load_model(source)
     if trained.memory is None:
         rule = "is of a model without Engram"
         raise RunError(Problem(field="checkpoint", value=trained.path, rule=rule, fix="analyse another run"))
@@ -74,7 +74,7 @@ def analyze_engram(
     return report, output
 
 
-def _rows_of(trained: Trained, text: str | None, num_tokens: int) -> tuple[ValidationRows, int]:
+def _rows_of(trained: LoadedModel, text: str | None, num_tokens: int) -> tuple[ValidationRows, int]:
     """The rows to measure on, and how many of them."""
     files, length = trained.files, trained.config.data.seq_length
     if text is None:
@@ -98,7 +98,7 @@ def _make(output: Path) -> Path:
     return output
 
 
-def _measure(trained: Trained, memory: EngramMemory, observed: Observed, limit: int, text: str) -> Report:
+def _measure(trained: LoadedModel, memory: EngramMemory, observed: Observed, limit: int, text: str) -> Report:
     config, step = trained.config, trained.manifest["step"]
     length, micro_batch = config.data.seq_length, config.train.micro_batch
     rows = PackedRows(trained.files, "train", length, config.data.seed)
@@ -122,7 +122,7 @@ def _measure(trained: Trained, memory: EngramMemory, observed: Observed, limit: 
     )
 
 
-def _write(trained: Trained, observed: Observed, report: Report, output: Path) -> None:
+def _write(trained: LoadedModel, observed: Observed, report: Report, output: Path) -> None:
     shown, tokenizer = slice(SHOWN_TOKENS), trained.files.tokenizer()
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in observed.tokens_T[shown].tolist()]
     gates = {layer: gate_TS[shown] for layer, gate_TS in observed.gates.items()}

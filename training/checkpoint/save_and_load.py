@@ -18,14 +18,13 @@ from parallel.agree import on_every_rank, on_rank_0
 from parallel.engine.deepspeed import refresh_parameters
 from parallel.errors import LostRun, RunError
 from parallel.mesh import Mesh
-from training.checkpoint.format import checksums as sums
-from training.checkpoint.format import storage
-from training.checkpoint.format.identity import census_of, identity_of, require_same_model
+from training.checkpoint.format import checksums, storage
+from training.checkpoint.format.identity import identity_of, metadata_of, require_same_model
 from training.checkpoint.format.logical import Tensors, is_weight, trainer_tensors, weight_tensors
 from training.checkpoint.format.planners import read_tensors, write_tensors
 from training.checkpoint.format.problems import checkpoint_problem, told_for
 from training.checkpoint.format.storage import FORMAT, Manifest
-from training.checkpoint.format.stored_rows import Census, fit_rows
+from training.checkpoint.format.stored_rows import TensorMetadata, fit_rows
 from training.checkpoint.tools.reader import find_checkpoint
 from training.config import TrainConfig
 from training.model.config import ModelConfig
@@ -153,12 +152,12 @@ def _fill(
     def mine() -> Manifest:
         with told_for(path, "written"):
             others = [".metadata", *storage.attach(path, files)] if comm.rank == 0 else []
-            return written | sums.file_records(path, others)
+            return written | checksums.file_records(path, others)
 
     shares = comm.allgather(on_every_rank(comm, mine))
     record = record | {
         "files": {name: file for share in shares for name, file in sorted(share.items())},
-        "tensors": census_of(tensors),
+        "tensors": metadata_of(tensors),
     }
 
     def commit() -> Path:
@@ -271,7 +270,7 @@ def _restore(
     if manifest.get("weights_only") and wanted is not is_weight:
         rule, fix = "holds weights only: there is nothing to resume from", "begin a run with --train.start_from"
         raise checkpoint_problem(path, rule, fix)
-    stored: Census = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
+    stored: TensorMetadata = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
     first: Tensors = {}
     if memory is not None:
         first, tensors, stored = fit_rows(path, tensors, stored, memory.tables)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kernels.engram_hash import engram_hash
-from training.decode.loaded_model import load_trained
+from training.decode.loaded_model import load_model
 from training.model.mamba2 import Cache
 from training.model.model import HybridModel
 from training.trainer import EngramMemory, memory_of
@@ -24,7 +24,7 @@ def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p:
     Raises:
         RunError: no complete checkpoint, or one of another model or tokenizer.
     """
-    trained = load_trained(run)
+    trained = load_model(run)
     known = trained.vocabulary
     tokenizer = known.tokenizer()
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [known.eod_id]

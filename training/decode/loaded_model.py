@@ -25,7 +25,7 @@ RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A checkpoint's model, with what it was trained from."""
 
     path: Path
@@ -53,7 +53,7 @@ class Trained:
         return files
 
 
-def load_trained(source: Path) -> Trained:
+def load_model(source: Path) -> LoadedModel:
     """The newest checkpoint of a run, or the one named.
 
     Args:
@@ -75,7 +75,7 @@ def load_trained(source: Path) -> Trained:
     model = build_model(
         config.model, mesh, seed=config.train.seed, dtype=DTYPES[here.train.chosen_dtype], device=device
     ).eval()
-    return Trained(path, load_weights(path, model, mesh, memory), config, vocabulary, model, memory)
+    return LoadedModel(path, load_weights(path, model, mesh, memory), config, vocabulary, model, memory)
 
 
 def find_vocabulary(config: RunConfig, checkpoint: Path) -> Vocabulary:

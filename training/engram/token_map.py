@@ -44,7 +44,7 @@ class TokenMap:
         return digest.hexdigest()
 
     def compress(self, ids: Tensor) -> Tensor:
-        """Compressed ids, int64 of the same shape; negative ids (dead positions) pass through.
+        """Compressed ids, int64 of the same shape; negative ids (masked positions) pass through.
 
         Raises:
             RunError: an id is not in the vocabulary.

@@ -51,7 +51,7 @@ class Engram(nn.Module):
         memory_BLM: torch.Tensor,
         seq_idx_BL: torch.Tensor | None,
         cache: Cache | None = None,
-        dead_BL: torch.Tensor | None = None,
+        masked_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The streams with what is remembered, in the layout of ``h_BLSD``.
 
@@ -59,7 +59,7 @@ class Engram(nn.Module):
             h_BLSD: residual streams, in their own layout.
             memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and heads.
             seq_idx_BL: documents of the whole row.
-            dead_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
+            masked_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
         """
         shared = self.mesh.size("tp") > 1 and not self.mesh.sequence_parallel
         if not self.config.conv and not shared:
@@ -68,7 +68,7 @@ class Engram(nn.Module):
         u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
             y_BLSD = F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
-            u_BLSD = u_BLSD + (y_BLSD if dead_BL is None else y_BLSD.masked_fill(dead_BL[..., None, None], 0))
+            u_BLSD = u_BLSD + (y_BLSD if masked_BL is None else y_BLSD.masked_fill(masked_BL[..., None, None], 0))
         return h_BLSD + give_token_share(u_BLSD, self.mesh)
 
     def gated(

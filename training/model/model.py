@@ -33,7 +33,7 @@ MIXERS: dict[str, Callable[[ModelConfig, Mesh], nn.Module]] = {
 }
 
 # An Engram layer's rows for this rank's share of the tokens, memory_BLM, and the positions that look nothing up,
-# dead_BL (None where there is none); of all layers by their index.
+# masked_BL (None where there is none); of all layers by their index.
 Recall = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 Memory = Mapping[int, Recall]
 
@@ -78,8 +78,8 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         assert self.engram is not None
         engram_cache = None if cache is None else cache.setdefault("engram", {})
-        memory_BLM, dead_BL = memory[self.index]()
-        return self.engram(x_BLSD, memory_BLM, seq_idx_BL, engram_cache, dead_BL)
+        memory_BLM, masked_BL = memory[self.index]()
+        return self.engram(x_BLSD, memory_BLM, seq_idx_BL, engram_cache, masked_BL)
 
     def _mix(
         self, u_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None

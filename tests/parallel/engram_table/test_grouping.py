@@ -19,7 +19,7 @@ def test_grouping_equals_unique(ids, scale):
     live = ids[ids >= 0]
     rows, inverse = live.unique(return_inverse=True)
     assert torch.equal(groups.rows_U, rows)
-    slots = groups.positions(torch.arange(len(rows)), dead=-7)
+    slots = groups.positions(torch.arange(len(rows)), masked=-7)
     assert torch.equal(slots[ids >= 0], inverse)
     assert (slots[ids < 0] == -7).all()
     expected_order = torch.nonzero(ids >= 0).flatten()[inverse.argsort(stable=True)]

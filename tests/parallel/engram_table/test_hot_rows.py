@@ -31,7 +31,7 @@ def make_tables(config: TableConfig, device=CPU, dtype=torch.float32, **options)
 
 
 def ids_of(step: int, micro: int, rank: int) -> dict[int, torch.Tensor]:
-    """(TOKENS, 2) a layer: a few rows in most micro-batches, which drift, and others now and then; some are dead."""
+    """(TOKENS, 2) a layer: a few rows in most micro-batches, which drift, and others now and then; some are masked."""
     generator = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
     uniform = torch.rand(len(SHAPES), TOKENS, 2, generator=generator)
     ids = {}

@@ -33,7 +33,7 @@ def make_tables(shapes=SHAPES, config=CONFIG, dtype=torch.float32, std=0.5, mesh
 
 
 def make_ids(step: int, tokens: int = 40) -> dict[int, torch.Tensor]:
-    """The ids of all ranks' tokens: shard borders for all numbers of ranks, a hot row, dead ids, repeats."""
+    """The ids of all ranks' tokens: shard borders for all numbers of ranks, a hot row, masked ids, repeats."""
     generator = torch.Generator().manual_seed(step)
     ids = {}
     for layer, shape in SHAPES.items():
@@ -230,7 +230,7 @@ def test_untouched_rows_keep_their_bits(size):
     assert not whole(reports, "engram.1.exp_avg_sq").any()
 
 
-def test_dead_ids_are_zero_and_learn_nothing():
+def test_masked_ids_are_zero_and_learn_nothing():
     ids = torch.tensor([[-1, 2, -1], [-1, -1, -1]])
     (report,) = run(gradients_of, 1, ids)
     out_NW = torch.from_numpy(report["out"]).view(-1, WIDTH)

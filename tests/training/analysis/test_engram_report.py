@@ -21,7 +21,7 @@ from training.analysis.engram_report import analyze_engram, lines
 from training.analysis.pictures import COLUMNS, draw_gates, gate_lines, gate_page, visible, wrapped
 from training.checkpoint import load_weights
 from training.data.files import TokenFiles
-from training.decode.loaded_model import load_trained
+from training.decode.loaded_model import load_model
 from training.engram.hash_artifact import FILE, make_artifact, write_artifact
 from training.run.metrics_file import read_metrics
 from training.run.run_file import load_run_json
@@ -155,7 +155,7 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
         return model.logits(ids_BL, None, memory_of(memory.fetch(ids_BL, None)))
 
     monkeypatch.setattr(storage, "host_zeros", recorded)
-    trained = load_trained(run)
+    trained = load_model(run)
     state = trained.memory.tables.state()
     assert set(state) == {"engram.1.weight", "engram.3.weight"}
     needed = sum(piece.num_rows for piece in state.values()) * row_bytes("fp32", 8)
@@ -169,12 +169,12 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
         trained.memory.tables.step(1e-3)
 
     monkeypatch.setattr(storage, "available_host_bytes", lambda: needed)
-    load_trained(run)
+    load_model(run)
     with pytest.raises(RunError, match=r"of host memory.* for rows and optimizer state"):
         build_memory(config, single_mesh(), token_map, torch.device("cpu"))
     monkeypatch.setattr(storage, "available_host_bytes", lambda: needed - 1)
     with pytest.raises(RunError, match=r"of host memory.* for rows, and"):
-        load_trained(run)
+        load_model(run)
 
 
 def test_lines_hold_all_tokens_in_order_and_fit():

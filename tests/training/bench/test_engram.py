@@ -13,9 +13,9 @@ import torch
 from parallel.engram_table import EngramTables
 from parallel.engram_table.hot_rows import HotRows
 from parallel.errors import RunError
+from training.bench import engram as bench_engram
 from training.bench.engram import HEAD, RESIDENT, Result, bench, check_placements, copied_in, placements, table
 from training.bench.engram_loop import Loop, Work
-from training.bench.throughput import engram as bench_engram
 from training.presets import PRESETS
 
 RUN = PRESETS[bench_engram.PRESET]()

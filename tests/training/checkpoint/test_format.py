@@ -26,11 +26,10 @@ from parallel.placement import Part, PlacedParameter, Placement, constant
 from tests.helpers.ranks import run_ranks
 from training.checkpoint import latest, prune
 from training.checkpoint import save_and_load as run
-from training.checkpoint.format import checksums as sums
-from training.checkpoint.format import planners, problems, storage
+from training.checkpoint.format import checksums, planners, problems, storage
 from training.checkpoint.format.boxes import Box, cover_problem, range_boxes
 from training.checkpoint.format.logical import Chunk, LogicalTensor, Tensors, _add_fragment
-from training.checkpoint.format.safe_unpickling import TrustedReader
+from training.checkpoint.format.safe_unpickling import SafeReader
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -176,7 +175,7 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
     def read(change, tensors: Tensors) -> str:
         changed = pickle.loads(stored)
         change(changed.state_dict_metadata)
-        monkeypatch.setattr(TrustedReader, "read_metadata", lambda self, *args, **kwargs: changed)
+        monkeypatch.setattr(SafeReader, "read_metadata", lambda self, *args, **kwargs: changed)
         with pytest.raises(RunError) as error, problems.told_for(path, "read"):
             planners.read_tensors(path, tensors, None)
         return str(error.value)
@@ -378,10 +377,10 @@ def test_any_flipped_byte_is_found_and_only_its_tensor_named(tmp_path):
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 37, 4096, 5000]), st.booleans()), max_size=12))
 def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(pieces):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums, "WRITE_BYTES", 4096)
-        patch.setattr(sums, "WRITE_BEHIND_BYTES", 8192)
+        patch.setattr(checksums, "WRITE_BYTES", 4096)
+        patch.setattr(checksums, "WRITE_BEHIND_BYTES", 8192)
         path, whole, ends = Path(place) / "file", b"", {0}
-        with sums.SummedFile(path) as file:
+        with checksums.ChecksummedFile(path) as file:
             for size, flush in pieces:
                 assert file.write(random.Random(len(whole)).randbytes(size)) == size
                 whole += random.Random(len(whole)).randbytes(size)
@@ -397,9 +396,9 @@ def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(piece
 
 
 def test_a_summed_file_that_cannot_be_written_is_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "WRITE_BYTES", 16)
-    monkeypatch.setattr(sums.os, "fsync", lambda handle: None)
-    with pytest.raises(OSError, match="No space left"), sums.SummedFile(Path("/dev/full")) as file:
+    monkeypatch.setattr(checksums, "WRITE_BYTES", 16)
+    monkeypatch.setattr(checksums.os, "fsync", lambda handle: None)
+    with pytest.raises(OSError, match="No space left"), checksums.ChecksummedFile(Path("/dev/full")) as file:
         file.write(bytes(100))
     assert file.file.closed
 

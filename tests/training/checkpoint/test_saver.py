@@ -23,8 +23,7 @@ from tests.helpers.runs import NO_TIME_OUT, corpus, forked, records, run_forked,
 from tests.helpers.tiny import train_steps
 from tests.training.checkpoint.test_save_and_load import assert_same_tensors, config_of, go_on
 from training.checkpoint import Saver, latest, load, save, saver, snapshot
-from training.checkpoint.format import checksums as sums
-from training.checkpoint.format import planners, storage
+from training.checkpoint.format import checksums, planners, storage
 from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import Chunk, LogicalTensor, Tensors
 from training.checkpoint.snapshot import Snapshot
@@ -85,13 +84,13 @@ def test_a_host_without_memory_for_the_copy_is_told(monkeypatch):
 
 def hold_saves() -> threading.Event:
     """Saves of this process end once the event is set."""
-    released, real = threading.Event(), sums.file_records
+    released, real = threading.Event(), checksums.file_records
 
     def file_records(path, names):
         released.wait(HANG_S)
         return real(path, names)
 
-    sums.file_records = file_records
+    checksums.file_records = file_records
     return released
 
 
@@ -282,14 +281,14 @@ def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tm
 
 def second_save_hangs_on_rank_1(rank: int) -> None:
     """Rank 1 never ends the save of step 4; rank 0 has written its share and waits for it."""
-    real = sums.file_records
+    real = checksums.file_records
 
     def file_records(path, names):
         if rank == 1 and path.name == "step-00000004.tmp":
             time.sleep(HANG_S)
         return real(path, names)
 
-    sums.file_records, failure.GRACE_S = file_records, 1.0
+    checksums.file_records, failure.GRACE_S = file_records, 1.0
 
 
 @pytest.mark.parametrize(

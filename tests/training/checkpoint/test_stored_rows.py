@@ -216,9 +216,9 @@ def test_refusals_change_nothing(run, tmp_path):
 
 
 def test_formats_and_optimizers_are_known_by_their_tensors(run):
-    census = read_manifest(latest(run[0] / "checkpoints"))["tensors"]
-    assert row_format(census) == "fp32"
-    assert told(census, config_of().table) == []
+    metadata = read_manifest(latest(run[0] / "checkpoints"))["tensors"]
+    assert row_format(metadata) == "fp32"
+    assert told(metadata, config_of().table) == []
     for optimizer in ("adam", "rowwise_adam", "momentum_sinkhorn"):
         memory = build_memory(config_of(optimizer=optimizer), single_mesh(), made_up_token_map(), CPU)
         assert row_optimizer({name: piece.tensor.shape for name, piece in memory.tables.state().items()}) == optimizer

@@ -23,7 +23,7 @@ from training.checkpoint.format import storage
 from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import is_weight
 from training.checkpoint.format.planners import MAX_CHUNK_BYTES
-from training.checkpoint.format.safe_unpickling import TrustedReader, read_metadata
+from training.checkpoint.format.safe_unpickling import SafeReader, read_metadata
 from training.checkpoint.format.storage import FORMAT
 from training.checkpoint.tools.average import average
 from training.checkpoint.tools.check import newest_named, verify
@@ -261,11 +261,11 @@ def test_dcp_itself_reads_through_the_same_gate(copy):
     plain = read_plainly(copy)
     state = {name: torch.zeros_like(values) for name, values in plain.items()}
     with pytest.warns(UserWarning, match=r"torch\.distributed is disabled"):
-        dcp.load(state, storage_reader=TrustedReader(copy), no_dist=True)
+        dcp.load(state, storage_reader=SafeReader(copy), no_dist=True)
     assert all(torch.equal(state[name], values) for name, values in plain.items())
     (copy / ".metadata").write_bytes(pickle.dumps(Payload(exit, 3)))
     with pytest.raises(RunError, match="asks for"):
-        TrustedReader(copy).read_metadata()
+        SafeReader(copy).read_metadata()
 
 
 def swap_two_places(metadata):

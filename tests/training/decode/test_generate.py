@@ -12,7 +12,7 @@ from parallel.mesh import single_mesh
 from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
 from tests.helpers.tiny import made_up_token_map, tiny_config
 from training.decode.generate import continue_tokens, generate, sample
-from training.decode.loaded_model import load_trained
+from training.decode.loaded_model import load_model
 from training.model.model import build_model
 from training.trainer import build_memory, memory_of
 
@@ -131,7 +131,7 @@ def test_a_run_generates_on_one_process_whatever_trained_it(corpus, tmp_path, mo
         places = (Path("../../runs/two"), Path("../../runs/two/"), newest, Path("../..") / newest.relative_to(tmp_path))
         assert [generate(place, "def __init__", 30, 1.0, 1.0, 0) for place in places] == texts[:1] * 4
         with pytest.raises(RunError, match="does not exist"):
-            load_trained(run).files  # noqa: B018
+            load_model(run).files  # noqa: B018
     finally:
         away.rename(corpus)
     for manifest in run.glob("checkpoints/*/manifest.json"):

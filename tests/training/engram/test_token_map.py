@@ -107,7 +107,7 @@ def test_without_compression_ids_stay():
     assert (token_map.num_compressed, token_map.pad_id) == (257, 9)
 
 
-def test_compress_passes_dead_positions_and_refuses_unknown_tokens():
+def test_compress_passes_masked_positions_and_refuses_unknown_tokens():
     token_map = TokenMap(ids=torch.tensor([0, 1, 0]), num_compressed=2, pad_id=0)
     assert token_map.compress(torch.tensor([[2, 1], [-1, 0]], dtype=torch.int32)).tolist() == [[0, 1], [-1, 0]]
     assert token_map.compress(torch.empty(0, 4, dtype=torch.int64)).shape == (0, 4)

@@ -61,7 +61,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int], dead=()) -> torch.Tensor:
+def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int], masked=()) -> torch.Tensor:
     """arXiv 2601.07372, eq. 4 to 6, with the signed root of the official code; one position and stream at a time."""
     config, rows = layer.config, []
     for row_h, row_e in zip(h, e, strict=True):
@@ -89,7 +89,7 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
                     if source >= 0 and document_L[source] == document_L[t]:
                         y_SD = y_SD + taps[..., -1 - back] * normed[source]
                 out_SD = out_SD + y_SD * torch.sigmoid(y_SD)
-            places.append(torch.zeros_like(out_SD) if t in dead else out_SD)
+            places.append(torch.zeros_like(out_SD) if t in masked else out_SD)
         rows.append(torch.stack(places))
     return torch.stack(rows)
 
@@ -100,22 +100,22 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
     [{}, {"orders": (2, 3, 4), "conv_width": 2}, {"gate": False}, {"conv": False}, {"gate": False, "conv": False}],
     ids=str,
 )
-@pytest.mark.parametrize("dead", [(), (0, 4, 5, 7, 11, 12, 13, 28)], ids=["", "dead"])
-def test_equals_the_paper_written_out(streams, fields, dead, poison):
+@pytest.mark.parametrize("masked", [(), (0, 4, 5, 7, 11, 12, 13, 28)], ids=["", "masked"])
+def test_equals_the_paper_written_out(streams, fields, masked, poison):
     """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients have 4 digits there.
 
     Positions that look nothing up have rows of zeros; they give nothing, also to the convolution, and get nothing.
     """
     layer = engram_layer(streams, **fields).double()
     h_BLSD, e_BLM = (x.detach().double().requires_grad_() for x in inputs(layer))
-    dead_BL = torch.zeros(2, LENGTH, dtype=torch.bool).index_fill_(1, torch.tensor(dead).long(), True)
+    masked_BL = torch.zeros(2, LENGTH, dtype=torch.bool).index_fill_(1, torch.tensor(masked).long(), True)
     twins = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
     h_twin, e_twin = (x.detach().clone().requires_grad_() for x in (h_BLSD, e_BLM))
-    live_BLM, live_twin = (x.masked_fill(dead_BL[..., None], 0) for x in (e_BLM, e_twin))  # as the table gives rows
-    got = added(layer, h_BLSD, live_BLM, documents(), dead_BL=dead_BL if dead else None)
-    expected = written_out(layer, twins, h_twin, live_twin, documents()[0].tolist(), dead)
+    live_BLM, live_twin = (x.masked_fill(masked_BL[..., None], 0) for x in (e_BLM, e_twin))  # as the table gives rows
+    got = added(layer, h_BLSD, live_BLM, documents(), masked_BL=masked_BL if masked else None)
+    expected = written_out(layer, twins, h_twin, live_twin, documents()[0].tolist(), masked)
     assert_close("output", got, expected)
-    assert not got[:, dead].any()
+    assert not got[:, masked].any()
     upstream = torch.randn_like(got)
     got.backward(upstream)
     expected.backward(upstream)
@@ -247,8 +247,8 @@ def test_memory_holds_the_rows_in_column_order():
     ids_BL, _, seq_idx_BL = made_up_rows(2)
     rows, row_ids = memory.fetch(ids_BL, seq_idx_BL), memory.row_ids(ids_BL, seq_idx_BL)
     for layer, recall in memory_of(rows).items():
-        e_BLM, dead_BL = recall()
-        assert dead_BL is None
+        e_BLM, masked_BL = recall()
+        assert masked_BL is None
         assert e_BLM.shape == (*ids_BL.shape, row_ids[layer].shape[-1] * 8)
         single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[layer].embed()
         assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
@@ -308,7 +308,7 @@ def model_without_convolution(fields: dict, streams: int, per_stream: bool, apar
     mesh, cpu = build_mesh(layout(**fields)) if fields else single_mesh(), torch.device("cpu")
     memory = build_memory(config, mesh, made_up_token_map(), cpu)
     model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu)
-    (ids_BL, documents_BL), targets_BL = with_dead_positions(), made_up_rows(3)[1][:2]
+    (ids_BL, documents_BL), targets_BL = with_masked_positions(), made_up_rows(3)[1][:2]
     rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
     ids_BL = ids_BL.clamp_min(0)
     with mock.patch.object(engram_module, "engram_gate", gate):
@@ -353,8 +353,8 @@ def test_sum_in_the_gate_on_shares_of_tokens(sequence_parallel):
         assert got_squared == pytest.approx(squared, rel=1e-4)
 
 
-def with_dead_positions() -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and documents of two rows, with dead positions (an image, say) in the first, in a row and alone."""
+def with_masked_positions() -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and documents of two rows, with masked positions (an image, say) in the first, in a row and alone."""
     ids_BL, _, documents_BL = (part[:2] for part in made_up_rows(3))
     ids_BL = ids_BL.clone()
     ids_BL[0, [0, 5, 6, 7, 20]] = -1
@@ -363,10 +363,10 @@ def with_dead_positions() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("fields", [{}, {"conv": False}, {"gate": False}], ids=str)
-def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
-    """From token map to gradients, against a dense table under autograd in which windows with a dead id are zero."""
+def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
+    """From token map to gradients, against a dense table under autograd in which windows with a masked id are zero."""
     memory, layer = real_memory(), engram_layer(streams, num_heads=2, head_dim=8, **fields)
-    ids_BL, documents_BL = with_dead_positions()
+    ids_BL, documents_BL = with_masked_positions()
     row_ids = memory.row_ids(ids_BL, documents_BL)
     compressed = torch.where(ids_BL < 0, -1, ids_BL % 150)
     expected_ids = engram_hash_reference(compressed, memory.hashes[3], documents_BL)
@@ -382,18 +382,18 @@ def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
     assert torch.equal(e_BLM, dense_BLM)
     assert torch.equal(nothing_BL, ~alive_BLO.any(-1))
     h_BLSD = torch.randn(2, ids_BL.shape[1], streams, WIDTH, requires_grad=True)
-    dead_BL = ids_BL < 0
-    assert not layer.gated(h_BLSD, e_BLM)[0][dead_BL].any()
+    masked_BL = ids_BL < 0
+    assert not layer.gated(h_BLSD, e_BLM)[0][masked_BL].any()
 
     upstream = torch.randn(2, ids_BL.shape[1], streams, WIDTH)
-    out_BLSD = added(layer, h_BLSD, e_BLM, documents_BL, dead_BL=nothing_BL)
-    assert not out_BLSD[dead_BL].any()
+    out_BLSD = added(layer, h_BLSD, e_BLM, documents_BL, masked_BL=nothing_BL)
+    assert not out_BLSD[masked_BL].any()
     assert out_BLSD[~nothing_BL].abs().amax((1, 2)).all()
     out_BLSD.backward(upstream)
     if layer.config.gate:
-        assert not h_BLSD.grad[dead_BL].any()
-        assert h_BLSD.grad[~dead_BL].any()
-    layer(h_BLSD.detach(), dense_BLM, documents_BL, dead_BL=nothing_BL).backward(upstream)
+        assert not h_BLSD.grad[masked_BL].any()
+        assert h_BLSD.grad[~masked_BL].any()
+    layer(h_BLSD.detach(), dense_BLM, documents_BL, masked_BL=nothing_BL).backward(upstream)
     memory.tables.accumulate(rows)
     touched, gradient = memory.tables.gradients()[3]
     assert touched.tolist() == sorted(set(expected_ids[alive_BLO].tolist()))
@@ -403,16 +403,16 @@ def test_dead_positions_give_nothing_and_receive_nothing(streams, fields):
 
 
 @pytest.mark.parametrize("pieces", [[1] * 24, [6, 1, 1, 10, 6]], ids=["steps", "pieces"])
-def test_decoding_over_dead_positions_is_the_whole_forward(pieces):
+def test_decoding_over_masked_positions_is_the_whole_forward(pieces):
     """Also where a piece ends among them, and where a piece has none."""
     memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
-    row_ids, cache, start, steps = memory.row_ids(with_dead_positions()[0], None), {}, 0, []
+    row_ids, cache, start, steps = memory.row_ids(with_masked_positions()[0], None), {}, 0, []
     h_BLSD = torch.randn(2, 24, 4, WIDTH)
 
     def remembered(cut: slice, cache: dict | None) -> torch.Tensor:
         rows = memory.tables.fetch({key: ids[:, cut] for key, ids in row_ids.items()})
-        e_BLM, dead_BL = memory_of(rows)[3]()
-        return added(layer, h_BLSD[:, cut], e_BLM, None, cache, dead_BL)
+        e_BLM, masked_BL = memory_of(rows)[3]()
+        return added(layer, h_BLSD[:, cut], e_BLM, None, cache, masked_BL)
 
     for size in pieces:
         steps.append(remembered(slice(start, start + size), cache))
@@ -422,8 +422,8 @@ def test_decoding_over_dead_positions_is_the_whole_forward(pieces):
     assert not whole[0, [5, 6, 7, 8, 20, 21]].any()
 
 
-def model_over_dead_positions(fields: dict, recompute: bool) -> tuple:
-    """Logits, loss and the norm of the rows' gradient; tokens are known everywhere, memory is dead at some."""
+def model_over_masked_positions(fields: dict, recompute: bool) -> tuple:
+    """Logits, loss and the norm of the rows' gradient; tokens are known everywhere, memory is masked at some."""
     config = tiny_config(pattern="-*", num_streams=2, engram=replace(tiny_config().model.engram, layers=(0, 1)))
     mesh = build_mesh(layout(**fields)) if fields else single_mesh()
     cpu = torch.device("cpu")
@@ -431,7 +431,7 @@ def model_over_dead_positions(fields: dict, recompute: bool) -> tuple:
     model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu, checkpoint_activations=recompute)
     for block in model.layers:  # it starts as nothing
         torch.nn.init.normal_(block.engram.conv_weight, generator=torch.Generator().manual_seed(block.index))
-    (ids_BL, documents_BL), targets_BL = with_dead_positions(), made_up_rows(3)[1][:2]
+    (ids_BL, documents_BL), targets_BL = with_masked_positions(), made_up_rows(3)[1][:2]
     rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
     ids_BL = ids_BL.clamp_min(0)
     loss, _ = model(ids_BL, targets_BL, documents_BL, memory_of(rows))
@@ -447,26 +447,26 @@ def model_over_dead_positions(fields: dict, recompute: bool) -> tuple:
 @pytest.mark.parametrize(
     ("fields", "recompute"), [({"tp": 2}, False), ({"tp": 2, "sequence_parallel": True}, True)], ids=str
 )
-def test_dead_positions_are_dead_on_every_layout(fields, recompute):
+def test_masked_positions_are_masked_on_every_layout(fields, recompute):
     """Shares of tokens, sequence parallelism and recomputation; without the mask the model says something else."""
-    expected, loss, squared = model_over_dead_positions({}, False)
-    for logits, got_loss, got_squared in run_ranks(model_over_dead_positions, 2, fields, recompute):
+    expected, loss, squared = model_over_masked_positions({}, False)
+    for logits, got_loss, got_squared in run_ranks(model_over_masked_positions, 2, fields, recompute):
         assert_close("logits", torch.from_numpy(logits), torch.from_numpy(expected))
         assert got_loss == pytest.approx(loss, rel=1e-6)
         assert got_squared == pytest.approx(squared, rel=1e-4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rows, "dead", lambda rows: None)
-        assert abs(model_over_dead_positions({}, False)[1] - loss) > 1e-4 * loss
+        patch.setattr(Rows, "masked", lambda rows: None)
+        assert abs(model_over_masked_positions({}, False)[1] - loss) > 1e-4 * loss
 
 
-def test_text_of_dead_positions_only_touches_no_row():
+def test_text_of_masked_positions_only_touches_no_row():
     memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
     before = {name: piece.tensor.clone() for name, piece in memory.tables.state().items()}
     ids_BL = torch.full((2, LENGTH), -1)
     rows = memory.fetch(ids_BL, None)
     h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
     recalled = [recall() for recall in memory_of(rows).values()]
-    out_BLSD = sum(added(layer, h_BLSD, e_BLM, None, dead_BL=dead_BL) for e_BLM, dead_BL in recalled)
+    out_BLSD = sum(added(layer, h_BLSD, e_BLM, None, masked_BL=masked_BL) for e_BLM, masked_BL in recalled)
     assert not out_BLSD.any()
     out_BLSD.sum().backward()
     assert not h_BLSD.grad.any()
@@ -484,7 +484,7 @@ def test_text_of_dead_positions_only_touches_no_row():
     ],
 )
 def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
-    """None is wrapped round, clamped or hashed; nor is one below the dead -1, which would count from a table's end."""
+    """None is wrapped round, clamped or hashed; nor is one below -1, which would count from a table's end."""
     memory = real_memory()
     ids_BL, _, documents_BL = made_up_rows(0)
     ids_BL[2, 7] = token
@@ -495,5 +495,5 @@ def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
 def test_a_token_map_larger_than_the_hash_is_an_error():
     memory = real_memory()
     memory.token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
-    with pytest.raises(ValueError, match=r"got id 180, expected -1 .dead. to vocab_size - 1 = 149"):
+    with pytest.raises(ValueError, match=r"got id 180, expected -1 .masked. to vocab_size - 1 = 149"):
         memory.row_ids(torch.full((1, 4), 180), None)

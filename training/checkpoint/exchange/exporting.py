@@ -18,7 +18,7 @@ from training.checkpoint.format import storage
 from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.reader import Reader
-from training.checkpoint.tools.sidecar_files import DATASET, companions, data_directory, refuse_existing
+from training.checkpoint.tools.sidecar_files import DATASET, data_directory, refuse_existing, sidecar_files
 from training.checkpoint.tools.writer import Shapes
 from training.model.config import ModelConfig
 
@@ -152,7 +152,7 @@ def _write_configs(directory: Path, reader: Reader, model: ModelConfig, family: 
     ours = {key: manifest[key] for key in ("step", "model", "token_map", "hashes")}
     ours |= {"format": FORMAT, "architecture": family.architecture if family else None}
     (directory / OURS).write_text(json.dumps(ours, indent=2) + "\n")
-    for name, file in companions(reader.path).items():
+    for name, file in sidecar_files(reader.path).items():
         shutil.copyfile(file, directory / name)
     eod = _describe_tokenizer(directory, data_directory(reader.path))
     config: dict[str, Any] = {"model_type": "engramba"}

@@ -16,7 +16,7 @@ READ_BYTES = WRITE_BYTES = 4 * 2**20
 WRITE_BEHIND_BYTES = 32 * 2**20
 
 
-class SummedFile(io.RawIOBase):
+class ChecksummedFile(io.RawIOBase):
     """A file for writing that sums what passes, block by block: a block ends with each flush, as a tensor's chunk does.
 
     The checksums are those of the bytes in memory: what the way to the disk damages, shows.

@@ -12,14 +12,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from training.checkpoint.format.safe_unpickling import TrustedReader
+from training.checkpoint.format.safe_unpickling import SafeReader
 
 HEAD_BYTES = 2048  # of a stored chunk, in which its values begin
 # Of a file in a zip archive: its magic, and the lengths of its name and its extras.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-class DirectReader(TrustedReader):
+class DirectReader(SafeReader):
     """DCP's reader, which loads each chunk into memory of its own, but for what can be read in place.
 
     That is whole rows of a chunk into contiguous host memory of the same dtype: all of it on the layout that saved.

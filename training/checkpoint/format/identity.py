@@ -10,7 +10,7 @@ from parallel.errors import Problem, RunError
 from training.checkpoint.format.logical import Tensors
 from training.checkpoint.format.problems import checkpoint_problem
 from training.checkpoint.format.storage import Manifest
-from training.checkpoint.format.stored_rows import Census
+from training.checkpoint.format.stored_rows import TensorMetadata
 from training.model.config import MIXERS, ModelConfig
 from training.trainer import EngramMemory
 
@@ -27,7 +27,7 @@ FREE_FIELDS = {
 MAX_LISTED = 20
 
 
-def census_of(tensors: Tensors) -> dict[str, dict[str, Any]]:
+def metadata_of(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """Name -> shape and dtype, as JSON holds them."""
     return {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -51,12 +51,12 @@ def require_same_model(
     tensors: Tensors,
     config: ModelConfig,
     memory: EngramMemory | None,
-    stored: Census,
+    stored: TensorMetadata,
 ) -> None:
     """Raise RunError with everything that differs between the checkpoint and the model that asks for it."""
     identity = identity_of(config, memory)
     problems = model_problems(path, manifest, config)
-    problems += _tensor_problems(path, census_of(tensors), stored)
+    problems += _tensor_problems(path, metadata_of(tensors), stored)
     for key, name in (("token_map", "token map"), ("hashes", "Engram hashes")):
         if not problems and identity[key] != manifest[key]:
             rule = f"is not the one of {path} ({manifest[key]}): its rows would be noise"
@@ -95,7 +95,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tensor_problems(path: Path, here: Census, there: Census) -> list[Problem]:
+def _tensor_problems(path: Path, here: TensorMetadata, there: TensorMetadata) -> list[Problem]:
     lines = [f"{name} is not in it" for name in here if name not in there]
     lines += [f"{name} is in it and not in this model" for name in there if name not in here]
     for name in here.keys() & there.keys():

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from parallel.errors import RunError
 from training.checkpoint.format.boxes import Box, cover_problem
-from training.checkpoint.format.checksums import SummedFile
+from training.checkpoint.format.checksums import ChecksummedFile
 from training.checkpoint.format.direct import DirectReader
 from training.checkpoint.format.logical import Chunk, LogicalTensor, Tensors
 
@@ -59,7 +59,7 @@ class SummedFiles(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with SummedFile(Path(path)) as file:
+        with ChecksummedFile(Path(path)) as file:
             yield file
         self.records[Path(path).name] = file.record()
 

@@ -40,7 +40,7 @@ class _Descriptions(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class TrustedReader(dcp.FileSystemReader):
+class SafeReader(dcp.FileSystemReader):
     """DCP's reader, which would unpickle anything; tensors themselves it loads with ``weights_only`` already."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -21,14 +21,16 @@ from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import Chunk, LogicalTensor, Tensors, is_weight
 
 # Names of tensors, and their shapes and dtypes as a manifest has them.
-Census = Mapping[str, Mapping[str, Any]]
+TensorMetadata = Mapping[str, Mapping[str, Any]]
 
 FORMATS: dict[str, RowFormat] = {"float32": "fp32", "bfloat16": "bf16", "uint8": "fp8"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
-def fit_rows(path: Path, tensors: Tensors, census: Census, tables: EngramTables) -> tuple[Tensors, Tensors, Census]:
-    """What to read from a checkpoint in place of ``tensors``: first, and then; and what of its ``census`` that is.
+def fit_rows(
+    path: Path, tensors: Tensors, metadata: TensorMetadata, tables: EngramTables
+) -> tuple[Tensors, Tensors, TensorMetadata]:
+    """What to read from a checkpoint in place of ``tensors``: first, and then; and what of its ``metadata`` that is.
 
     First are the scales of fp8 rows, W / 32 bytes a row, which their codes need.
 
@@ -36,34 +38,34 @@ def fit_rows(path: Path, tensors: Tensors, census: Census, tables: EngramTables)
         RunError: it holds another optimizer's state, and ``table.restart_optimizer`` is not set.
     """
     mine = row_optimizer({name: tensor.shape for name, tensor in tensors.items()})
-    theirs = row_optimizer({name: record["shape"] for name, record in census.items()})
+    theirs = row_optimizer({name: record["shape"] for name, record in metadata.items()})
     if None not in (mine, theirs) and mine != theirs:
         if not tables.config.restart_optimizer:
             rule = f"cannot go on from the state of the rows in {path}, which is that of {theirs}"
             fix = f"use {theirs}, or --table.restart_optimizer True to leave that state behind"
             raise RunError(Problem(field="table.optimizer", value=tables.config.optimizer, rule=rule, fix=fix))
         tensors = {name: tensor for name, tensor in tensors.items() if not is_row_state(name)}
-        census = {name: record for name, record in census.items() if not is_row_state(name)}
-    form = row_format(census)
+        metadata = {name: record for name, record in metadata.items() if not is_row_state(name)}
+    form = row_format(metadata)
     if form in (None, tables.config.rows):
-        return {}, tensors, census
-    return (*_as_stored(tensors, form, tables), census)
+        return {}, tensors, metadata
+    return (*_as_stored(tensors, form, tables), metadata)
 
 
-def told(census: Census, config: TableConfig) -> list[str]:
+def told(metadata: TensorMetadata, config: TableConfig) -> list[str]:
     """What became of a checkpoint's rows in a run of this configuration, in words."""
-    lines, form = [], row_format(census)
+    lines, form = [], row_format(metadata)
     if form not in (None, config.rows):
         lines.append(f"table rows: converted from {form} to {config.rows}")
-    theirs = row_optimizer({name: record["shape"] for name, record in census.items()})
+    theirs = row_optimizer({name: record["shape"] for name, record in metadata.items()})
     if theirs not in (None, config.optimizer):
         lines.append(f"table optimizer: {config.optimizer} begins anew, the state of {theirs} is left behind")
     return lines
 
 
-def row_format(census: Census) -> RowFormat | None:
+def row_format(metadata: TensorMetadata) -> RowFormat | None:
     """The format of a checkpoint's rows; None where it has none, or of a dtype that is no format's."""
-    dtypes = {record["dtype"] for name, record in census.items() if name.startswith("engram.") and ".weight" in name}
+    dtypes = {record["dtype"] for name, record in metadata.items() if name.startswith("engram.") and ".weight" in name}
     return FORMATS.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 

@@ -13,7 +13,7 @@ from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.compare import flatten
 from training.checkpoint.tools.reader import Reader
-from training.checkpoint.tools.sidecar_files import companions, refuse_existing, start_run
+from training.checkpoint.tools.sidecar_files import refuse_existing, sidecar_files, start_run
 from training.checkpoint.tools.writer import write_weights
 
 MAX_LISTED = 10
@@ -42,7 +42,7 @@ def average(paths: Sequence[Path], output: Path) -> Path:
         raise _problem(paths, rule, "average runs with table.rows fp32 or bf16")
     record = {key: last.manifest[key] for key in ("step", "model", "token_map", "hashes")}
     record["extra"] = {"average_of": [str(path) for path in paths]}
-    files = {name: file.read_bytes() for name, file in companions(last.path).items()}
+    files = {name: file.read_bytes() for name, file in sidecar_files(last.path).items()}
     start_run(output, files)
     return write_weights(output / "checkpoints", record, shapes, partial(_mean, readers), files)
 

@@ -103,13 +103,13 @@ def _file_faults(path: Path, manifest: Manifest, names: list[str]) -> list[Probl
 
 def _tensor_faults(path: Path, reader: Reader) -> Iterable[Problem | str]:
     """What contradicts the manifest, lies outside its files, or does not cover its tensor."""
-    census, files = reader.manifest["tensors"], reader.manifest["files"]
-    for name in sorted(census.keys() - reader.tensors.keys()):
+    metadata, files = reader.manifest["tensors"], reader.manifest["files"]
+    for name in sorted(metadata.keys() - reader.tensors.keys()):
         yield _problem(path, f"is damaged: {METADATA} lacks {name}")
     for name, tensor in reader.tensors.items():
         found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        if census.get(name) != found:
-            yield _problem(path, f"is damaged: {name} is {found} in {METADATA}, {census.get(name)} in the manifest")
+        if metadata.get(name) != found:
+            yield _problem(path, f"is damaged: {name} is {found} in {METADATA}, {metadata.get(name)} in the manifest")
         if (gap := cover_problem(tensor.shape, [chunk.box for chunk in tensor.chunks])) is not None:
             yield _problem(path, f"is damaged: {name}: {gap}")
         for chunk in tensor.chunks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from training.checkpoint.tools.reader import Reader, StoredTensor
-from training.checkpoint.tools.sidecar_files import companions
+from training.checkpoint.tools.sidecar_files import sidecar_files
 
 Track = Callable[[Sequence[str]], Iterable[str]]
 MISSING = "missing"
@@ -107,7 +107,7 @@ def _field_differences(a: Reader, b: Reader) -> list[tuple[str, Any, Any]]:
 
 def _fields(reader: Reader) -> dict[str, Any]:
     """Step, layout, model and hash of a checkpoint, and the rest of its run's configuration where that lies beside."""
-    manifest, run_json = reader.manifest, companions(reader.path).get("run.json")
+    manifest, run_json = reader.manifest, sidecar_files(reader.path).get("run.json")
     told = {key: manifest.get(key) for key in ("step", "format", "layout", "model", "token_map", "hashes")}
     if run_json is not None:
         config = json.loads(run_json.read_text()).get("config", {})

@@ -14,7 +14,7 @@ OF_DATA = ("tokenizer.json", "token_map.json")
 DATASET = "dataset.json"
 
 
-def companions(path: Path) -> dict[str, Path]:
+def sidecar_files(path: Path) -> dict[str, Path]:
     """Those files of the checkpoint ``path`` that are to be found, by name."""
     run = path.absolute().parent.parent
     places = {name: [path / name, run / name] for name in OF_RUN}

@@ -11,8 +11,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.mesh_plan import ParallelConfig
-from training.checkpoint.format import checksums as sums
-from training.checkpoint.format import storage
+from training.checkpoint.format import checksums, storage
 from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.planners import MAX_CHUNK_BYTES, write_planned
 from training.checkpoint.format.problems import told_for
@@ -43,13 +42,13 @@ def write_weights(
     path = storage.start_directory(directory, record["step"])
     with told_for(path, "written"):
         records = write_planned(path, _BoxPlanner(shapes, read), None)
-        records |= sums.file_records(path, [METADATA, *storage.attach(path, files or {})])
+        records |= checksums.file_records(path, [METADATA, *storage.attach(path, files or {})])
     layout = {"world": 1, **asdict(ParallelConfig())}
-    census = {
+    metadata = {
         name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
         for name, (shape, dtype) in shapes.items()
     }
-    whole = {"format": FORMAT, "layout": layout, "weights_only": True, **record, "files": records, "tensors": census}
+    whole = {"format": FORMAT, "layout": layout, "weights_only": True, **record, "files": records, "tensors": metadata}
     return storage.commit(path, json.loads(json.dumps(whole)))
 
 
