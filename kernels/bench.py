@@ -1,9 +1,10 @@
-"""Every op beside its peers and the limits of the machine, in one table: what the benchmarks of both devices share.
+"""Every op beside its peers and the limits of the machine, in one table: what the benchmarks of
+both devices share.
 
-``python -m kernels.bench_gpu`` runs it on a card, ``python -m kernels.bench_cpu`` on a CPU. A case is checked against
-plain PyTorch first: a wrong result prints no speed. The floor is the larger of two times: the least bytes that the op
-can move, at the bandwidth of a large copy, and its operations, at the rate of a large product. Both are measured in the
-same run.
+``python -m kernels.bench_gpu`` runs it on a card, ``python -m kernels.bench_cpu`` on a CPU. A case
+is checked against plain PyTorch first: a wrong result prints no speed. The floor is the larger of
+two times: the least bytes that the op can move, at the bandwidth of a large copy, and its
+operations, at the rate of a large product. Both are measured in the same run.
 """
 
 import statistics
@@ -109,24 +110,43 @@ class Machine(ABC):
         return []
 
     def product(self, case: Case) -> float:
-        """The ceiling for its operations; 16-bit products may be slower than fp32's where hardware has none."""
+        """The ceiling for its operations; 16-bit products may be slower than fp32's where hardware
+        has none.
+        """
         fp32 = self.products[torch.float32]
-        return max(fp32, self.products.get(torch.bfloat16, 0.0)) if case.dtype.itemsize == 2 else fp32
+        return (
+            max(fp32, self.products.get(torch.bfloat16, 0.0)) if case.dtype.itemsize == 2 else fp32
+        )
 
     def limits(self) -> str:
         """The ceilings, for the head of a table."""
         name, size = self.unit
-        rates = ", ".join(f"{str(dtype)[6:]} product {rate / size:.0f} {name}" for dtype, rate in self.products.items())
+        rates = ", ".join(
+            f"{str(dtype)[6:]} product {rate / size:.0f} {name}"
+            for dtype, rate in self.products.items()
+        )
         return f"Copy {self.copy_gb_s:.1f} GB/s, {rates}."
 
 
 def print_cases(cases: Iterable[Case], machine: Machine) -> bool:
-    """Check and time the cases, naming each on stderr, and print their rows as they come; whether one was wrong."""
+    """Check and time the cases, naming each on stderr, and print their rows as they come; whether
+    one was wrong.
+    """
     unit = machine.unit[0]
     head = [
-        "op", "case", "dtype", "pass", "ms: p50 (p20-p80)", "GB/s", "of copy", unit, "of product", "floor, ms",
-        *(["GiB"] if machine.device == "cuda" else []), "peers: ms, ours is faster by",
-    ]  # fmt: skip
+        "op",
+        "case",
+        "dtype",
+        "pass",
+        "ms: p50 (p20-p80)",
+        "GB/s",
+        "of copy",
+        unit,
+        "of product",
+        "floor, ms",
+        *(["GiB"] if machine.device == "cuda" else []),
+        "peers: ms, ours is faster by",
+    ]
     wrong: list[str] = []
 
     def measured() -> Iterator[list[str]]:
@@ -144,7 +164,9 @@ def rows_of(case: Case, machine: Machine) -> list[list[str]]:
     """The rows of one case: forward, and forward with backward where the op has gradients."""
     inputs = case.make(case.full, case.dtype, machine.device)
     name = [case.op, case.shapes, str(case.dtype)[6:]]
-    error = relative_error(*(case.forward_backward(op, inputs) for op in (case.ours, machine.oracle(case))))
+    error = relative_error(
+        *(case.forward_backward(op, inputs) for op in (case.ours, machine.oracle(case)))
+    )
     if not error <= case.limit:
         return [[*name, "", f"wrong by {error:.0e}: no speed"]]
     rows = []
@@ -154,29 +176,43 @@ def rows_of(case: Case, machine: Machine) -> list[list[str]]:
         run = partial(case.forward_backward if backward else case.forward, inputs=inputs)
         ours, peers = _timed(case, machine, run)
         low, median, high = quantiles(ours)
-        bytes_moved, flops = case.bytes_moved[backward], case.flops[backward]
+        bytes_moved = case.bytes_moved[backward]
+        flops = case.flops[backward]
         floor_ms = max(bytes_moved / machine.copy_gb_s / 1e6, 1e3 * flops / machine.product(case))
-        rate, operations = bytes_moved / median / 1e6, 1e3 * flops / median
+        rate = bytes_moved / median / 1e6
+        operations = 1e3 * flops / median
         share = f"{100 * operations / machine.product(case):.0f}%"
-        rows.append([
-            *name, mode, f"{median:.3g} ({low:.3g}-{high:.3g})",
-            f"{rate:.3g}", f"{100 * rate / machine.copy_gb_s:.0f}%",
-            *((f"{operations / machine.unit[1]:.3g}", share) if flops else ("", "")),
-            f"{floor_ms:.3g}", *machine.memory(partial(run, case.ours)), "; ".join(peers),
-        ])  # fmt: skip
+        rows.append(
+            [
+                *name,
+                mode,
+                f"{median:.3g} ({low:.3g}-{high:.3g})",
+                f"{rate:.3g}",
+                f"{100 * rate / machine.copy_gb_s:.0f}%",
+                *((f"{operations / machine.unit[1]:.3g}", share) if flops else ("", "")),
+                f"{floor_ms:.3g}",
+                *machine.memory(partial(run, case.ours)),
+                "; ".join(peers),
+            ]
+        )
     return rows
 
 
-def _timed(case: Case, machine: Machine, run: Callable[[Op], object]) -> tuple[list[float], list[str]]:
+def _timed(
+    case: Case, machine: Machine, run: Callable[[Op], object]
+) -> tuple[list[float], list[str]]:
     """Times of ours; of each peer its median and the ratio, or what kept it from running."""
-    said, runs = {}, {}
+    said = {}
+    runs = {}
     for name, load in machine.peers(case).items():
         try:
             runs[name] = partial(run, load())
             runs[name]()
         except ImportError:
             said[name] = "not installed"
-        except Exception as error:  # a peer's failure is its own result, and not the end of the table
+        except (
+            Exception
+        ) as error:  # a peer's failure is its own result, and not the end of the table
             said[name] = type(error).__name__
     runs = {name: peer for name, peer in runs.items() if name not in said}
     ours, *others = machine.times([partial(run, case.ours), *runs.values()])

@@ -1,10 +1,12 @@
-"""Every op on a card, beside its peers and the limits of that card: ``python -m kernels.bench_gpu [op ...]``.
+"""Every op on a card, beside its peers and the limits of that card:
+``python -m kernels.bench_gpu [op ...]``.
 
-Needs torch and triton only; peers are timed where they are installed. The table is that of ``kernels.bench``; times
-come from CUDA events with the L2 cache flushed before each call (``triton.testing.do_bench``).
+Needs torch and triton only; peers are timed where they are installed. The table is that of
+``kernels.bench``; times come from CUDA events with the L2 cache flushed before each call
+(``triton.testing.do_bench``).
 
-Without a card it is a dry run: the cases of size ``small`` are checked in Triton's interpreter, in fp32 and on few
-tokens, and every speed says "not measured".
+Without a card it is a dry run: the cases of size ``small`` are checked in Triton's interpreter, in
+fp32 and on few tokens, and every speed says "not measured".
 """
 
 import os
@@ -75,7 +77,9 @@ def _times(run: Callable[[], object]) -> list[float]:
 
 
 def measure() -> Card:
-    """The ceilings: a copy of 2 GiB, bytes read and written counted, and products of 8,192³, in fp32 without TF32."""
+    """The ceilings: a copy of 2 GiB, bytes read and written counted, and products of 8,192³, in
+    fp32 without TF32.
+    """
     source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
     copy_ms = statistics.median(_times(lambda: target.copy_(source)))
@@ -83,7 +87,12 @@ def measure() -> Card:
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(8192, 8192, dtype=dtype, device="cuda")
         products[dtype] = 2e3 * 8192**3 / statistics.median(_times(partial(torch.matmul, a, a)))
-    return Card(device="cuda", unit=("TFLOP/s", 1e12), copy_gb_s=2 * source.nbytes / copy_ms / 1e6, products=products)
+    return Card(
+        device="cuda",
+        unit=("TFLOP/s", 1e12),
+        copy_gb_s=2 * source.nbytes / copy_ms / 1e6,
+        products=products,
+    )
 
 
 def gpu() -> str:
@@ -92,25 +101,34 @@ def gpu() -> str:
 
     properties = torch.cuda.get_device_properties(0)
     return (
-        f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, "
-        f"{properties.total_memory / 2**30:.0f} GiB); Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{properties.name} (sm_{properties.major}{properties.minor}, "
+        f"{properties.multi_processor_count} SMs, "
+        f"{properties.total_memory / 2**30:.0f} GiB); Python {platform.python_version()}, torch "
+        f"{torch.__version__}, "
         f"triton {triton.__version__}"
     )
 
 
 def _dry_run(cases: Sequence[Case]) -> None:
-    if "TRITON_INTERPRET" not in os.environ:  # read when triton is imported, which torch has done by now
+    if (
+        "TRITON_INTERPRET" not in os.environ
+    ):  # read when triton is imported, which torch has done by now
         os.execve(
             sys.executable,
             [sys.executable, "-m", "kernels.bench_gpu", *sys.argv[1:]],
             os.environ | {"TRITON_INTERPRET": "1"},
         )
-    print("No CUDA device: cases are checked in Triton's interpreter, and no speed is measured.\n", flush=True)
+    print(
+        "No CUDA device: cases are checked in Triton's interpreter, and no speed is measured.\n",
+        flush=True,
+    )
     backend.serve_cpu_tensors(True)
     rows = []
     for case in cases:
         inputs = case.make(case.tiny, case.dtype, "cpu")
-        error = relative_error(*(case.forward_backward(op, inputs) for op in (case.ours, case.exact)))
+        error = relative_error(
+            *(case.forward_backward(op, inputs) for op in (case.ours, case.exact))
+        )
         verdict = f"{error:.0e}" if error <= case.limit else f"wrong by {error:.0e}"
         rows.append([case.op, case.shapes, verdict, *[NOT_MEASURED] * 2])
     print_table([["op", "case", "error", "forward", "forward+backward"], *rows])

@@ -1,4 +1,5 @@
-"""What the benchmarks time, and what ``kernels.compile_all`` compiles: each op on the shapes of real models.
+"""What the benchmarks time, and what ``kernels.compile_all`` compiles: each op on the shapes of
+real models.
 
 Every op's ``bench.py`` lists its cases of one size and dtype in ``cases()``.
 """
@@ -20,7 +21,9 @@ Op = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Widths of one model: the presets' names, and one like Nemotron 3 Nano (its published config.json)."""
+    """Widths of one model: the presets' names, and one like Nemotron 3 Nano (its published
+    config.json).
+    """
 
     name: str
     batch: int
@@ -50,16 +53,42 @@ class Size:
 
 
 SMALL = Size(
-    name="small", batch=8, length=1024, d_model=512, heads=16, groups=2, experts=16, top_k=2, expert_dim=512, vocab=8192
+    name="small",
+    batch=8,
+    length=1024,
+    d_model=512,
+    heads=16,
+    groups=2,
+    experts=16,
+    top_k=2,
+    expert_dim=512,
+    vocab=8192,
 )
 MOE_3B = Size(
-    name="moe-3b", batch=4, length=4096, d_model=1280, heads=40, groups=4, experts=72, top_k=6, expert_dim=736,
-    vocab=129_280, streams=4,
-)  # fmt: skip
+    name="moe-3b",
+    batch=4,
+    length=4096,
+    d_model=1280,
+    heads=40,
+    groups=4,
+    experts=72,
+    top_k=6,
+    expert_dim=736,
+    vocab=129_280,
+    streams=4,
+)
 NEMOTRON = Size(
-    name="nemotron-3-nano", batch=2, length=8192, d_model=2688, heads=64, groups=8, experts=128, top_k=6,
-    expert_dim=1856, vocab=131_072,
-)  # fmt: skip
+    name="nemotron-3-nano",
+    batch=2,
+    length=8192,
+    d_model=2688,
+    heads=64,
+    groups=8,
+    experts=128,
+    top_k=6,
+    expert_dim=1856,
+    vocab=131_072,
+)
 SIZES = (SMALL, MOE_3B, NEMOTRON)
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.int64: 0.0}
@@ -74,27 +103,37 @@ class Case:
     shapes: str
     """As the table shows them."""
     make: Callable[[int, torch.dtype, str], Sequence[Tensor]]
-    """(batch rows or tokens, dtype, device) -> the op's inputs; those that are leaves wanting gradients get them."""
+    """(batch rows or tokens, dtype, device) -> the op's inputs; those that are leaves wanting
+    gradients get them.
+    """
     full: int
     """What ``make`` gets where speed is measured."""
     tiny: int
     """What it gets where the kernels are interpreted or only compiled."""
     ours: Op
     exact: Op
-    """Plain PyTorch on the same inputs: the oracle on a card, and a peer once it went through ``torch.compile``."""
+    """Plain PyTorch on the same inputs: the oracle on a card, and a peer once it went through
+    ``torch.compile``.
+    """
     bytes_moved: tuple[int, int]
     """Least bytes of memory that forward, and forward with backward, can move at ``full``."""
     flops: tuple[int, int]
     """Floating-point operations of the same."""
     dtype: torch.dtype
     reference: Op | None = None
-    """The oracle and a peer on a CPU: the plain formula, where ``exact`` is our own path in PyTorch's operations."""
+    """The oracle and a peer on a CPU: the plain formula, where ``exact`` is our own path in
+    PyTorch's operations.
+    """
     peers: dict[str, Callable[[], Op]] = field(default_factory=dict)
-    """On a card: loaders of other people's op with the signature of ``ours``; ImportError where it is not installed."""
+    """On a card: loaders of other people's op with the signature of ``ours``; ImportError where it
+    is not installed.
+    """
     cpu_peers: dict[str, Callable[[], Op]] = field(default_factory=dict)
     """The same on a CPU."""
     composed: bool = False
-    """Made of ops that have cases of their own, and that need one another's values: not for the compiler."""
+    """Made of ops that have cases of their own, and that need one another's values: not for the
+    compiler.
+    """
     loose: float = 0.0
     """A limit of the error above that of its dtype."""
 
@@ -148,7 +187,8 @@ def of_sizes(cases: Callable[[Size, torch.dtype], Iterable[Case]]) -> Iterator[C
 
 
 def sweep_constants(launchers: ModuleType, cases: Iterable[Case], **choices: Sequence[int]) -> None:
-    """Time every combination of the launchers' constants on a card, and print each case's five best.
+    """Time every combination of the launchers' constants on a card, and print each case's five
+    best.
 
     Args:
         launchers: an op's ``triton.py``; its constants are what they were when this returns.
@@ -161,13 +201,20 @@ def sweep_constants(launchers: ModuleType, cases: Iterable[Case], **choices: Seq
     rows = [["case", *choices, "forward, ms", "forward+backward, ms"]]
     try:
         for case in cases:
-            inputs, taken = case.make(case.full, case.dtype, "cuda"), []
+            inputs = case.make(case.full, case.dtype, "cuda")
+            taken = []
             for values in itertools.product(*choices.values()):
                 vars(launchers).update(zip(choices, values, strict=True))
-                times = [do_bench(partial(run, case.ours, inputs)) for run in (case.forward, case.forward_backward)]
+                times = [
+                    do_bench(partial(run, case.ours, inputs))
+                    for run in (case.forward, case.forward_backward)
+                ]
                 taken.append((times, values))
             taken.sort(key=lambda row: row[0][1])
-            rows += [[case.shapes, *map(str, values), *(f"{ms:.4f}" for ms in times)] for times, values in taken[:5]]
+            rows += [
+                [case.shapes, *map(str, values), *(f"{ms:.4f}" for ms in times)]
+                for times, values in taken[:5]
+            ]
     finally:
         vars(launchers).update(fixed)
     print_table(rows)

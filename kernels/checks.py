@@ -10,7 +10,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Refuse tensors that hold integers, complex numbers, or floats of 8 bits, which nothing is computed in.
+    """Refuse tensors that hold integers, complex numbers, or floats of 8 bits, which nothing is
+    computed in.
 
     Raises:
         ValueError: names the argument, what it got and what is expected.
@@ -51,7 +52,9 @@ def check_writable(name: str, x: Tensor) -> None:
         ValueError: names the argument, what it got and what is expected.
     """
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{name}: got strides {x.stride()}, expected none of 0: it is changed in place")
+        raise ValueError(
+            f"{name}: got strides {x.stride()}, expected none of 0: it is changed in place"
+        )
 
 
 def check_documents(seq_idx: Tensor | None) -> None:
@@ -65,7 +68,9 @@ def check_documents(seq_idx: Tensor | None) -> None:
     if bool((seq_idx < 0).any()):
         raise ValueError(f"seq_idx: got {int(seq_idx.min())}, expected documents numbered from 0")
     if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
-        raise ValueError("seq_idx: got an index that falls along a row, expected rows that never decrease")
+        raise ValueError(
+            "seq_idx: got an index that falls along a row, expected rows that never decrease"
+        )
 
 
 def check_states_of_documents(name: str, states: Tensor, seq_idx: Tensor) -> None:
@@ -76,7 +81,8 @@ def check_states_of_documents(name: str, states: Tensor, seq_idx: Tensor) -> Non
     """
     if _readable(seq_idx) and seq_idx.numel() and int(seq_idx.max()) >= states.shape[1]:
         raise ValueError(
-            f"{name}: got states of {states.shape[1]} documents, expected at least {int(seq_idx.max()) + 1}: "
+            f"{name}: got states of {states.shape[1]} documents, expected at least "
+            f"{int(seq_idx.max()) + 1}: "
             f"seq_idx goes up to {int(seq_idx.max())}"
         )
 
@@ -91,7 +97,9 @@ def check_decay(A: Tensor, name: str = "A") -> None:
     """
     if _readable(A) and bool((A.real >= 0).any()):
         largest = float(A.detach().real[A.real >= 0].max())
-        raise ValueError(f"{name}: got {largest}, expected negative values: the state would grow without bound")
+        raise ValueError(
+            f"{name}: got {largest}, expected negative values: the state would grow without bound"
+        )
 
 
 def _readable(x: Tensor) -> bool:

@@ -1,8 +1,10 @@
-"""Compile every Triton kernel for cards that are not here: ``python -m kernels.compile_all [--cases] [arch ...]``.
+"""Compile every Triton kernel for cards that are not here:
+``python -m kernels.compile_all [--cases] [arch ...]``.
 
-Launchers run as they are, on small CPU tensors whose widths are those of real models, with a driver that only knows the
-target. So what is compiled is what would be launched: same tiles, same types, same options. The table says for each
-kernel what the compiler made of it over all cases, or with ``--cases`` for each. A type or layout error ends the run.
+Launchers run as they are, on small CPU tensors whose widths are those of real models, with a driver
+that only knows the target. So what is compiled is what would be launched: same tiles, same types,
+same options. The table says for each kernel what the compiler made of it over all cases, or with
+``--cases`` for each. A type or layout error ends the run.
 """
 
 import argparse
@@ -49,7 +51,9 @@ class Report:
 
     @property
     def blocks(self) -> int:
-        """Blocks of this kernel that an SM holds: 64 K registers, 2,048 threads, and its shared memory."""
+        """Blocks of this kernel that an SM holds: 64 K registers, 2,048 threads, and its shared
+        memory.
+        """
         by_registers = 65536 // max(1, -(-self.registers // 8) * 8 * 32 * self.warps)
         by_shared = (SHARED_LIMIT[self.arch] + 1024) // (self.shared + 1024)
         return min(by_registers, by_shared, 64 // self.warps, 32)
@@ -62,7 +66,14 @@ class Report:
     def cells(self) -> list[str]:
         """The row of the table of all cases."""
         shared = f"{self.shared / 1024:.1f}"
-        sizes = (self.warps, self.stages, shared, self.registers, self.spilled, f"{self.occupancy}%")
+        sizes = (
+            self.warps,
+            self.stages,
+            shared,
+            self.registers,
+            self.spilled,
+            f"{self.occupancy}%",
+        )
         return [self.kernel, self.case, f"sm_{self.arch}", *map(str, sizes)]
 
 
@@ -72,7 +83,8 @@ class _Target:
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.arch, self.target = arch, GPUTarget("cuda", arch, 32)
+        self.arch = arch
+        self.target = GPUTarget("cuda", arch, 32)
 
     def get_current_target(self) -> Any:
         return self.target
@@ -86,11 +98,14 @@ class _Target:
 
 @contextmanager
 def caught_launches(arch: int) -> Iterator[list[Any]]:
-    """Inside, every kernel launch compiles for ``arch`` and ends there; the list fills with the compiled kernels."""
+    """Inside, every kernel launch compiles for ``arch`` and ends there; the list fills with the
+    compiled kernels.
+    """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    launch, caught = JITFunction.run, []
+    launch = JITFunction.run
+    caught = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         caught.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
@@ -108,12 +123,17 @@ def caught_launches(arch: int) -> Iterator[list[Any]]:
 
 
 def compile_cases(arch: int) -> Iterator[Report]:
-    """Every kernel that the cases of all ops launch, forward and backward, once for each way it is compiled.
+    """Every kernel that the cases of all ops launch, forward and backward, once for each way it is
+    compiled.
 
     All sizes in bf16, and ``small`` in fp16 and fp32.
     """
     others = all_cases([SMALL], [torch.float16, torch.float32])
-    for case in (case for case in itertools.chain(all_cases(SIZES, [torch.bfloat16]), others) if not case.composed):
+    for case in (
+        case
+        for case in itertools.chain(all_cases(SIZES, [torch.bfloat16]), others)
+        if not case.composed
+    ):
         seen = set()
         with caught_launches(arch) as caught:
             case.forward_backward(case.ours, case.make(case.tiny, case.dtype, "cpu"))
@@ -131,7 +151,9 @@ def report(kernel: Any, case: str, arch: int) -> Report:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Report(
         kernel=kernel.name,
@@ -146,12 +168,17 @@ def report(kernel: Any, case: str, arch: int) -> Report:
 
 
 def summary(reports: list[Report]) -> Iterator[list[str]]:
-    """One row a kernel and target: least and most registers, and the worst of spills, shared memory and occupancy."""
+    """One row a kernel and target: least and most registers, and the worst of spills, shared memory
+    and occupancy.
+    """
     for kernel, arch in dict.fromkeys((report.kernel, report.arch) for report in reports):
         ways = [report for report in reports if (report.kernel, report.arch) == (kernel, arch)]
         registers = sorted(way.registers for way in ways)
-        span = f"{registers[0]}-{registers[-1]}" if registers[0] < registers[-1] else str(registers[0])
-        shared, spilled = max(way.shared for way in ways), max(way.spilled for way in ways)
+        span = (
+            f"{registers[0]}-{registers[-1]}" if registers[0] < registers[-1] else str(registers[0])
+        )
+        shared = max(way.shared for way in ways)
+        spilled = max(way.spilled for way in ways)
         yield [
             kernel,
             f"sm_{arch}",
@@ -164,21 +191,49 @@ def summary(reports: list[Report]) -> Iterator[list[str]]:
 
 def main() -> None:
     """Compile, print the table, and fail where a kernel would not launch."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile_all", description="Compile every Triton kernel.")
-    parser.add_argument("arches", nargs="*", type=int, default=ARCHES, help="compute capabilities, as 80 90")
-    parser.add_argument("--cases", action="store_true", help="a row for each case, not for each kernel")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.compile_all", description="Compile every Triton kernel."
+    )
+    parser.add_argument(
+        "arches", nargs="*", type=int, default=ARCHES, help="compute capabilities, as 80 90"
+    )
+    parser.add_argument(
+        "--cases", action="store_true", help="a row for each case, not for each kernel"
+    )
     arguments = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("triton is not installed: pip install triton")
     reports = [compiled for arch in arguments.arches for compiled in compile_cases(arch)]
     if arguments.cases:
-        head = ["kernel", "case", "target", "warps", "stages", "shared KiB", "registers", "spilled B", "occupancy"]
+        head = [
+            "kernel",
+            "case",
+            "target",
+            "warps",
+            "stages",
+            "shared KiB",
+            "registers",
+            "spilled B",
+            "occupancy",
+        ]
         print_table([head, *(compiled.cells() for compiled in reports)])
     else:
-        print_table([["kernel", "target", "registers", "spilled B", "shared KiB", "occupancy"], *summary(reports)])
-    too_large = [compiled for compiled in reports if compiled.shared > SHARED_LIMIT.get(compiled.arch, 1 << 30)]
+        print_table(
+            [
+                ["kernel", "target", "registers", "spilled B", "shared KiB", "occupancy"],
+                *summary(reports),
+            ]
+        )
+    too_large = [
+        compiled
+        for compiled in reports
+        if compiled.shared > SHARED_LIMIT.get(compiled.arch, 1 << 30)
+    ]
     for compiled in too_large:
-        print(f"{compiled.kernel} ({compiled.case}) asks for more shared memory than sm_{compiled.arch} has")
+        print(
+            f"{compiled.kernel} ({compiled.case}) asks for more shared memory than "
+            f"sm_{compiled.arch} has"
+        )
     raise SystemExit(bool(too_large))
 
 

@@ -1,4 +1,5 @@
-"""Elementwise pieces that torch.compile may fuse: eager by default, compiled when a run asks for it.
+"""Elementwise pieces that torch.compile may fuse: eager by default, compiled when a run asks for
+it.
 
 Whole models are not compiled: routing breaks the graph. The pieces are pure functions of tensors.
 """
@@ -16,13 +17,16 @@ _enabled = False
 
 
 def compile_pieces(enabled: bool) -> None:
-    """Switch compilation of all pieces on or off for this process; it happens at each piece's first call per shape."""
+    """Switch compilation of all pieces on or off for this process; it happens at each piece's first
+    call per shape.
+    """
     global _enabled
     _enabled = enabled
 
 
 def compiler_problem() -> str:
-    """Why torch.compile does not work on this CPU; empty where it does. Some seconds at the first start: it compiles.
+    """Why torch.compile does not work on this CPU; empty where it does. Some seconds at the first
+    start: it compiles.
 
     That a compiler is there says little: it may lack headers, or C++20.
     """

@@ -1,8 +1,9 @@
 """Loops compiled by numba, kept in a cache between processes where a directory can be written.
 
-numba's own cache ends the program where no directory can be written, the disk is full or a file is damaged, and two
-processes that compile different forms of a loop at once may each keep the other's. Here a form has a file of its own,
-with a checksum; what cannot be read or kept is compiled again, and a line says so.
+numba's own cache ends the program where no directory can be written, the disk is full or a file is
+damaged, and two processes that compile different forms of a loop at once may each keep the other's.
+Here a form has a file of its own, with a checksum; what cannot be read or kept is compiled again,
+and a line says so.
 """
 
 # numba has types of its own
@@ -21,12 +22,16 @@ import torch.distributed as dist
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
-EACH_START = "they are compiled at each start; set NUMBA_CACHE_DIR to a directory that can be written"
+EACH_START = (
+    "they are compiled at each start; set NUMBA_CACHE_DIR to a directory that can be written"
+)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def compile_loop(**options):
-    """Decorate a function as ``numba.njit(**options)`` does, with the interpreter lock released and the form cached."""
+    """Decorate a function as ``numba.njit(**options)`` does, with the interpreter lock released and
+    the form cached.
+    """
 
     def decorate(function):
         loop = numba.njit(nogil=True, **options)(function)
@@ -62,7 +67,9 @@ class LoopCache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            tell_once(f"{self._cache_path} keeps no compiled loops ({error.strerror}): {EACH_START}")
+            tell_once(
+                f"{self._cache_path} keeps no compiled loops ({error.strerror}): {EACH_START}"
+            )
 
 
 class Uncached(NullCache):
@@ -70,14 +77,18 @@ class Uncached(NullCache):
 
     def load_overload(self, sig, target_context):
         """Nothing is kept."""
-        tell_once(f"compiling loops for this CPU: a few seconds. No directory can keep them: {EACH_START}")
+        tell_once(
+            f"compiling loops for this CPU: a few seconds. No directory can keep them: {EACH_START}"
+        )
 
 
 class LoopFiles:
     """One file for each form of a function: a SHA-256 of the rest, then what numba makes of it."""
 
     def __init__(self, directory, base, stamp):
-        self._directory, self._base, self._stamp = directory, base, stamp
+        self._directory = directory
+        self._base = base
+        self._stamp = stamp
 
     def load(self, key):
         """What was saved under ``key``; None where nothing was, or it is damaged."""
@@ -85,12 +96,14 @@ class LoopFiles:
             content = self._path(key).read_bytes()
         except OSError:
             return None
-        digest, rest = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        digest = content[:_DIGEST_BYTES]
+        rest = content[_DIGEST_BYTES:]
         return pickle.loads(rest) if hashlib.sha256(rest).digest() == digest else None
 
     def save(self, key, data):
         """Replace the file of ``key`` at once or not at all."""
-        rest, path = dumps(data), self._path(key)
+        rest = dumps(data)
+        path = self._path(key)
         temporary = path.with_suffix(f".{uuid.uuid4().hex[:16]}")
         try:
             temporary.write_bytes(hashlib.sha256(rest).digest() + rest)
@@ -100,7 +113,9 @@ class LoopFiles:
             raise
 
     def _path(self, key):
-        """Named by the signature, the processor, the code with what it closes over, the source and numba's version."""
+        """Named by the signature, the processor, the code with what it closes over, the source and
+        numba's version.
+        """
         name = hashlib.sha256(repr((key, self._stamp, numba.__version__)).encode()).hexdigest()
         return self._directory / f"{self._base}.{name[:24]}.nbc"
 

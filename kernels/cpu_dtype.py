@@ -1,8 +1,10 @@
-"""In which type this CPU multiplies matrices well: known instruction sets and, where they do not decide, a product.
+"""In which type this CPU multiplies matrices well: known instruction sets and, where they do not
+decide, a product.
 
-Without instructions for it a product in bf16 is emulated: on an AVX2 CPU of 2021 one thread does 0.9 GFLOP/s in bf16
-and 81 in fp32. Instructions that exist may not be in use (``ONEDNN_MAX_CPU_ISA``, a library built without them), so
-that they are there only means that a product is tried.
+Without instructions for it a product in bf16 is emulated: on an AVX2 CPU of 2021 one thread does
+0.9 GFLOP/s in bf16 and 81 in fp32. Instructions that exist may not be in use
+(``ONEDNN_MAX_CPU_ISA``, a library built without them), so that they are there only means that a
+product is tried.
 """
 
 import time
@@ -20,9 +22,12 @@ BF16_SETS = {
     "bf16": "Arm BF16",
 }
 WIDTH = 256  # emulated: 13 to 40 ms a product; by AVX512-BF16 0.08 ms, and 0.3 ms in fp32
-ROUNDS, LIMIT_S = 5, 0.05
-# Where instructions are known a product may only refute them. Where none are, bf16 must gain enough to pay for casts.
-WITH_INSTRUCTIONS, WITHOUT_INSTRUCTIONS = 1.0, 0.7
+ROUNDS = 5
+LIMIT_S = 0.05
+# Where instructions are known a product may only refute them. Where none are, bf16 must gain enough
+# to pay for casts.
+WITH_INSTRUCTIONS = 1.0
+WITHOUT_INSTRUCTIONS = 0.7
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class DtypeChoice:
 
 @cache
 def choose_cpu_dtype() -> DtypeChoice:
-    """bf16 where this CPU does it well, else fp32. Takes a few milliseconds, 0.15 s where bf16 is emulated."""
+    """bf16 where this CPU does it well, else fp32. Takes a few milliseconds, 0.15 s where bf16 is
+    emulated.
+    """
     capabilities = _capabilities()
     known = [name for key, name in BF16_SETS.items() if capabilities.get(key)]
     simd = torch.backends.cpu.get_cpu_capability()
@@ -45,13 +52,17 @@ def choose_cpu_dtype() -> DtypeChoice:
     measured = f"a product in bf16 takes {ratio:.2g}x the time of one in fp32"
     if ratio < (WITH_INSTRUCTIONS if known else WITHOUT_INSTRUCTIONS):
         return DtypeChoice(torch.bfloat16, known[0] if known else measured)
-    return DtypeChoice(torch.float32, f"{known[0]} is not in use ({simd}): {measured}" if known else measured)
+    return DtypeChoice(
+        torch.float32, f"{known[0]} is not in use ({simd}): {measured}" if known else measured
+    )
 
 
 def product_ratio() -> float:
-    """Time of a product of two matrices in bf16 / in fp32: the best of a few calls each, taken in turn.
+    """Time of a product of two matrices in bf16 / in fp32: the best of a few calls each, taken in
+    turn.
 
-    The first call of each is not counted: it may compile. Ends after LIMIT_S seconds, but calls each twice.
+    The first call of each is not counted: it may compile. Ends after LIMIT_S seconds, but calls
+    each twice.
     """
     matrices = [torch.ones(WIDTH, WIDTH, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     for matrix in matrices:

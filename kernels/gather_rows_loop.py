@@ -13,7 +13,8 @@ from kernels.prefetch import AHEAD, prefetch_row
 def gather_loop(num_words):
     """The loop out[u] = table[rows[u]] for rows of so many words, all C-contiguous; rows exist.
 
-    Compiled for each width: unrolled, the copy of 32 bytes costs what reading them does, otherwise up to 1.4 times.
+    Compiled for each width: unrolled, the copy of 32 bytes costs what reading them does, otherwise
+    up to 1.4 times.
     """
 
     @compile_loop()

@@ -1,7 +1,7 @@
 """Asking memory for a table's rows some time before they are used, in loops compiled by numba.
 
-A row of a large table is in no cache. A loop that asks for one row after the other waits for each; one that asks ahead
-has many on their way at once.
+A row of a large table is in no cache. A loop that asks for one row after the other waits for each;
+one that asks ahead has many on their way at once.
 """
 
 # numba has types of its own
@@ -13,14 +13,17 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-AHEAD = 16  # rows. 27,000 rows of 256 B out of 256 MB: none 0.32 ms, 4 0.29, 8 0.25, 16 0.23, reading alone 0.24
+# rows. 27,000 rows of 256 B out of 256 MB: none 0.32 ms, 4 0.29, 8 0.25, 16 0.23, reading alone
+# 0.24
+AHEAD = 16
 _LINE = 64
 
 
 @numba.njit(nogil=True, inline="always")
 def prefetch_row(table, row):
     """Bring ``table[row]`` into the caches: of a C-contiguous array, or of a vector the value."""
-    first, num_bytes = table.ctypes.data + row * table.strides[0], table.strides[0]
+    first = table.ctypes.data + row * table.strides[0]
+    num_bytes = table.strides[0]
     for offset in range(0, num_bytes, _LINE):
         _prefetch(np.uintp(first + offset))
     _prefetch(np.uintp(first + num_bytes - 1))
@@ -33,7 +36,8 @@ def _prefetch(typing_context, address):
 
     def generate(context, builder, signature, arguments):
         del signature
-        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        i32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         flags = [ir.Constant(i32, flag) for flag in (0, 3, 1)]

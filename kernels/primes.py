@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-# Miller-Rabin with these bases is deterministic below 3.3e24 (Sorenson and Webster 2015), so for every int64.
+# Miller-Rabin with these bases is deterministic below 3.3e24 (Sorenson and Webster 2015), so for
+# every int64.
 WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 
@@ -28,9 +29,14 @@ def _next_prime(start: int, seen: set[int]) -> int:
     return start
 
 
-def table_primes(num_layers: int, sizes: Sequence[int], num_heads: int) -> list[tuple[tuple[int, ...], ...]]:
-    """[layer][order][head]: each head takes the next unused prime from its order's size on; all are distinct."""
+def table_primes(
+    num_layers: int, sizes: Sequence[int], num_heads: int
+) -> list[tuple[tuple[int, ...], ...]]:
+    """[layer][order][head]: each head takes the next unused prime from its order's size on; all are
+    distinct.
+    """
     seen: set[int] = set()
     return [
-        tuple(tuple(_next_prime(size, seen) for _ in range(num_heads)) for size in sizes) for _ in range(num_layers)
+        tuple(tuple(_next_prime(size, seen) for _ in range(num_heads)) for size in sizes)
+        for _ in range(num_layers)
     ]

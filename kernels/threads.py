@@ -14,7 +14,9 @@ Share = TypeVar("Share")
 
 
 def for_each(task: Callable[[Share], object], shares: Sequence[Share]) -> None:
-    """Call ``task`` on every share, in as many threads as PyTorch uses; raises what a call raises."""
+    """Call ``task`` on every share, in as many threads as PyTorch uses;
+    raises what a call raises.
+    """
     threads = min(torch.get_num_threads(), len(shares))
     if threads > 1:
         list(_pool(threads, os.getpid()).map(task, shares))
@@ -24,9 +26,17 @@ def for_each(task: Callable[[Share], object], shares: Sequence[Share]) -> None:
 
 
 def for_ranges(task: Callable[[slice], object], count: int) -> None:
-    """Call ``task`` on contiguous ranges that make up ``count`` rows; few rows are not worth a second thread."""
+    """Call ``task`` on contiguous ranges that make up ``count`` rows; few rows are not worth a
+    second thread.
+    """
     threads = torch.get_num_threads() if count > FEW_ROWS else 1
-    for_each(task, [slice(low, high) for low, high in pairwise(count * i // threads for i in range(threads + 1))])
+    for_each(
+        task,
+        [
+            slice(low, high)
+            for low, high in pairwise(count * i // threads for i in range(threads + 1))
+        ],
+    )
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,8 @@
-"""What all benchmarks share: candidates are checked, then timed in turn, then shown in one kind of table.
+"""What all benchmarks share: candidates are checked, then timed in turn, then shown in one kind of
+table.
 
-A busy neighbour slows whoever runs at that moment. So candidates take turns, and a speed-up is the median over rounds
-of the ratios within a round.
+A busy neighbour slows whoever runs at that moment. So candidates take turns, and a speed-up is the
+median over rounds of the ratios within a round.
 """
 
 import platform
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROUNDS, WARMUP = 15, 2
+ROUNDS = 15
+WARMUP = 2
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -35,8 +37,12 @@ def quantiles(values: Sequence[float]) -> list[float]:
     return found
 
 
-def gradients(fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Forward and backward: the output and the gradients of all inputs; ``dy`` is ones by default."""
+def gradients(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Forward and backward: the output and the gradients of all inputs;
+    ``dy`` is ones by default.
+    """
     y = fn(*inputs)
     return y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y) if dy is None else dy)
 
@@ -58,13 +64,16 @@ def times_in_turn(
     warmup: int = WARMUP,
     limit_s: float = float("inf"),
 ) -> list[list[float]]:
-    """Milliseconds of each candidate in each round, called one after another; the first rounds warm up.
+    """Milliseconds of each candidate in each round, called one after another; the first rounds warm
+    up.
 
-    Each round has an order of its own, the same in every run: whom a candidate follows decides what is in the caches.
-    A candidate that has taken ``limit_s`` seconds sits out the rest, and keeps its last time if it only warmed up.
+    Each round has an order of its own, the same in every run: whom a candidate follows decides what
+    is in the caches. A candidate that has taken ``limit_s`` seconds sits out the rest, and keeps
+    its last time if it only warmed up.
     """
     times: list[list[float]] = [[] for _ in candidates]
-    turns, order = list(zip(candidates, times, strict=True)), random.Random(0)
+    turns = list(zip(candidates, times, strict=True))
+    order = random.Random(0)
     for _ in range(warmup + rounds):
         order.shuffle(turns)
         for candidate, taken in turns:
@@ -84,16 +93,25 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def stream_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A Markdown table whose rows are printed as they come; a column is as wide as what it has held so far."""
+    """A Markdown table whose rows are printed as they come; a column is as wide as what it has held
+    so far.
+    """
     widths = [len(cell) for cell in head]
-    print(_line(head, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|", sep="\n", flush=True)
+    print(
+        _line(head, widths),
+        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
+        sep="\n",
+        flush=True,
+    )
     for row in rows:
         widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
         print(_line(row, widths), flush=True)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+    return (
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+    )
 
 
 def machine() -> str:
@@ -102,7 +120,8 @@ def machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return (
         f"{names[0] if names else platform.machine()} ({capability}), {len(names) or '?'} cores, "
-        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"
+        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
     )
 
 

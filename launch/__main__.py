@@ -1,4 +1,6 @@
-"""The command line: ``python -m launch <verb>``. Heavy imports stand in the verbs, so that ``--help`` is instant."""
+"""The command line: ``python -m launch <verb>``. Heavy imports stand in the verbs, so that
+``--help`` is instant.
+"""
 
 import importlib
 import importlib.util
@@ -24,8 +26,8 @@ VERBS = {
 }
 HELP = f"""usage: python -m launch <verb> ...
 
-Trains hybrid Mamba, mixture-of-experts and Engram language models. Starts under python, torchrun, mpirun, srun
-and deepspeed.
+Trains hybrid Mamba, mixture-of-experts and Engram language models.
+Starts under python, torchrun, mpirun, srun and deepspeed.
 
 verbs:
 {chr(10).join(f"  {verb:<12}{text}" for verb, text in VERBS.items())}
@@ -40,19 +42,27 @@ ROOT = Path(__file__).resolve().parent.parent
 def shadowed(root: Path = ROOT) -> str | None:
     """Which of our packages another file hides, and what to do; None where all are ours.
 
-    ``kernels`` is also the name of a package on PyPI: it wins when the current directory is not the repository.
+    ``kernels`` is also the name of a package on PyPI: it wins when the current directory is not the
+    repository.
     """
     for name in OURS:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve() if spec and spec.origin else None
         if found != root / name / "__init__.py":
-            return f"'{name}' is {found or 'missing'}, not {root / name}: start from {root}, or uninstall the other"
+            return (
+                f"'{name}' is {found or 'missing'}, not {root / name}: start from {root}, or "
+                "uninstall the other"
+            )
     return None
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 what the user asked for cannot run, 130 interrupted."""
-    argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
+    """Run one verb; returns the exit code: 0 done, 2 what the user asked for cannot run, 130
+    interrupted.
+    """
+    argv = [
+        word for word in argv if not word.startswith("--local_rank=")
+    ]  # the deepspeed launcher adds it
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
@@ -67,7 +77,9 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def catch_signals() -> Iterator[None]:
-    """From now on, before anything is imported that takes time, a signal asks this process to stop and does no more."""
+    """From now on, before anything is imported that takes time, a signal asks this process to stop
+    and does no more.
+    """
     from training.run.stop_signals import StopSignals
 
     signals = StopSignals()
@@ -87,7 +99,14 @@ def _run(argv: list[str]) -> int:
     try:
         if argv[0] not in VERBS:
             fix = nearest(argv[0], VERBS, "python -m launch --help says what each does")
-            raise RunError(Problem(field="verb", value=argv[0], rule=f"is none of {', '.join(VERBS)}", fix=fix))
+            raise RunError(
+                Problem(
+                    field="verb",
+                    value=argv[0],
+                    rule=f"is none of {', '.join(VERBS)}",
+                    fix=fix,
+                )
+            )
         return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
     except RunError as error:
         return _report(error)
@@ -96,7 +115,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _report(error: "RunError") -> int:
-    """Show an error once a node (nodes may differ in their files); once ranks work together, each one's is its own."""
+    """Show an error once a node (nodes may differ in their files); once ranks work together, each
+    one's is its own.
+    """
     from launch.console import leave_to_rank_0, report
     from launch.env import Process, identify
     from parallel.errors import RunError
@@ -106,10 +127,14 @@ def _report(error: "RunError") -> int:
     except RunError:
         process = Process()
     distributed = sys.modules.get("torch.distributed")
-    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    together = (
+        distributed is not None and distributed.is_available() and distributed.is_initialized()
+    )
     if process.local_rank != 0 and not together:
         return leave_to_rank_0()
-    return report(error, "cannot run" if process.world_size == 1 else f"rank {process.rank} cannot run")
+    return report(
+        error, "cannot run" if process.world_size == 1 else f"rank {process.rank} cannot run"
+    )
 
 
 if __name__ == "__main__":

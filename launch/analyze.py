@@ -1,4 +1,6 @@
-"""``python -m launch analyze engram <run or checkpoint>``: what a trained model's Engram memory does."""
+"""``python -m launch analyze engram <run or checkpoint>``: what a trained model's Engram memory
+does.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from launch.env import discover
 from parallel.errors import Problem, RunError
 
 WHATS = ("engram",)
-USAGE = """usage: python -m launch analyze engram <run or checkpoint> [--text FILE | --tokens N] [--output DIR]
+USAGE = """usage: python -m launch analyze engram <run or checkpoint>
+       [--text FILE | --tokens N] [--output DIR]
 
 Measures gates, use of rows, collisions, traffic, and the loss with and without rows.
 
@@ -31,7 +34,9 @@ class Request:
     tokens: int = 16_384
     """Validation tokens to measure on."""
     count: int = 2**23
-    """N-grams are counted over the first so many tokens that training read; up to 150 bytes of memory each."""
+    """N-grams are counted over the first so many tokens that training read; up to 150 bytes of
+    memory each.
+    """
     output: Path | None = None
     """Where results go; analysis/<checkpoint> in the run's directory unless named."""
 
@@ -43,16 +48,25 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in WHATS:
         raise RunError(
-            Problem(field="analyze", value=argv[0], rule=f"is none of {', '.join(WHATS)}", fix="did you mean engram?")
+            Problem(
+                field="analyze",
+                value=argv[0],
+                rule=f"is none of {', '.join(WHATS)}",
+                fix="did you mean engram?",
+            )
         )
-    request = tyro.cli(Request, args=argv[1:], prog="python -m launch analyze engram", use_underscores=True)
+    request = tyro.cli(
+        Request, args=argv[1:], prog="python -m launch analyze engram", use_underscores=True
+    )
     if problems := find_problems(request):
         raise RunError(*problems)
     text = None if request.text is None else _read(request.text)
     discover()
     from training.analysis.engram_report import analyze_engram, lines
 
-    report, output = analyze_engram(request.source, text, request.tokens, request.output, request.count)
+    report, output = analyze_engram(
+        request.source, text, request.tokens, request.output, request.count
+    )
     print("\n".join(lines(report)))
     print(f"\nwritten to {output}", flush=True)
     return 0
@@ -63,10 +77,24 @@ def find_problems(request: Request) -> list[Problem]:
     problems = []
     if not request.source.is_dir():
         fix = "name the directory of a run, as in runs/tiny, or one of its checkpoints"
-        problems.append(Problem(field="source", value=request.source, rule="is no directory", fix=fix))
+        problems.append(
+            Problem(
+                field="source",
+                value=request.source,
+                rule="is no directory",
+                fix=fix,
+            )
+        )
     for field, value in (("tokens", request.tokens), ("count", request.count)):
         if value < 1:
-            problems.append(Problem(field=f"--{field}", value=value, rule="is below 1", fix="use 1 or more"))
+            problems.append(
+                Problem(
+                    field=f"--{field}",
+                    value=value,
+                    rule="is below 1",
+                    fix="use 1 or more",
+                )
+            )
     return problems
 
 
@@ -75,8 +103,20 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(
-            Problem(field="--text", value=path, rule=f"cannot be read: {error}", fix="name a UTF-8 text file")
+            Problem(
+                field="--text",
+                value=path,
+                rule=f"cannot be read: {error}",
+                fix="name a UTF-8 text file",
+            )
         ) from error
     if not text:
-        raise RunError(Problem(field="--text", value=path, rule="is empty", fix="name a text"))
+        raise RunError(
+            Problem(
+                field="--text",
+                value=path,
+                rule="is empty",
+                fix="name a text",
+            )
+        )
     return text

@@ -1,10 +1,17 @@
-"""What make asks before it makes an environment: whether this Python can. Written for old Pythons, too."""
+"""What make asks before it makes an environment: whether this Python can. Written for old Pythons,
+too.
+"""
 
 import sys
 
 OLDEST = (3, 11)
-TOO_OLD = "Python 3.11 or newer is needed, {} is {}.{}: name a newer one, as in make train PYTHON=python3.12"
-NO_VENV = "{} cannot make environments: apt-get install python{}.{}-venv, or name another by PYTHON="
+TOO_OLD = (
+    "Python 3.11 or newer is needed, {} is {}.{}: name a newer one, as in make train "
+    "PYTHON=python3.12"
+)
+NO_VENV = (
+    "{} cannot make environments: apt-get install python{}.{}-venv, or name another by PYTHON="
+)
 
 
 def problem():

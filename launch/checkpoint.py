@@ -1,4 +1,6 @@
-"""``python -m launch checkpoint``: look at, verify, compare, average, export and import checkpoints, on one process."""
+"""``python -m launch checkpoint``: look at, verify, compare, average, export and import
+checkpoints, on one process.
+"""
 
 import json
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Whether a checkpoint is whole: files against checksums, every element of every tensor exactly once."""
+    """Whether a checkpoint is whole: files against checksums, every element of every tensor exactly
+    once.
+    """
 
     path: PathArgument
     """A checkpoint, or a run: its newest one."""
@@ -51,8 +55,19 @@ class Verify:
         from training.data.progress import track
 
         path = newest_named(self.path)
-        found = verify(path, lambda files: track(files, len(files), f"verify {path.name}", show=len(files) > 1))
-        print(f"{found.path}: whole. {found.num_files} files, {size(found.num_bytes)}, {found.num_tensors} tensors.")
+        found = verify(
+            path,
+            lambda files: track(
+                files,
+                len(files),
+                f"verify {path.name}",
+                show=len(files) > 1,
+            ),
+        )
+        print(
+            f"{found.path}: whole. {found.num_files} files, {size(found.num_bytes)}, "
+            f"{found.num_tensors} tensors."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +88,21 @@ class Diff:
         from training.checkpoint.tools.reader import find_checkpoint
         from training.data.progress import track
 
-        a, b = find_checkpoint(self.a), find_checkpoint(self.b)
-        print_difference(a, b, compare(a, b, lambda names: track(names, len(names), "diff", show=True)), self.lines)
+        a = find_checkpoint(self.a)
+        b = find_checkpoint(self.b)
+        print_difference(
+            a,
+            b,
+            compare(a, b, lambda names: track(names, len(names), "diff", show=True)),
+            self.lines,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """The mean of checkpoints' weights as a new run, without optimizer state: for generation, or to start from."""
+    """The mean of checkpoints' weights as a new run, without optimizer state: for generation, or to
+    start from.
+    """
 
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...")]
     """Two checkpoints or more of one model."""
@@ -97,7 +120,9 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A checkpoint's weights as safetensors, for ``transformers`` where it has a class of the same function."""
+    """A checkpoint's weights as safetensors, for ``transformers`` where it has a class of the same
+    function.
+    """
 
     path: PathArgument
     """A checkpoint, or a run: its newest complete one."""
@@ -112,13 +137,17 @@ class Export:
         from training.data.progress import track
 
         path = find_checkpoint(self.path)
-        exported = export(path, self.output, lambda names: track(names, len(names), "export", show=len(names) > 1))
+        exported = export(
+            path, self.output, lambda names: track(names, len(names), "export", show=len(names) > 1)
+        )
         print_export(self.output, exported)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """A directory that ``export`` or ``transformers`` saved, as a run with one checkpoint of weights."""
+    """A directory that ``export`` or ``transformers`` saved, as a run with one checkpoint of
+    weights.
+    """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
     """safetensors and config.json."""
@@ -134,7 +163,8 @@ class Import:
         print(f"{made.path}: {source}, pattern {made.model.pattern}; {WEIGHTS_ONLY}")
         if not made.has_run:
             print(
-                f"{self.output / 'run.json'} is new: set data.path in it to files prepared with the model's tokenizer"
+                f"{self.output / 'run.json'} is new: set data.path in it to files prepared with "
+                "the model's tokenizer"
             )
 
 

@@ -10,7 +10,13 @@ from rich.table import Table
 from training.checkpoint.exchange.exporting import Exported
 from training.checkpoint.tools.compare import Difference
 from training.checkpoint.tools.reader import Reader
-from training.checkpoint.tools.summary import PER_PARAMETER, Line, all_lines, folded_lines, sizes_by_kind
+from training.checkpoint.tools.summary import (
+    PER_PARAMETER,
+    Line,
+    all_lines,
+    folded_lines,
+    sizes_by_kind,
+)
 
 PLAIN_WIDTH = 1000
 MAX_VALUE = 60  # characters of a configuration's value
@@ -27,25 +33,36 @@ def size(num_bytes: float) -> str:
 
 def print_inspection(reader: Reader, every: bool) -> None:
     """Head, sizes by kind, and tensors."""
-    manifest, console = reader.manifest, _console()
-    layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items() if key != "timeout_s")
+    manifest = reader.manifest
+    console = _console()
+    layout = ", ".join(
+        f"{key} {value}" for key, value in manifest["layout"].items() if key != "timeout_s"
+    )
     files = sum(record["bytes"] for record in manifest["files"].values())
     console.print(str(reader.path), style="bold", markup=False)
     only = ", weights only" if manifest.get("weights_only") else ""
     console.print(
-        f"step {manifest['step']}{only}, format {manifest['format']}, {len(manifest['files'])} files, {size(files)}"
+        f"step {manifest['step']}{only}, format {manifest['format']}, {len(manifest['files'])} "
+        f"files, {size(files)}"
     )
     console.print(f"written by {layout}", markup=False)
-    console.print(f"model {manifest['model']['pattern']}, width {manifest['model']['d_model']}\n", markup=False)
+    console.print(
+        f"model {manifest['model']['pattern']}, width {manifest['model']['d_model']}\n",
+        markup=False,
+    )
     kinds = sizes_by_kind(reader.tensors)
-    rows = [(kind, f"{n:,}", f"{elements:,}", size(total)) for kind, (n, elements, total) in kinds.items()]
+    rows = [
+        (kind, f"{n:,}", f"{elements:,}", size(total))
+        for kind, (n, elements, total) in kinds.items()
+    ]
     _print_table(console, ("kind", "tensors>", "elements>", "size>"), rows)
     console.print()
     lines = all_lines(reader) if every else folded_lines(reader)
     _print_table(console, ("tensor", "layers", "shape", "dtype", "size>"), map(_tensor_row, lines))
     if not every:
         console.print(
-            f"\n+m: with Adam's moments ({', '.join(PER_PARAMETER[1:])}). --all shows each tensor, --json too."
+            f"\n+m: with Adam's moments ({', '.join(PER_PARAMETER[1:])}). --all shows each "
+            "tensor, --json too."
         )
 
 
@@ -64,22 +81,36 @@ def print_difference(a: Path, b: Path, difference: Difference, max_lines: int) -
         _print_rest(console, len(difference.kinds) - max_lines)
     if difference.values:
         rows = [
-            (d.name, f"{d.max_abs:.3e}", f"{d.relative_rmse:.3e}", f"{d.num_different / d.num_elements:.1%}")
+            (
+                d.name,
+                f"{d.max_abs:.3e}",
+                f"{d.relative_rmse:.3e}",
+                f"{d.num_different / d.num_elements:.1%}",
+            )
             for d in difference.values
         ]
-        _print_table(console, ("differs", "max abs>", "relative RMSE>", "elements>"), rows[:max_lines])
+        _print_table(
+            console, ("differs", "max abs>", "relative RMSE>", "elements>"), rows[:max_lines]
+        )
         _print_rest(console, len(rows) - max_lines)
-    console.print(f"identical: {difference.num_identical} tensors; different: {len(difference.values)}")
+    console.print(
+        f"identical: {difference.num_identical} tensors; different: {len(difference.values)}"
+    )
 
 
 def print_export(output: Path, exported: Exported) -> None:
     """For whom it is, and why not for others."""
     console = _console()
-    who = f"transformers' {exported.architecture}" if exported.architecture else "our own loader (checkpoint import)"
+    who = (
+        f"transformers' {exported.architecture}"
+        if exported.architecture
+        else "our own loader (checkpoint import)"
+    )
     console.print(f"{output}: {size(exported.num_bytes)}, for {who}", markup=False)
     if exported.num_zeros:
         console.print(
-            f"  {exported.num_zeros:,} zeros stand for feed-forwards that the class has and this model has not"
+            f"  {exported.num_zeros:,} zeros stand for feed-forwards that the class has and this "
+            "model has not"
         )
     for architecture, misfits in exported.misfits.items():
         console.print(f"  not {architecture}: {'; '.join(misfits)}", markup=False)

@@ -1,4 +1,6 @@
-"""``python -m launch doctor``: is this machine fit to train on? Under a launcher it checks all processes together."""
+"""``python -m launch doctor``: is this machine fit to train on? Under a launcher it checks all
+processes together.
+"""
 
 import multiprocessing
 import shutil
@@ -64,13 +66,25 @@ def check_versions() -> Iterator[Finding]:
         if installed:
             yield Finding(status="ok", subject=package, found=installed)
         elif package in REQUIRED:
-            yield Finding(status="problem", subject=package, found="not installed", fix=f"pip install {package}")
+            yield Finding(
+                status="problem",
+                subject=package,
+                found="not installed",
+                fix=f"pip install {package}",
+            )
         elif package == "triton" and not has_cuda():
             yield Finding(status="ok", subject=package, found="not installed: only cards need it")
         else:
-            use = {"triton": "kernels for cards", "mpi4py": "starting under mpirun"}.get(package, "some features")
+            use = {"triton": "kernels for cards", "mpi4py": "starting under mpirun"}.get(
+                package, "some features"
+            )
             fix = f"pip install {package} for {use}"
-            yield Finding(status="warning", subject=package, found="not installed", fix=fix)
+            yield Finding(
+                status="warning",
+                subject=package,
+                found="not installed",
+                fix=fix,
+            )
 
 
 def check_devices() -> Iterator[Finding]:
@@ -88,11 +102,15 @@ def check_devices() -> Iterator[Finding]:
 
 def _check_cards() -> Iterator[Finding]:
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+        )
         cards = listed.stdout.splitlines()
     except (OSError, subprocess.SubprocessError) as error:
         cards = []
-        yield Finding(status="warning", subject="nvidia-smi", found=f"fails: {error}", fix="check the driver")
+        yield Finding(
+            status="warning", subject="nvidia-smi", found=f"fails: {error}", fix="check the driver"
+        )
     from parallel.device import local_device
 
     for card in cards:
@@ -106,30 +124,68 @@ def _check_cards() -> Iterator[Finding]:
         )
 
 
-def check_node(process: Process, shm: Path = Path("/dev/shm"), here: Path = Path()) -> Iterator[Finding]:
+def check_node(
+    process: Process, shm: Path = Path("/dev/shm"), here: Path = Path()
+) -> Iterator[Finding]:
     """Launcher, cores, memory, disk, shared memory."""
-    place = f"{process.local_world_size} on this node, rank 0 at {process.master_addr}:{process.master_port}"
-    yield Finding(status="ok", subject="launcher", found=f"{process.launcher}, {process.world_size} processes, {place}")
-    share = cores() / process.local_world_size
-    few = "fewer processes a node, or more cores (srun --cpus-per-task, mpirun --bind-to none)" if share < 1 else ""
+    place = (
+        f"{process.local_world_size} on this node, rank 0 at "
+        f"{process.master_addr}:{process.master_port}"
+    )
     yield Finding(
-        status="warning" if few else "ok", subject="cores", found=f"{cores()}, {share:.3g} a process", fix=few
+        status="ok",
+        subject="launcher",
+        found=f"{process.launcher}, {process.world_size} processes, {place}",
+    )
+    share = cores() / process.local_world_size
+    few = (
+        "fewer processes a node, or more cores (srun --cpus-per-task, mpirun --bind-to none)"
+        if share < 1
+        else ""
+    )
+    yield Finding(
+        status="warning" if few else "ok",
+        subject="cores",
+        found=f"{cores()}, {share:.3g} a process",
+        fix=few,
     )
     space = (
-        ("memory", free_memory(), 4 * GIB, "ask for more memory, or smaller model.engram.table_size"),
-        ("disk", shutil.disk_usage(here).free, 10 * GIB, "free space: checkpoints take 16 bytes a parameter"),
-        ("/dev/shm", shutil.disk_usage(shm).free if shm.exists() else 0, GIB, "docker run --shm-size=8g, or remount"),
+        (
+            "memory",
+            free_memory(),
+            4 * GIB,
+            "ask for more memory, or smaller model.engram.table_size",
+        ),
+        (
+            "disk",
+            shutil.disk_usage(here).free,
+            10 * GIB,
+            "free space: checkpoints take 16 bytes a parameter",
+        ),
+        (
+            "/dev/shm",
+            shutil.disk_usage(shm).free if shm.exists() else 0,
+            GIB,
+            "docker run --shm-size=8g, or remount",
+        ),
     )
     for subject, free, enough, fix in space:
         found = f"{free / GIB:.1f} GiB free"
         if free < enough:
-            yield Finding(status="warning", subject=subject, found=found, fix=fix)
+            yield Finding(
+                status="warning",
+                subject=subject,
+                found=found,
+                fix=fix,
+            )
         else:
             yield Finding(status="ok", subject=subject, found=found)
 
 
 def check_communication(process: Process, timeout_s: int = TIMEOUT_S) -> Finding:
-    """An all-reduce and an uneven all-to-all over gloo: among the started processes, or two of our own."""
+    """An all-reduce and an uneven all-to-all over gloo: among the started processes, or two of our
+    own.
+    """
     try:
         if process.world_size > 1:
             peers = process.world_size
@@ -139,8 +195,12 @@ def check_communication(process: Process, timeout_s: int = TIMEOUT_S) -> Finding
             _exchange_between_two(timeout_s)
     except Exception as error:
         fix = "check MASTER_ADDR, MASTER_PORT, firewalls and GLOO_SOCKET_IFNAME"
-        return Finding(status="problem", subject="gloo", found=f"rank {process.rank}: {error}", fix=fix)
-    return Finding(status="ok", subject="gloo", found=f"all-reduce and all-to-all between {peers} processes")
+        return Finding(
+            status="problem", subject="gloo", found=f"rank {process.rank}: {error}", fix=fix
+        )
+    return Finding(
+        status="ok", subject="gloo", found=f"all-reduce and all-to-all between {peers} processes"
+    )
 
 
 def exchange(rank: int, world_size: int, init_method: str, timeout_s: int) -> None:
@@ -153,13 +213,20 @@ def exchange(rank: int, world_size: int, init_method: str, timeout_s: int) -> No
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
+    )
     total = torch.tensor([rank])
     dist.all_reduce(total)
     sizes = [peer + 1 for peer in range(world_size)]
     received = torch.full((sum(sizes),), -1)
     sent = torch.full((world_size * (rank + 1),), rank)
-    dist.all_to_all_single(received, sent, sizes, [rank + 1] * world_size)
+    dist.all_to_all_single(
+        received,
+        sent,
+        sizes,
+        [rank + 1] * world_size,
+    )
     expected = torch.repeat_interleave(torch.arange(world_size), torch.tensor(sizes))
     dist.barrier()
     dist.destroy_process_group()
@@ -170,7 +237,9 @@ def exchange(rank: int, world_size: int, init_method: str, timeout_s: int) -> No
 def _exchange_between_two(timeout_s: int) -> None:
     context = multiprocessing.get_context("spawn")
     arguments = 2, f"tcp://{LOCALHOST}:{free_port()}", timeout_s
-    ranks = [context.Process(target=exchange, args=(rank, *arguments), daemon=True) for rank in (0, 1)]
+    ranks = [
+        context.Process(target=exchange, args=(rank, *arguments), daemon=True) for rank in (0, 1)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -180,5 +249,8 @@ def _exchange_between_two(timeout_s: int) -> None:
         rank.kill()
     if failed:
         raise RuntimeError(
-            ", ".join(f"rank {n} {'hangs' if code is None else f'ended with {code}'}" for n, code in failed)
+            ", ".join(
+                f"rank {n} {'hangs' if code is None else f'ended with {code}'}"
+                for n, code in failed
+            )
         )

@@ -1,4 +1,6 @@
-"""Who this process is among its peers, under every launcher. The only file that reads or sets environment variables."""
+"""Who this process is among its peers, under every launcher. The only file that reads or sets
+environment variables.
+"""
 
 import os
 import re
@@ -13,7 +15,8 @@ from launch.machine import cores
 from parallel.errors import Problem, RunError
 
 LOCALHOST = "127.0.0.1"
-# Slurm numbers the steps of a batch script, an interactive shell and the like from here on: one process, not srun's.
+# Slurm numbers the steps of a batch script, an interactive shell and the like from here on: one
+# process, not srun's.
 FIRST_RESERVED_STEP = 0xFFFFFFF0
 # Where batch systems say which job this is.
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID", "JOB_ID")
@@ -44,13 +47,16 @@ class Process:
     job: str = ""
     """The batch system's number of the job; empty where there is none."""
     launcher_keeps_store: bool = False
-    """Whether the launcher serves the store through which ranks meet, as torchrun does; else rank 0 does."""
+    """Whether the launcher serves the store through which ranks meet, as torchrun does; else rank 0
+    does.
+    """
 
 
 def from_environment(env: Mapping[str, str]) -> Process:
     """Read a launcher's variables. Pure.
 
-    torchrun and mpirun inside a Slurm job inherit Slurm's variables, so the innermost launcher is asked first.
+    torchrun and mpirun inside a Slurm job inherit Slurm's variables, so the innermost launcher is
+    asked first.
 
     Raises:
         RunError: variables contradict one another or are not numbers.
@@ -69,7 +75,10 @@ def from_environment(env: Mapping[str, str]) -> Process:
         process = _from_torchrun(env)
     elif "OMPI_COMM_WORLD_RANK" in env or ("PMI_RANK" in env and "MPI_LOCALRANKID" in env):
         process = _from_mpirun(env)
-    elif "SLURM_PROCID" in env and _number(env, "SLURM_STEP_ID", FIRST_RESERVED_STEP) < FIRST_RESERVED_STEP:
+    elif (
+        "SLURM_PROCID" in env
+        and _number(env, "SLURM_STEP_ID", FIRST_RESERVED_STEP) < FIRST_RESERVED_STEP
+    ):
         process = _from_srun(env)
     else:
         process = Process()
@@ -90,13 +99,15 @@ def from_environment(env: Mapping[str, str]) -> Process:
 
 
 def discover() -> Process:
-    """Find out who this process is, agree on rank 0's address, and export it all for torch and DeepSpeed.
+    """Find out who this process is, agree on rank 0's address, and export it all for torch and
+    DeepSpeed.
 
-    A MASTER_ADDR or MASTER_PORT of the user stays. DeepSpeed's own discovery, which overwrites both, does not run once
-    everything is exported. Under mpirun the processes agree over MPI.
+    A MASTER_ADDR or MASTER_PORT of the user stays. DeepSpeed's own discovery, which overwrites
+    both, does not run once everything is exported. Under mpirun the processes agree over MPI.
 
     Raises:
-        RunError: the launcher's variables contradict one another, or mpi4py is missing under mpirun.
+        RunError: the launcher's variables contradict one another, or mpi4py is missing under
+            mpirun.
     """
     process = identify()
     if process.launcher == "mpirun" and not (process.master_addr and process.master_port):
@@ -104,7 +115,9 @@ def discover() -> Process:
     if process.launcher == "srun" and "MASTER_ADDR" not in os.environ:
         process = replace(process, master_addr=_reachable(process.master_addr))
     process = replace(
-        process, master_addr=process.master_addr or LOCALHOST, master_port=process.master_port or free_port()
+        process,
+        master_addr=process.master_addr or LOCALHOST,
+        master_port=process.master_port or free_port(),
     )
     _export(process)
     return process
@@ -121,12 +134,16 @@ def identify() -> Process:
 
 
 def find_job(env: Mapping[str, str]) -> str:
-    """The number that Slurm, PBS, LSF, Grid Engine, Flux or OAR gave to the job that this is part of. Pure."""
+    """The number that Slurm, PBS, LSF, Grid Engine, Flux or OAR gave to the job that this is part
+    of. Pure.
+    """
     return next((env[name] for name in JOBS if env.get(name)), "")
 
 
 def first_host(nodelist: str) -> str:
-    """First name of Slurm's notation: ``gpu-[003-006,9],x1`` gives ``gpu-003``, ``r[1-2]n[3-4]`` gives ``r1n3``."""
+    """First name of Slurm's notation: ``gpu-[003-006,9],x1`` gives ``gpu-003``, ``r[1-2]n[3-4]``
+    gives ``r1n3``.
+    """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group() if first else nodelist)
 
@@ -155,19 +172,30 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
     if text is None or text == "":
         return default
     if not text.isdigit():
-        raise RunError(Problem(field=name, value=text, rule="is not a whole number", fix=f"unset {name} or correct it"))
+        raise RunError(
+            Problem(
+                field=name,
+                value=text,
+                rule="is not a whole number",
+                fix=f"unset {name} or correct it",
+            )
+        )
     return int(text)
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Process:
-    """torchrun, the ``deepspeed`` launcher (which says LOCAL_SIZE and CROSS_RANK), or variables set by hand."""
+    """torchrun, the ``deepspeed`` launcher (which says LOCAL_SIZE and CROSS_RANK), or variables set
+    by hand.
+    """
     return Process(
         rank=_number(env, "RANK", 0),
         local_rank=_number(env, "LOCAL_RANK", 0),
         world_size=_number(env, "WORLD_SIZE", 1),
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", 1)),
         node_rank=_number(env, "GROUP_RANK", _number(env, "CROSS_RANK", 0)),
-        launcher="deepspeed" if "CROSS_RANK" in env and "TORCHELASTIC_RUN_ID" not in env else "torchrun",
+        launcher="deepspeed"
+        if "CROSS_RANK" in env and "TORCHELASTIC_RUN_ID" not in env
+        else "torchrun",
         launcher_keeps_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
@@ -182,7 +210,9 @@ def _from_mpirun(env: Mapping[str, str]) -> Process:
         else ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
     )
     defaults = (0, 1, 0, 1)
-    rank, size, local_rank, local_size = (_number(env, *pair) for pair in zip(variables, defaults, strict=True))
+    rank, size, local_rank, local_size = (
+        _number(env, *pair) for pair in zip(variables, defaults, strict=True)
+    )
     return Process(
         rank=rank,
         local_rank=local_rank,
@@ -194,13 +224,20 @@ def _from_mpirun(env: Mapping[str, str]) -> Process:
 
 
 def _from_srun(env: Mapping[str, str]) -> Process:
-    """One task of an srun step. SLURM_NTASKS is also set in salloc's shell, where it counts what is not yet started."""
+    """One task of an srun step. SLURM_NTASKS is also set in salloc's shell, where it counts what is
+    not yet started.
+    """
     size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
     node = _number(env, "SLURM_NODEID", 0)
-    counts = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size))
+    counts = expand_counts(
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size)
+    )
     nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    # Below Linux's ephemeral ports; steps of one job, and jobs that follow one another, do not meet.
-    port = 10_000 + (16 * _number(env, "SLURM_JOB_ID", 0) + _number(env, "SLURM_STEP_ID", 0)) % 20_000
+    # Below Linux's ephemeral ports; steps of one job, and jobs that follow one another, do not
+    # meet.
+    port = (
+        10_000 + (16 * _number(env, "SLURM_JOB_ID", 0) + _number(env, "SLURM_STEP_ID", 0)) % 20_000
+    )
     return Process(
         rank=_number(env, "SLURM_PROCID", 0),
         local_rank=_number(env, "SLURM_LOCALID", 0),
@@ -214,7 +251,9 @@ def _from_srun(env: Mapping[str, str]) -> Process:
 
 
 def _agree_by_mpi(process: Process) -> Process:
-    """Rank 0 names its address, and a port that is free there; 127.0.0.1 where all processes share its node."""
+    """Rank 0 names its address, and a port that is free there; 127.0.0.1 where all processes share
+    its node.
+    """
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -229,7 +268,9 @@ def _agree_by_mpi(process: Process) -> Process:
     single = process.local_world_size == process.world_size
     offer = (LOCALHOST if single else _own_address(), free_port()) if process.rank == 0 else None
     address, port = MPI.COMM_WORLD.bcast(offer, root=0)
-    return replace(process, master_addr=process.master_addr or address, master_port=process.master_port or port)
+    return replace(
+        process, master_addr=process.master_addr or address, master_port=process.master_port or port
+    )
 
 
 def _own_address() -> str:
@@ -255,7 +296,9 @@ def _reachable(node: str) -> str:
 
 
 def _ask_slurm(node: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=30, check=True)
+    shown = subprocess.run(
+        ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=30, check=True
+    )
     found = re.search(r"NodeAddr=(\S+)", shown.stdout)
     return found[1] if found else ""
 
@@ -278,7 +321,8 @@ def _export(process: Process) -> None:
     )
     if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Said because Triton's default is about to change; fused multiply-adds are what the kernels were tested with.
+    # Said because Triton's default is about to change; fused multiply-adds are what the kernels
+    # were tested with.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if process.local_world_size == process.world_size and (loopback := _loopback()):
         # gloo would ask for the address of the host's name, which containers may not know.

@@ -1,4 +1,6 @@
-"""``python -m launch generate runs/<name> --prompt TEXT``: continue a prompt with a trained model."""
+"""``python -m launch generate runs/<name> --prompt TEXT``:
+continue a prompt with a trained model.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +32,26 @@ class Request:
 
 def main(argv: list[str]) -> int:
     """Print the prompt and what the model makes of it."""
-    request = tyro.cli(Request, args=argv, prog="python -m launch generate", use_underscores=True)
+    request = tyro.cli(
+        Request,
+        args=argv,
+        prog="python -m launch generate",
+        use_underscores=True,
+    )
     if problems := find_problems(request):
         raise RunError(*problems)
     discover()
     from training.decode.generate import generate
 
     print(
-        generate(request.run, request.prompt, request.max_tokens, request.temperature, request.top_p, request.seed),
+        generate(
+            request.run,
+            request.prompt,
+            request.max_tokens,
+            request.temperature,
+            request.top_p,
+            request.seed,
+        ),
         flush=True,
     )
     return 0
@@ -49,18 +63,52 @@ def find_problems(request: Request) -> list[Problem]:
     if not (request.run / "run.json").is_file():
         runs = sorted(str(file.parent) for file in request.run.parent.glob("*/run.json"))
         fix = nearest(str(request.run), runs, "name the directory of a run, as in runs/tiny")
-        problems.append(Problem(field="run", value=request.run, rule="has no run.json", fix=fix))
+        problems.append(
+            Problem(
+                field="run",
+                value=request.run,
+                rule="has no run.json",
+                fix=fix,
+            )
+        )
     try:
         request.prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are no UTF-8 arrive as surrogates
-        rule, fix = "holds bytes that are not UTF-8", "write it in UTF-8: echo $LANG names the shell's encoding"
-        problems.append(Problem(field="--prompt", value=ascii(request.prompt), rule=rule, fix=fix))
+        rule = "holds bytes that are not UTF-8"
+        fix = "write it in UTF-8: echo $LANG names the shell's encoding"
+        problems.append(
+            Problem(
+                field="--prompt",
+                value=ascii(request.prompt),
+                rule=rule,
+                fix=fix,
+            )
+        )
     limits = (
         ("max_tokens", request.max_tokens, request.max_tokens >= 1, "is below 1", "use 1 or more"),
-        ("temperature", request.temperature, request.temperature >= 0, "is negative", "use 0 or more"),
-        ("top_p", request.top_p, 0 < request.top_p <= 1, "is outside 0 to 1", "use 1 to sample from all tokens"),
+        (
+            "temperature",
+            request.temperature,
+            request.temperature >= 0,
+            "is negative",
+            "use 0 or more",
+        ),
+        (
+            "top_p",
+            request.top_p,
+            0 < request.top_p <= 1,
+            "is outside 0 to 1",
+            "use 1 to sample from all tokens",
+        ),
     )
     for field, value, ok, rule, fix in limits:
         if not ok:
-            problems.append(Problem(field=f"--{field}", value=value, rule=rule, fix=fix))
+            problems.append(
+                Problem(
+                    field=f"--{field}",
+                    value=value,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
     return problems

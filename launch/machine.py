@@ -1,4 +1,6 @@
-"""What this node has for a run: cores and memory, cut by the control group's limits (version 1 or 2). No torch."""
+"""What this node has for a run: cores and memory, cut by the control group's limits (version 1 or
+2). No torch.
+"""
 
 import os
 import resource
@@ -9,30 +11,44 @@ CGROUP = "sys/fs/cgroup"
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, cut by the control group's quota of processor time."""
+    """Cores that this process may use: its affinity, cut by the control group's quota of processor
+    time.
+    """
     allowed = len(os.sched_getaffinity(0))
-    second, first = root / CGROUP / "cpu.max", root / CGROUP / "cpu"
+    second = root / CGROUP / "cpu.max"
+    first = root / CGROUP / "cpu"
     if second.exists():
         quota, period = second.read_text().split()
     elif (first / "cpu.cfs_quota_us").exists():
-        quota, period = ((first / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        quota, period = (
+            (first / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+        )
     else:
         return allowed
     return allowed if quota in ("max", "-1") else max(1, min(allowed, int(quota) // int(period)))
 
 
 def allow_open_files() -> int:
-    """Files and connections that this process may hold open, after raising its limit as far as it goes."""
+    """Files and connections that this process may hold open, after raising its limit as far as it
+    goes.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes may still take: what the kernel calls available, cut by the control group's limit."""
+    """Bytes that processes may still take: what the kernel calls available, cut by the control
+    group's limit.
+    """
     lines = (root / "proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    files = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    available = next(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+    )
+    files = (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
     for limit, used in ((root / CGROUP / limit, root / CGROUP / used) for limit, used in files):
         if limit.exists() and (text := limit.read_text().strip()) != "max":
             return min(available, max(0, int(text) - int(used.read_text())))

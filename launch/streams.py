@@ -1,4 +1,6 @@
-"""The console is a view of a run: when it goes away, is full or stands still, training does not notice."""
+"""The console is a view of a run: when it goes away, is full or stands still, training does not
+notice.
+"""
 
 import io
 import os
@@ -18,10 +20,11 @@ ATOMIC_BYTES = 4096
 
 
 def guard_streams() -> None:
-    """Let no write to stdout or stderr raise or wait for ever from now on, and none at this process's end.
+    """Let no write to stdout or stderr raise or wait for ever from now on, and none at this
+    process's end.
 
-    Closed streams become /dev/null: else the next file that is opened would get their number, and with it what
-    libraries print.
+    Closed streams become /dev/null: else the next file that is opened would get their number, and
+    with it what libraries print.
     """
     for number in (0, 1, 2):
         _ensure_open(number)
@@ -30,7 +33,9 @@ def guard_streams() -> None:
 
 
 class View(io.BufferedIOBase):
-    """Writes to a file descriptor whatever it takes, at once; tells the other one, once, when it takes no more."""
+    """Writes to a file descriptor whatever it takes, at once; tells the other one, once, when it
+    takes no more.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -68,12 +73,16 @@ class View(io.BufferedIOBase):
             return 0
 
     def _takes(self) -> bool:
-        """Whether the descriptor takes bytes, now or within the patience that is left for its reader."""
+        """Whether the descriptor takes bytes, now or within the patience that is left for its
+        reader.
+        """
         begin = time.monotonic()
         asked = select.poll()
         asked.register(self._number, select.POLLOUT)
         ready = bool(asked.poll(1e3 * self._patience_s))
-        self._patience_s = PATIENCE_S if ready else max(0.0, self._patience_s - (time.monotonic() - begin))
+        self._patience_s = (
+            PATIENCE_S if ready else max(0.0, self._patience_s - (time.monotonic() - begin))
+        )
         if not ready and not self._stalled:
             self._tell("nobody reads it")
         self._stalled = not ready
@@ -105,7 +114,8 @@ def _ensure_open(number: int) -> None:
 
 
 def _guarded(stream: TextIO | None, number: int) -> TextIO:
-    """A text stream of whole lines on a descriptor, in the encoding of ``stream``; what that lacks is escaped.
+    """A text stream of whole lines on a descriptor, in the encoding of ``stream``; what that lacks
+    is escaped.
 
     A stream that is no file's, as a test's, or guarded already, stays.
     """
@@ -121,4 +131,9 @@ def _guarded(stream: TextIO | None, number: int) -> TextIO:
             return stream
     encoding = "utf-8" if stream is None else stream.encoding
     view = cast(BinaryIO, View(number))  # all of it that text needs
-    return io.TextIOWrapper(view, encoding, errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(
+        view,
+        encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )

@@ -1,4 +1,6 @@
-"""``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked configuration."""
+"""``python -m launch train <preset> [--field.name value ...]``: from what was typed to a checked
+configuration.
+"""
 
 import os
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -27,8 +29,10 @@ RUNS = Path("runs")
 NAME_BYTES = 240
 # A process of two holds 114; each further peer asks for a few more.
 OPEN_FILES = 192
-USAGE = """usage: python -m launch train <preset> [--field.name value ...] [--resume | --auto-resume | --overwrite]
-       python -m launch train --config runs/<name>/run.json [--field.name value ...] [--resume | ...]
+USAGE = """usage: python -m launch train <preset> [--field.name value ...]
+       [--resume | --auto-resume | --overwrite]
+       python -m launch train --config runs/<name>/run.json [--field.name value ...]
+       [--resume | --auto-resume | --overwrite]
 
 presets:
 {presets}
@@ -42,20 +46,28 @@ class Request:
 
     run: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     resume: bool = False
-    """Continue the run in runs/<name> from its newest checkpoint, with its own run.json and what is typed over it."""
+    """Continue the run in runs/<name> from its newest checkpoint, with its own run.json and what is
+    typed over it.
+    """
     auto_resume: bool = False
-    """Continue the run where it has a checkpoint, start it where nothing has been saved yet: for restarted jobs."""
+    """Continue the run where it has a checkpoint, start it where nothing has been saved yet: for
+    restarted jobs.
+    """
     overwrite: bool = False
     """Start anew; an existing runs/<name> is moved aside."""
 
     @property
     def mode(self) -> StartMode:
         """How the run begins."""
-        return next((mode for mode in StartMode if getattr(self, mode.value, False)), StartMode.FRESH)
+        return next(
+            (mode for mode in StartMode if getattr(self, mode.value, False)), StartMode.FRESH
+        )
 
 
 def main(argv: list[str]) -> int:
-    """Check what was typed, on every rank before any process group is made, then train. Exit code 2: it cannot run."""
+    """Check what was typed, on every rank before any process group is made, then train. Exit code
+    2: it cannot run.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets="\n".join(f"  {name:<20}{_summary(name)}" for name in PRESETS)))
         return 0 if argv else USER_ERROR
@@ -67,7 +79,9 @@ def main(argv: list[str]) -> int:
         problems: list[Problem] = []
         request = parse(argv, process.rank, problems)
         problems += find_problems(request, process, RUNS)
-        if process.rank == 0:  # nodes may differ in their files: each opens them itself before it trains
+        if (
+            process.rank == 0
+        ):  # nodes may differ in their files: each opens them itself before it trains
             from training.data.check import data_problems
 
             problems += data_problems(request.run.data, request.run.model.vocab_size)
@@ -83,24 +97,32 @@ def main(argv: list[str]) -> int:
         from training.run.ending import launch_command
 
         again = launch_command(process.world_size, argv)
-        print(f"stopped before the first step: nothing was trained or written; to start again: {again}", flush=True)
+        print(
+            "stopped before the first step: nothing was trained or written; to start again: "
+            f"{again}",
+            flush=True,
+        )
     return 0
 
 
-def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None, runs: Path = RUNS) -> Request:
+def parse(
+    argv: list[str], rank: int = 0, found: list[Problem] | None = None, runs: Path = RUNS
+) -> Request:
     """The request in ``argv``: a preset or ``--config file``, then fields.
 
-    A run that is continued starts from its own run.json: then the preset only gives the run's name where none is typed.
+    A run that is continued starts from its own run.json: then the preset only gives the run's name
+    where none is typed.
 
     Args:
         found: takes what is wrong with fields, to be told with other problems; None raises it.
 
     Raises:
-        RunError: an unknown preset or field, with the nearest name; a value of the wrong type; a saved configuration
-            that does not load.
+        RunError: an unknown preset or field, with the nearest name; a value of the wrong type; a
+            saved configuration that does not load.
         SystemExit: ``--help``, or words that are no options (code 2; told by rank 0).
     """
-    source, words = argv[0], argv[1:]
+    source = argv[0]
+    words = argv[1:]
     named = source.startswith("--config")
     if named:
         path = source.partition("=")[2] or (words.pop(0) if words else "")
@@ -115,7 +137,8 @@ def parse(argv: list[str], rank: int = 0, found: list[Problem] | None = None, ru
 
 
 def _own_config(directory: Path) -> RunConfig | None:
-    """The configuration of the run in ``directory`` as it was; None where nothing of a run is there.
+    """The configuration of the run in ``directory`` as it was; None where nothing of a run is
+    there.
 
     Raises:
         RunError: it cannot be read; what was trained is not continued by guesses.
@@ -126,14 +149,21 @@ def _own_config(directory: Path) -> RunConfig | None:
         if path.exists() or any(directory.glob("checkpoints/step-*")):
             return replace(load_run_json(path), name=directory.name)
     except RunError as error:
-        fix = f"name one: --config {copies[-1] if copies else 'FILE'} --name {directory.name} --resume"
-        rules = [problem.rule if isinstance(problem, Problem) else problem for problem in error.problems]
+        fix = (
+            f"name one: --config {copies[-1] if copies else 'FILE'} --name {directory.name} "
+            "--resume"
+        )
+        rules = [
+            problem.rule if isinstance(problem, Problem) else problem for problem in error.problems
+        ]
         rule = f"does not say what the run was trained with: it {'; '.join(rules)}"
         raise RunError(Problem(field="run", value=path, rule=rule, fix=fix)) from error
     return None
 
 
-def _apply_words(config: RunConfig, words: list[str], source: str, rank: int, found: list[Problem] | None) -> Request:
+def _apply_words(
+    config: RunConfig, words: list[str], source: str, rank: int, found: list[Problem] | None
+) -> Request:
     """``config`` with what was typed over it."""
     config, words = _switch_engram(config, join_values(words, field_types(RunConfig)))
     words, problems = read_words(words, field_types(RunConfig))
@@ -155,7 +185,9 @@ def _apply_words(config: RunConfig, words: list[str], source: str, rank: int, fo
 
 
 def find_problems(request: Request, process: Process, runs: Path) -> list[Problem]:
-    """All that keeps ``request`` from running: fields, layout, the run's directory, memory for the tables."""
+    """All that keeps ``request`` from running: fields, layout, the run's directory, memory for the
+    tables.
+    """
     problems = validate(request.run, process.world_size)
     problems += _directory_problems(request, runs)
     problems += _file_problems(allow_open_files())
@@ -169,7 +201,14 @@ def _file_problems(allowed: int) -> list[Problem]:
     if allowed >= OPEN_FILES:
         return []
     rule = f"is below the {OPEN_FILES} open files that a process needs"
-    return [Problem(field="ulimit -n", value=allowed, rule=rule, fix="ulimit -n 4096")]
+    return [
+        Problem(
+            field="ulimit -n",
+            value=allowed,
+            rule=rule,
+            fix="ulimit -n 4096",
+        )
+    ]
 
 
 def _say_origin(problems: list[Problem], request: Request, path: Path) -> list[Problem]:
@@ -181,7 +220,9 @@ def _say_origin(problems: list[Problem], request: Request, path: Path) -> list[P
     except RunError:
         return problems
     return [
-        replace(problem, value=f"{problem.value} of {path}", fix=f"{problem.fix}: --{problem.field} ...")
+        replace(
+            problem, value=f"{problem.value} of {path}", fix=f"{problem.fix}: --{problem.field} ..."
+        )
         if problem.field in saved and saved[problem.field] == problem.value
         else problem
         for problem in problems
@@ -195,22 +236,36 @@ def _directory_problems(request: Request, runs: Path) -> list[Problem]:
     modes = [mode for mode in StartMode if getattr(request, mode.value, False)]
     if len(modes) > 1:
         first, second = (f"--{mode.value.replace('_', '-')}" for mode in modes[:2])
-        return [Problem(field=first, value="True", rule=f"contradicts {second}", fix="leave one of them out")]
+        return [
+            Problem(
+                field=first, value="True", rule=f"contradicts {second}", fix="leave one of them out"
+            )
+        ]
     return directory_problems(runs / request.run.name, request.mode)
 
 
 def _name_problems(name: str) -> list[Problem]:
     """Of a name that no directory can have, or that leads out of the runs' directory."""
     if not name or name in (".", "..") or "/" in name:
-        rule, fix = "is not a plain directory name", "use a name without /"
+        rule = "is not a plain directory name"
+        fix = "use a name without /"
     elif not name.isprintable():
-        rule, fix = "holds characters that cannot be printed", "use letters, digits, - and _"
+        rule = "holds characters that cannot be printed"
+        fix = "use letters, digits, - and _"
     elif (size := len(name.encode())) > NAME_BYTES:
-        rule, fix = f"has {size} bytes", f"use {NAME_BYTES} at most"
+        rule = f"has {size} bytes"
+        fix = f"use {NAME_BYTES} at most"
     else:
         return []
     shown = name if len(name) <= 40 else name[:40] + "..."
-    return [Problem(field="name", value=repr(shown), rule=rule, fix=fix)]
+    return [
+        Problem(
+            field="name",
+            value=repr(shown),
+            rule=rule,
+            fix=fix,
+        )
+    ]
 
 
 def _place_problems(runs: Path, directory: Path) -> list[Problem]:
@@ -227,9 +282,14 @@ def _place_problems(runs: Path, directory: Path) -> list[Problem]:
 
 
 def _place_problem(path: Path) -> tuple[str, str] | None:
-    """The rule that ``path`` breaks, and what to do; None where it is a directory to write to, or can be made."""
+    """The rule that ``path`` breaks, and what to do; None where it is a directory to write to, or
+    can be made.
+    """
     if path.is_symlink() and not path.exists():
-        return f"is a link to {os.readlink(path)}, which is not there", "make that directory, or remove the link"
+        return (
+            f"is a link to {os.readlink(path)}, which is not there",
+            "make that directory, or remove the link",
+        )
     if path.exists() and not path.is_dir():
         return "is a file, not a directory", "move it away"
     nearest_there = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -242,29 +302,50 @@ def _start_problems(source: str) -> list[Problem]:
     if not source or Path(source).is_dir():
         return []
     fix = "name a run, as in runs/tiny, or a directory step-NNNNNNNN of its checkpoints"
-    return [Problem(field="train.start_from", value=source, rule="is no directory", fix=fix)]
+    return [
+        Problem(
+            field="train.start_from",
+            value=source,
+            rule="is no directory",
+            fix=fix,
+        )
+    ]
 
 
 def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Problem]:
     engram = config.model.engram
     if engram is None or config.table.placement not in ("host", "pinned"):
         return []
-    size = row_bytes(config.table.rows, engram.head_dim) + state_bytes(config.table.optimizer, engram.head_dim)
+    size = row_bytes(config.table.rows, engram.head_dim) + state_bytes(
+        config.table.optimizer, engram.head_dim
+    )
     heads = len(engram.layers) * len(engram.orders) * engram.num_heads
     node_share = process.local_world_size / process.world_size
     needed = heads * engram.table_size * size * node_share
     if needed <= free:
         return []
     largest = int(free / (heads * size * node_share))
-    rule = f"needs {needed / 2**30:.1f} GiB a node for rows and optimizer state; {free / 2**30:.1f} GiB are free"
+    rule = (
+        f"needs {needed / 2**30:.1f} GiB a node for rows and optimizer state; "
+        f"{free / 2**30:.1f} GiB are free"
+    )
     fix = f"use at most {largest}, or more nodes"
-    return [Problem(field="model.engram.table_size", value=engram.table_size, rule=rule, fix=fix)]
+    return [
+        Problem(
+            field="model.engram.table_size",
+            value=engram.table_size,
+            rule=rule,
+            fix=fix,
+        )
+    ]
 
 
 def _preset(name: str, words: list[str]) -> RunConfig:
     if name not in PRESETS:
         fix = nearest(name, PRESETS, "name one of these, or --config runs/<name>/run.json")
-        problem = Problem(field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix)
+        problem = Problem(
+            field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix
+        )
         _, words = _switch_engram(RunConfig(), join_values(words, field_types(RunConfig)))
         raise RunError(problem, *read_words(words, field_types(RunConfig))[1])
     return PRESETS[name]()
@@ -275,7 +356,9 @@ def _summary(name: str) -> str:
 
 
 def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
-    """``--model.engram none`` takes Engram out; a field of it puts it into a model that has none."""
+    """``--model.engram none`` takes Engram out;
+    a field of it puts it into a model that has none.
+    """
     if "--model.engram" in words:
         place = words.index("--model.engram")
         if [word.lower() for word in words[place + 1 : place + 2]] != ["none"]:
@@ -287,7 +370,9 @@ def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list
                     fix="set its fields: --model.engram.layers 1 3",
                 )
             )
-        return replace(config, model=replace(config.model, engram=None)), words[:place] + words[place + 2 :]
+        return replace(config, model=replace(config.model, engram=None)), words[:place] + words[
+            place + 2 :
+        ]
     if config.model.engram is None and any(word.startswith("--model.engram.") for word in words):
         return replace(config, model=replace(config.model, engram=EngramConfig())), words
     return config, words

@@ -48,12 +48,14 @@ ONE_PROCESS = OneProcess()
 
 
 def on_every_rank(comm: Comm, action: Callable[[], T]) -> T:
-    """This rank's result of ``action``, after all ranks are done with it; a failure of one is raised on all.
+    """This rank's result of ``action``, after all ranks are done with it; a failure of one is
+    raised on all.
 
     Raises:
         RunError: on every rank, what the first failing rank raised.
     """
-    result, failure = None, None
+    result = None
+    failure = None
     try:
         result = action()
     except RunError as error:

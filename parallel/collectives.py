@@ -1,6 +1,8 @@
-"""Collectives as autograd pairs; each states its transpose. ``group`` None or of one rank makes all of them free.
+"""Collectives as autograd pairs; each states its transpose. ``group`` None or of one rank makes all
+of them free.
 
-x_BLD is cut along L (dim 1) over tensor ranks: B batch, L length, D width. Rows of x_MD are cut unevenly.
+x_BLD is cut along L (dim 1) over tensor ranks: B batch, L length, D width. Rows of x_MD are cut
+unevenly.
 """
 
 import torch
@@ -51,22 +53,35 @@ def _pair(name: str, forward, backward, doc: str):
     def apply(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         return x if _size(group) == 1 else Pair.apply(x, group)
 
-    apply.__name__, apply.__doc__ = name, doc
+    apply.__name__ = name
+    apply.__doc__ = doc
     return apply
 
 
 gather_tokens = _pair(
-    "gather_tokens", _gather, _reduce_scatter, "All tokens from each rank's slice; transpose: sum and scatter."
+    "gather_tokens",
+    _gather,
+    _reduce_scatter,
+    "All tokens from each rank's slice; transpose: sum and scatter.",
 )
 scatter_tokens = _pair(
-    "scatter_tokens", _reduce_scatter, _gather, "Sum over ranks, keep the own slice of tokens; transpose: gather."
+    "scatter_tokens",
+    _reduce_scatter,
+    _gather,
+    "Sum over ranks, keep the own slice of tokens; transpose: gather.",
 )
-split_tokens = _pair("split_tokens", _own, _gather, "The own slice of a replicated x; transpose: gather.")
-join_tokens = _pair("join_tokens", _gather, _own, "A replicated x from slices; transpose: the own slice.")
+split_tokens = _pair(
+    "split_tokens", _own, _gather, "The own slice of a replicated x; transpose: gather."
+)
+join_tokens = _pair(
+    "join_tokens", _gather, _own, "A replicated x from slices; transpose: the own slice."
+)
 
 
 def take_token_share(x_BLD: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """This tensor rank's own tokens, for layers that divide tokens and not channels; already so under SP."""
+    """This tensor rank's own tokens, for layers that divide tokens and not channels; already so
+    under SP.
+    """
     return x_BLD if mesh.sequence_parallel else split_tokens(x_BLD, mesh.group("tp"))
 
 
@@ -80,7 +95,13 @@ class _AllToAllRows(Function):
     def forward(ctx, x_MD, send_counts, receive_counts, group):
         ctx.counts = send_counts, receive_counts, group
         out = x_MD.new_empty((sum(receive_counts), *x_MD.shape[1:]))
-        dist.all_to_all_single(out, x_MD.contiguous(), receive_counts, send_counts, group=group)
+        dist.all_to_all_single(
+            out,
+            x_MD.contiguous(),
+            receive_counts,
+            send_counts,
+            group=group,
+        )
         return out
 
     @staticmethod
@@ -90,10 +111,24 @@ class _AllToAllRows(Function):
 
 
 def all_to_all_rows(
-    x_MD: torch.Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup | None
+    x_MD: torch.Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Rows to the ranks of ``group``, in order, ``send_counts`` each; transpose: itself with the counts exchanged."""
-    return x_MD if _size(group) == 1 else _AllToAllRows.apply(x_MD, send_counts, receive_counts, group)
+    """Rows to the ranks of ``group``, in order, ``send_counts`` each; transpose: itself with the
+    counts exchanged.
+    """
+    return (
+        x_MD
+        if _size(group) == 1
+        else _AllToAllRows.apply(
+            x_MD,
+            send_counts,
+            receive_counts,
+            group,
+        )
+    )
 
 
 def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -106,7 +141,15 @@ def _same(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x.view_as(x)
 
 
-copy_to = _pair("copy_to", _same, _all_reduce, "A replica that each rank uses with its own shard; transpose: sum.")
+copy_to = _pair(
+    "copy_to",
+    _same,
+    _all_reduce,
+    "A replica that each rank uses with its own shard; transpose: sum.",
+)
 sum_over = _pair(
-    "sum_over", _all_reduce, _all_reduce, "Sum of what ranks hold, used by each with its own shard; transpose: itself."
+    "sum_over",
+    _all_reduce,
+    _all_reduce,
+    "Sum of what ranks hold, used by each with its own shard; transpose: itself.",
 )

@@ -1,4 +1,6 @@
-"""The only file that knows CUDA by name: which device this process computes on, how data get there, beside what."""
+"""The only file that knows CUDA by name: which device this process computes on, how data get there,
+beside what.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ def local_device(local_rank: int = 0) -> torch.device:
 
 
 def backend(device: torch.device) -> str:
-    """The collective backends of a run on this device: gloo moves host tensors, nccl those of cards."""
+    """The collective backends of a run on this device: gloo moves host tensors, nccl those of
+    cards.
+    """
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -37,9 +41,11 @@ def choose_dtype(device: torch.device) -> DtypeChoice:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``. From the host to a card it goes by page-locked memory, and nobody waits for the copy.
+    """``tensor`` on ``device``. From the host to a card it goes by page-locked memory, and nobody
+    waits for the copy.
 
-    PyTorch's allocator of that memory gives it to nobody else before the calling thread's stream has done the copy.
+    PyTorch's allocator of that memory gives it to nobody else before the calling thread's stream
+    has done the copy.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -47,7 +53,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in host memory; from a card in page-locked memory, and the host waits for the calling thread's stream.
+    """``tensor`` in host memory; from a card in page-locked memory, and the host waits for the
+    calling thread's stream.
 
     A host tensor is given back as it is.
     """
@@ -60,14 +67,17 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class DeviceQueue:
-    """The stream on which a thread beside the program gives its device work to a card. Without a card: nothing.
+    """The stream on which a thread beside the program gives its device work to a card. Without a
+    card: nothing.
 
-    A thread's stream is the card's default one unless it is told otherwise: its copies would wait for the model's
-    kernels, and kernels for its exchange with other ranks, in an order that differs from rank to rank.
+    A thread's stream is the card's default one unless it is told otherwise: its copies would wait
+    for the model's kernels, and kernels for its exchange with other ranks, in an order that differs
+    from rank to rank.
 
-    A mark is a place in what a stream has been given. Work begins after the program's mark at the time it was asked
-    for, and the program's own work goes on after the mark of what it uses. So what a job reads and writes is as if the
-    program itself had given it to the card, and the host never waits.
+    A mark is a place in what a stream has been given. Work begins after the program's mark at the
+    time it was asked for, and the program's own work goes on after the mark of what it uses. So
+    what a job reads and writes is as if the program itself had given it to the card, and the host
+    never waits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,7 +86,9 @@ class DeviceQueue:
 
     def mark(self) -> "torch.cuda.Event | None":
         """Where the calling thread's stream is."""
-        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        return (
+            None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        )
 
     @contextmanager
     def after(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
@@ -118,7 +130,8 @@ def tensors_in(values: object) -> Iterator[torch.Tensor]:
 
 
 def lock_pages(address: int, num_bytes: int) -> None:
-    """Lock pages of this process's memory: they are never swapped, and cards may copy from and to them directly.
+    """Lock pages of this process's memory: they are never swapped, and cards may copy from and to
+    them directly.
 
     Raises:
         RuntimeError: CUDA refuses, with its reason.

@@ -7,7 +7,9 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong with a configuration: which field, its value, the rule it breaks, and what to do."""
+    """One thing that is wrong with a configuration: which field, its value, the rule it breaks, and
+    what to do.
+    """
 
     field: str
     value: object
@@ -19,7 +21,9 @@ class Problem:
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str, before: str = "") -> str:
-    """What to do about an unknown word: the known one that resembles it, after ``before``, or ``otherwise``."""
+    """What to do about an unknown word: the known one that resembles it, after ``before``, or
+    ``otherwise``.
+    """
     near = get_close_matches(word, sorted(known), n=1)
     return f"did you mean {before}{near[0]}?" if near else otherwise
 
@@ -37,4 +41,6 @@ class RunError(Exception):
 
 
 class LostRun(RunError):
-    """Another process has taken over what this one was writing: nothing of it may be touched any more."""
+    """Another process has taken over what this one was writing: nothing of it may be touched any
+    more.
+    """

@@ -1,7 +1,7 @@
 """Expert parallelism: tokens to the ranks that hold their experts, and back. Dropless.
 
-Each rank brings its own tokens: tensor ranks divide theirs first. T tokens, K chosen experts, E experts, D model width,
-M rows sorted by expert.
+Each rank brings its own tokens: tensor ranks divide theirs first. T tokens, K chosen experts, E
+experts, D model width, M rows sorted by expert.
 """
 
 import time
@@ -21,7 +21,9 @@ from parallel.placement import Init, Placement, declare
 class ExpertParallelMLP(ExpertMarker):
     """E SwiGLU experts, E / ep of them on this rank: y = sum over k of weight_k * expert_k(x)."""
 
-    def __init__(self, d_model: int, inner: int, num_experts: int, mesh: Mesh, init: Init, out_init: Init) -> None:
+    def __init__(
+        self, d_model: int, inner: int, num_experts: int, mesh: Mesh, init: Init, out_init: Init
+    ) -> None:
         super().__init__(num_experts, mesh)
 
         def experts(*shape: int, init: Init) -> nn.Parameter:
@@ -32,11 +34,17 @@ class ExpertParallelMLP(ExpertMarker):
         self.down = experts(inner, d_model, init=out_init)
 
     def forward(
-        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, dropless: bool = False
+        self,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        dropless: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts' weighted sum and the exact number of this rank's rows for each of the E experts.
+        """The experts' weighted sum and the exact number of this rank's rows for each of the E
+        experts.
 
-        Communicates over ``ep``: counts, rows out, rows back. An id of -1 is a dropped slot and adds nothing.
+        Communicates over ``ep``: counts, rows out, rows back. An id of -1 is a dropped slot and
+        adds nothing.
 
         Args:
             dropless: no id is -1: then a card with all experts is never waited for.
@@ -44,7 +52,12 @@ class ExpertParallelMLP(ExpertMarker):
         Returns:
             y_TD in the dtype of x_TD, counts_E int64.
         """
-        x_MD, sent = permute(x_TD, expert_ids_TK, self.num_experts, dropless=dropless)
+        x_MD, sent = permute(
+            x_TD,
+            expert_ids_TK,
+            self.num_experts,
+            dropless=dropless,
+        )
         if self.ep_size == 1:
             y_MD = grouped_mlp(x_MD, sent.counts_E, self.gate_up, self.down)
         else:
@@ -52,18 +65,29 @@ class ExpertParallelMLP(ExpertMarker):
         return unpermute(y_MD, sent, weights_TK), sent.counts_E
 
     def _exchange(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        group, (ranks, local) = self.mesh.group("ep"), (self.ep_size, self.num_local_experts)
+        group = self.mesh.group("ep")
+        ranks = self.ep_size
+        local = self.num_local_experts
         begin = time.perf_counter()
         received_counts = torch.empty_like(counts_E)
         dist.all_to_all_single(received_counts, counts_E, group=group)
-        send, receive = counts_E.view(ranks, local).sum(1).tolist(), received_counts.view(ranks, local).sum(1).tolist()
+        send = counts_E.view(ranks, local).sum(1).tolist()
+        receive = received_counts.view(ranks, local).sum(1).tolist()
         arrived = all_to_all_rows(x_MD, send, receive, group)
         self.exchange_s += time.perf_counter() - begin
         # Rows arrive by (source rank, expert); the experts want them by expert.
         expert_of_block = torch.arange(local, device=x_MD.device).repeat(ranks)
         expert_ids = expert_of_block.repeat_interleave(received_counts, output_size=sum(receive))
         sorted_rows, order = permute(arrived, expert_ids[:, None], local, dropless=True)
-        y = unpermute(grouped_mlp(sorted_rows, order.counts_E, self.gate_up, self.down), order)
+        y = unpermute(
+            grouped_mlp(
+                sorted_rows,
+                order.counts_E,
+                self.gate_up,
+                self.down,
+            ),
+            order,
+        )
         begin = time.perf_counter()
         back = all_to_all_rows(y, receive, send, group)
         self.exchange_s += time.perf_counter() - begin

@@ -20,20 +20,28 @@ KEY = "engramba/failed"
 
 
 class FailureWatch:
-    """While entered, a thread ends this process when another rank fails, wherever this one waits for it."""
+    """While entered, a thread ends this process when another rank fails, wherever this one waits
+    for it.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size, self._left = rank, world_size, threading.Event()
+        self._rank = rank
+        self._world_size = world_size
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
         self._end: Callable[[], None] | None = None
         self._ending = threading.Lock()
 
     def all_is_saved(self, end: Callable[[], None]) -> None:
-        """From now on nothing can be lost: where a rank fails, this one calls ``end`` and its process ends with 0."""
+        """From now on nothing can be lost: where a rank fails, this one calls ``end`` and its
+        process ends with 0.
+        """
         self._end = end
 
     def end_early(self) -> NoReturn:
-        """End this process because something failed after all was saved, and let the other ranks end, too."""
+        """End this process because something failed after all was saved, and let the other ranks
+        end, too.
+        """
         with suppress(Exception):  # the store may have died with its host
             _store().set(f"{KEY}/any", "")
         self._end_saved()
@@ -43,7 +51,10 @@ class FailureWatch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._left.set()
         self._thread.join()
@@ -71,8 +82,9 @@ class FailureWatch:
 def explain_failure(error: BaseException, rank: int, world_size: int) -> None:
     """Tell the other ranks why this one stops; print on stderr which rank stopped first, and why.
 
-    A rank whose own code failed prints its traceback and leaves its cause in the store. Where no rank has such a cause,
-    the ranks that do not answer are the dead ones. Never raises and never waits longer than 2 x GRACE_S.
+    A rank whose own code failed prints its traceback and leaves its cause in the store. Where no
+    rank has such a cause, the ranks that do not answer are the dead ones. Never raises and never
+    waits longer than 2 x GRACE_S.
     """
     cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     lost = _lost_peers(error)
@@ -90,7 +102,8 @@ def explain_failure(error: BaseException, rank: int, world_size: int) -> None:
 def rank_0_tells(error: BaseException, rank: int, world_size: int) -> bool:
     """Whether rank 0 stops for the very same reason, so that this rank need not repeat it.
 
-    Leaves the reason in the store for ranks that will miss this one. Never raises; waits GRACE_S at most.
+    Leaves the reason in the store for ranks that will miss this one. Never raises; waits GRACE_S at
+    most.
     """
     try:
         _store().set(f"{KEY}/cause/{rank}", str(error))
@@ -116,7 +129,9 @@ def _wait_for(what: str, ranks: "range | list[int]") -> None:
 
 def _lost_peers(error: BaseException) -> bool:
     """Whether an error comes out of a collective: the peer's death, not this rank's fault."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )
 
 
 def _tell(cause: str, rank: int, world_size: int) -> None:
@@ -127,7 +142,9 @@ def _tell(cause: str, rank: int, world_size: int) -> None:
         first, silent = _find_first(cause, world_size)
     except Exception:  # the store died with its host
         first = f"the process that hosts the rendezvous is gone: rank 0, or torchrun ({cause})"
-    sys.stderr.write(f"rank {rank} of {world_size} stops: {first}\n")  # print writes the line's end apart
+    sys.stderr.write(
+        f"rank {rank} of {world_size} stops: {first}\n"
+    )  # print writes the line's end apart
     sys.stderr.flush()
     try:
         _store().set(f"{KEY}/read/{rank}", "")
@@ -139,7 +156,9 @@ def _tell(cause: str, rank: int, world_size: int) -> None:
 
 def _find_first(cause: str, world_size: int) -> tuple[str, list[int]]:
     """Which rank stopped first and why, and the ranks that do not answer."""
-    store, deadline, silent = _store(), time.monotonic() + GRACE_S, list(range(world_size))
+    store = _store()
+    deadline = time.monotonic() + GRACE_S
+    silent = list(range(world_size))
     while silent and time.monotonic() < deadline:
         # A rank leaves its cause before it answers: asked in this order, none is missed.
         silent = [rank for rank in silent if not store.check([f"{KEY}/alive/{rank}"])]
@@ -148,5 +167,9 @@ def _find_first(cause: str, world_size: int) -> tuple[str, list[int]]:
                 return f"rank {rank} failed: {store.get(f'{KEY}/cause/{rank}').decode()}", []
         time.sleep(0.1)
     if silent:
-        return f"rank {', '.join(map(str, silent))} does not answer: killed, out of memory, or hanging", silent
+        return (
+            f"rank {', '.join(map(str, silent))} does not answer: killed, out of memory, or "
+            "hanging",
+            silent,
+        )
     return f"a collective failed on every rank; is parallel.timeout_s too short? ({cause})", []

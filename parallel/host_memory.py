@@ -20,8 +20,8 @@ GIB = 2**30
 def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros in host memory of their own, in huge pages where the kernel has them, not yet touched.
 
-    A random row of a 12.8 GB table costs up to 70 % less with huge pages (fewer TLB misses). The mapping is private:
-    a shared anonymous one is tmpfs, which ignores the advice.
+    A random row of a 12.8 GB table costs up to 70 % less with huge pages (fewer TLB misses). The
+    mapping is private: a shared anonymous one is tmpfs, which ignores the advice.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -30,10 +30,12 @@ def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def locked_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``host_zeros`` whose pages are locked as long as the tensor lives; for a process with a CUDA device.
+    """``host_zeros`` whose pages are locked as long as the tensor lives; for a process with a CUDA
+    device.
 
-    The mapping is registered with CUDA as it is: it keeps its huge pages and its size. PyTorch's own page-locked memory
-    (``pin_memory``) is rounded up to a power of two, for a table almost as much again.
+    The mapping is registered with CUDA as it is: it keeps its huge pages and its size. PyTorch's
+    own page-locked memory (``pin_memory``) is rounded up to a power of two, for a table almost as
+    much again.
 
     Raises:
         RuntimeError: CUDA refuses, with its reason.
@@ -71,7 +73,8 @@ class _LockedPages(mmap.mmap):
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still allocate: MemAvailable, and what its control groups (v1 or v2) leave.
+    """Bytes that this process may still allocate: MemAvailable, and what its control groups (v1 or
+    v2) leave.
 
     Page cache that can be dropped counts as free. None where the system has no /proc.
     """
@@ -84,15 +87,21 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
     for line in cgroup.read_text().splitlines() if cgroup.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            free += _cgroup_free(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+            free += _cgroup_free(
+                root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"
+            )
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             free += _cgroup_free(root / "sys/fs/cgroup/memory", path, *names)
     return max(0, min(free))
 
 
-def _cgroup_free(mount: Path, path: str, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
-    """What each group from ``path`` up to the mount leaves; inside a container only the mount itself may exist."""
+def _cgroup_free(
+    mount: Path, path: str, limit_name: str, usage_name: str, cache_name: str
+) -> list[int]:
+    """What each group from ``path`` up to the mount leaves; inside a container only the mount
+    itself may exist.
+    """
     inner = PurePosixPath(path.lstrip("/"))
     free = []
     for group in (mount / inner, *(mount / parent for parent in inner.parents)):
@@ -133,13 +142,16 @@ def check_memory(
         dist.all_gather_object(asks, mine, group=mesh.group("engram"))
     for place in sorted({place for place, _, _ in asks}):
         total = sum(ask for other, ask, _ in asks if other == place)
-        free = min((left for other, _, left in asks if other == place and left is not None), default=total)
+        free = min(
+            (left for other, _, left in asks if other == place and left is not None), default=total
+        )
         if total > free:
             raise RunError(
                 Problem(
                     field=field,
                     value=f"({what})",
-                    rule=f"needs {_size(total)} of {place} for {kept}, and {_size(free)} are available",
+                    rule=f"needs {_size(total)} of {place} for {kept}, and {_size(free)} are "
+                    "available",
                     fix=fix,
                 )
             )

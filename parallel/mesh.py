@@ -1,4 +1,6 @@
-"""The mesh: which ranks form which process group. The only owner of process groups; axes are those of mesh_plan.py."""
+"""The mesh: which ranks form which process group. The only owner of process groups; axes are those
+of mesh_plan.py.
+"""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +33,9 @@ class Mesh:
         return next(group for group in self.plan.groups[axis] if self.global_rank in group)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The process group along ``axis``; None where the axis has one rank in a run without processes."""
+        """The process group along ``axis``; None where the axis has one rank in a run without
+        processes.
+        """
         return self._groups.get(axis)
 
 
@@ -44,7 +48,8 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     """Create all process groups through megatron-core. ``torch.distributed`` must be initialised.
 
     Raises:
-        RuntimeError: megatron-core's groups are not the planned ones (a version with another rank order).
+        RuntimeError: megatron-core's groups are not the planned ones (a version with another rank
+            order).
     """
     from megatron.core import parallel_state
 
@@ -66,10 +71,16 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         # The table's exchange has a group of its own: it may run beside the model's collectives.
         "engram": dist.new_group(timeout=timedelta(seconds=parallel.timeout_s)),
     }
-    mesh = Mesh(plan, dist.get_rank(), MappingProxyType(groups), parallel.sequence_parallel)
+    mesh = Mesh(
+        plan,
+        dist.get_rank(),
+        MappingProxyType(groups),
+        parallel.sequence_parallel,
+    )
     for axis, group in groups.items():
         if tuple(dist.get_process_group_ranks(group)) != mesh.ranks(axis):
             raise RuntimeError(
-                f"megatron-core's {axis} group is {dist.get_process_group_ranks(group)}, planned {mesh.ranks(axis)}"
+                f"megatron-core's {axis} group is {dist.get_process_group_ranks(group)}, planned "
+                f"{mesh.ranks(axis)}"
             )
     return mesh

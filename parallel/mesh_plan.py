@@ -1,8 +1,8 @@
 """The layout of ranks over the mesh's axes, as plain data: needs neither torch nor processes.
 
-Axis names are Megatron's: ``tp`` tensor, ``dp`` data, ``ep`` expert, ``expt_dp`` the replicas of an expert, plus
-``engram``, over which the rows of Engram tables are cut, and ``world``. Experts are laid over data x tensor ranks
-(expert tensor parallelism is 1), so ``ep`` may cross tensor ranks.
+Axis names are Megatron's: ``tp`` tensor, ``dp`` data, ``ep`` expert, ``expt_dp`` the replicas of an
+expert, plus ``engram``, over which the rows of Engram tables are cut, and ``world``. Experts are
+laid over data x tensor ranks (expert tensor parallelism is 1), so ``ep`` may cross tensor ranks.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,8 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
             Problem(
                 field="parallel.zero_stage",
                 value=parallel.zero_stage,
-                rule="is not supported: stage 0 clips bf16 gradients wrongly, stage 3 merges the experts of all ranks",
+                rule="is not supported: stage 0 clips bf16 gradients wrongly, stage 3 merges the "
+                "experts of all ranks",
                 fix="use 1 or 2",
             )
         )
@@ -64,7 +65,8 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
 
 
 def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
-    """Lay ranks over the axes: tensor ranks are neighbours, expert ranks are neighbours across data x tensor.
+    """Lay ranks over the axes: tensor ranks are neighbours, expert ranks are neighbours across data
+    x tensor.
 
     Raises:
         ValueError: the layout does not divide ``world_size``.

@@ -1,9 +1,12 @@
-"""Where a parameter lives, declared once: its global shape, the dim that is cut, over which axis, and in what parts.
+"""Where a parameter lives, declared once: its global shape, the dim that is cut, over which axis,
+and in what parts.
 
-Initialisation (the same values on every layout), gradient reduction, norms and checkpoints all read this declaration.
+Initialisation (the same values on every layout), gradient reduction, norms and checkpoints all read
+this declaration.
 
-A cut dim consists of packed ``Part``s (``in_proj`` = z, x, B, C, dt), each made of indivisible ``units`` (heads,
-groups, channels, experts). A part with fewer units than ranks is replicated: ``copies`` neighbouring ranks hold a unit.
+A cut dim consists of packed ``Part``s (``in_proj`` = z, x, B, C, dt), each made of indivisible
+``units`` (heads, groups, channels, experts). A part with fewer units than ranks is replicated:
+``copies`` neighbouring ranks hold a unit.
 """
 
 import hashlib
@@ -21,7 +24,9 @@ from parallel.mesh import Mesh
 # Fills a block of a parameter: (generator, shape of the block) -> fp32 values.
 Init = Callable[[torch.Generator, tuple[int, ...]], torch.Tensor]
 
-BLOCK_NUMEL = 2**20  # values drawn from one seed; a rank draws only the blocks that it owns a part of
+BLOCK_NUMEL = (
+    2**20
+)  # values drawn from one seed; a rank draws only the blocks that it owns a part of
 
 
 def normal(std: float) -> Init:
@@ -50,7 +55,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """What one rank holds of one part: global [start, stop) inside the part, at ``offset`` of the local dim."""
+    """What one rank holds of one part: global [start, stop) inside the part, at ``offset`` of the
+    local dim.
+    """
 
     part: Part
     start: int
@@ -75,7 +82,9 @@ class Placement:
     parts: tuple[Part, ...] = ()
     """Packed parts of the cut dim, in order; empty for one part that any size may divide."""
     partial: bool = False
-    """A replica whose gradient on each tensor rank covers only that rank's tokens: summed over tp."""
+    """A replica whose gradient on each tensor rank covers only that rank's tokens:
+    summed over tp.
+    """
     decay: bool = True
     """Subject to weight decay."""
     fp32: bool = False
@@ -91,16 +100,26 @@ class Placement:
         """
         size = self.shape[self.dim] if self.shape else 1
         parts = self.parts or (Part(size=size, units=size),)
-        slices, offset = [], 0
+        slices = []
+        offset = 0
         for part in parts:
             if part.units % num_ranks and num_ranks % part.units:
                 raise ValueError(
-                    f"{part.units} units of part {part.name!r} and {num_ranks} ranks do not divide each other"
+                    f"{part.units} units of part {part.name!r} and {num_ranks} ranks do not "
+                    "divide each other"
                 )
             copies = max(1, num_ranks // part.units)
             share = part.size // max(1, num_ranks // copies)
             start = rank // copies * share
-            slices.append(Slice(part=part, start=start, stop=start + share, offset=offset, copies=copies))
+            slices.append(
+                Slice(
+                    part=part,
+                    start=start,
+                    stop=start + share,
+                    offset=offset,
+                    copies=copies,
+                )
+            )
             offset += share
         return tuple(slices)
 
@@ -108,7 +127,15 @@ class Placement:
         """This rank's slices; a replica over tp is one slice with ``tp`` copies."""
         if self.axis is None:
             size = self.shape[self.dim] if self.shape else 1
-            return (Slice(part=Part(size=size, units=size), start=0, stop=size, offset=0, copies=mesh.size("tp")),)
+            return (
+                Slice(
+                    part=Part(size=size, units=size),
+                    start=0,
+                    stop=size,
+                    offset=0,
+                    copies=mesh.size("tp"),
+                ),
+            )
         return self.cut(mesh.size(self.axis), mesh.rank(self.axis))
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
@@ -140,7 +167,9 @@ def declare_like(parameter: "PlacedParameter") -> "PlacedParameter":
 
 
 def declare(placement: Placement, mesh: Mesh) -> PlacedParameter:
-    """An uninitialised parameter of this rank's local shape, on the default device, that carries its placement."""
+    """An uninitialised parameter of this rank's local shape, on the default device, that carries
+    its placement.
+    """
     parameter = PlacedParameter(torch.empty(placement.local_shape(mesh)))
     parameter.placement = placement
     if placement.axis is not None:
@@ -156,7 +185,9 @@ def placed_parameters(model: nn.Module) -> Iterator[tuple[str, PlacedParameter]]
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, PlacedParameter):
-            raise TypeError(f"parameter {name} declares no placement; make it with parallel.placement.declare")
+            raise TypeError(
+                f"parameter {name} declares no placement; make it with parallel.placement.declare"
+            )
         yield name, parameter
 
 
@@ -173,7 +204,8 @@ def _global_rows(placement: Placement, seed: int, name: str, start: int, stop: i
     rows = max(1, BLOCK_NUMEL // max(1, math.prod(shape[1:])))
     blocks = []
     for block in range(start // rows, -(-stop // rows)):
-        first, last = block * rows, min((block + 1) * rows, shape[0])
+        first = block * rows
+        last = min((block + 1) * rows, shape[0])
         values = placement.init(_generator(seed, name, block), (last - first, *shape[1:]))
         blocks.append(values[max(start - first, 0) : stop - first])
     return torch.cat(blocks) if blocks else torch.empty((0, *shape[1:]))
@@ -181,7 +213,9 @@ def _global_rows(placement: Placement, seed: int, name: str, start: int, stop: i
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, mesh: Mesh, seed: int) -> None:
-    """Fill every parameter; values depend only on (seed, logical name, place in the global tensor)."""
+    """Fill every parameter; values depend only on (seed, logical name, place in the global
+    tensor).
+    """
     for name, parameter in placed_parameters(model):
         placement = parameter.placement
         if placement.axis is None:
@@ -189,7 +223,8 @@ def initialize_parameters(model: nn.Module, mesh: Mesh, seed: int) -> None:
             continue
         base = 0
         for piece in placement.slices(mesh):
-            start, stop = base + piece.start, base + piece.stop
+            start = base + piece.start
+            stop = base + piece.stop
             if placement.dim == 0:
                 values = _global_rows(placement, seed, name, start, stop)
             else:
@@ -200,7 +235,8 @@ def initialize_parameters(model: nn.Module, mesh: Mesh, seed: int) -> None:
 
 
 def register_gradient_reduction(model: nn.Module, mesh: Mesh) -> None:
-    """Sum over tp what each tensor rank knows only a share of: partial replicas, and parts with copies.
+    """Sum over tp what each tensor rank knows only a share of: partial replicas, and parts with
+    copies.
 
     DeepSpeed reduces over data ranks only. The sum is made in fp32, as each gradient arrives.
     """
@@ -208,12 +244,18 @@ def register_gradient_reduction(model: nn.Module, mesh: Mesh) -> None:
         return
     for _, parameter in placed_parameters(model):
         placement = parameter.placement
-        shared = [piece for piece in placement.slices(mesh) if piece.copies > 1] if placement.axis == "tp" else []
+        shared = (
+            [piece for piece in placement.slices(mesh) if piece.copies > 1]
+            if placement.axis == "tp"
+            else []
+        )
         if placement.partial or shared:
             parameter.register_hook(_tp_reduction(placement, shared, mesh))
 
 
-def _tp_reduction(placement: Placement, shared: list[Slice], mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor]:
+def _tp_reduction(
+    placement: Placement, shared: list[Slice], mesh: Mesh
+) -> Callable[[torch.Tensor], torch.Tensor]:
     group = mesh.group("tp")
 
     def reduce(gradient: torch.Tensor) -> torch.Tensor:
@@ -222,7 +264,9 @@ def _tp_reduction(placement: Placement, shared: list[Slice], mesh: Mesh) -> Call
             dist.all_reduce(total, group=group)
         for piece in shared:
             mine = total.narrow(placement.dim, piece.offset, piece.size)
-            whole = mine.new_zeros([piece.part.size if d == placement.dim else n for d, n in enumerate(mine.shape)])
+            whole = mine.new_zeros(
+                [piece.part.size if d == placement.dim else n for d, n in enumerate(mine.shape)]
+            )
             whole.narrow(placement.dim, piece.start, piece.size).copy_(mine)
             dist.all_reduce(whole, group=group)
             mine.copy_(whole.narrow(placement.dim, piece.start, piece.size))
@@ -231,8 +275,11 @@ def _tp_reduction(placement: Placement, shared: list[Slice], mesh: Mesh) -> Call
     return reduce
 
 
-def squared_norm(parameter: PlacedParameter, start: int, values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Squared norm of a fragment of a parameter's flat gradient, each global element weighted 1 over all tp ranks.
+def squared_norm(
+    parameter: PlacedParameter, start: int, values: torch.Tensor, mesh: Mesh
+) -> torch.Tensor:
+    """Squared norm of a fragment of a parameter's flat gradient, each global element weighted 1
+    over all tp ranks.
 
     Args:
         start: place of ``values`` in the flat local parameter.
@@ -246,7 +293,8 @@ def squared_norm(parameter: PlacedParameter, start: int, values: torch.Tensor, m
         return values.float().square().sum() / copies
     if placement.dim != 0:
         raise ValueError("parts with different copies must be packed along dim 0")
-    row, total = math.prod(parameter.shape[1:]), values.new_zeros((), dtype=torch.float32)
+    row = math.prod(parameter.shape[1:])
+    total = values.new_zeros((), dtype=torch.float32)
     for piece in pieces:
         low = max(piece.offset * row, start) - start
         high = min((piece.offset + piece.size) * row, start + values.numel()) - start

@@ -15,7 +15,8 @@ KEY = "engramba/here"
 POLL_S = 0.1
 # Processes of one run start seconds apart; who is missing for longer is told.
 SAY_S = 10.0
-# Once this process is asked to stop it waits no longer than that for the others, with whom it would end together.
+# Once this process is asked to stop it waits no longer than that for the others, with whom it would
+# end together.
 LEAVE_S = 30.0
 # A store answers at once; what does not is another program's.
 ANSWER_S = 5.0
@@ -42,8 +43,11 @@ class ProcessLike(Protocol):
     def launcher_keeps_store(self) -> bool: ...
 
 
-def join(process: ProcessLike, backend: str, timeout_s: float, asked_to_stop: Callable[[], bool]) -> bool:
-    """Make the process group of all ranks; False where this process was asked to stop while some were missing.
+def join(
+    process: ProcessLike, backend: str, timeout_s: float, asked_to_stop: Callable[[], bool]
+) -> bool:
+    """Make the process group of all ranks; False where this process was asked to stop while some
+    were missing.
 
     After some seconds rank 0 tells which ranks are missing, and ranks that cannot reach it tell so.
 
@@ -56,18 +60,29 @@ def join(process: ProcessLike, backend: str, timeout_s: float, asked_to_stop: Ca
     patience = _Patience(process, timeout_s, asked_to_stop)
     timeout = timedelta(seconds=timeout_s)
     try:
-        # torchrun gives restarted processes the store of the attempt before, in which the addresses, and the failure,
-        # of dead processes stand: each attempt has keys of its own.
+        # torchrun gives restarted processes the store of the attempt before, in which the
+        # addresses, and the failure, of dead processes stand: each attempt has keys of its own.
         store = dist.PrefixStore(f"attempt {process.attempt}", _open_store(process, patience))
         store.set_timeout(timeout)
         _await_all(process, store, patience)
     except _AskedToStop:
         return False
     except dist.DistError as error:
-        rule = f"is where rank 0 was; it ended, or the connection to it broke ({_first_line(error)})"
+        rule = (
+            f"is where rank 0 was; it ended, or the connection to it broke ({_first_line(error)})"
+        )
         fix = "look at what rank 0 said"
-        raise RunError(Problem(field="MASTER_ADDR", value=_place(process), rule=rule, fix=fix)) from error
-    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
+        raise RunError(
+            Problem(
+                field="MASTER_ADDR",
+                value=_place(process),
+                rule=rule,
+                fix=fix,
+            )
+        ) from error
+    dist.init_process_group(
+        backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout
+    )
     return True
 
 
@@ -75,7 +90,9 @@ def _await_all(process: ProcessLike, store: dist.Store, patience: "_Patience") -
     """Rank 0 counts the ranks; the others wait for its word."""
     store.set(f"{KEY}/{process.rank}", "")
     if process.rank == 0:
-        while missing := [rank for rank in range(process.world_size) if not store.check([f"{KEY}/{rank}"])]:
+        while missing := [
+            rank for rank in range(process.world_size) if not store.check([f"{KEY}/{rank}"])
+        ]:
             patience.wait(_named(missing))
         store.set(f"{KEY}/all", "")
     while not store.check([f"{KEY}/all"]):
@@ -89,7 +106,9 @@ class _AskedToStop(Exception):
 class _Patience:
     """Waits for others a moment at a time, tells once for whom, and ends some time."""
 
-    def __init__(self, process: ProcessLike, timeout_s: float, asked_to_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, process: ProcessLike, timeout_s: float, asked_to_stop: Callable[[], bool]
+    ) -> None:
         self._process = process
         self._timeout_s = timeout_s
         self._asked_to_stop = asked_to_stop
@@ -104,20 +123,26 @@ class _Patience:
             RunError: the time for that is over.
             _AskedToStop: so it is, after this process was asked to stop.
         """
-        now, size = time.monotonic(), self._process.world_size
+        now = time.monotonic()
+        size = self._process.world_size
         if self._asked_since is None and self._asked_to_stop():
             self._asked_since = now
         if self._asked_since is not None and now - self._asked_since > LEAVE_S:
             raise _AskedToStop
         if now - self._begin > self._timeout_s:
-            rule = f"waits for {missing} at {_place(self._process)}: not there after {self._timeout_s:.0f} s"
+            rule = (
+                f"waits for {missing} at {_place(self._process)}: not there after "
+                f"{self._timeout_s:.0f} s"
+            )
             fix = "start all of them, or unset RANK and WORLD_SIZE to train on one process"
             raise RunError(Problem(field="WORLD_SIZE", value=size, rule=rule, fix=fix))
         if speaks and not self._told and now - self._begin > SAY_S:
             self._told = True
             sys.stderr.write(
-                f"rank {self._process.rank} of {size} waits at {_place(self._process)} for {missing}, "
-                f"{self._timeout_s:.0f} s at most; to train on one process unset RANK and WORLD_SIZE\n"
+                f"rank {self._process.rank} of {size} waits at {_place(self._process)} for "
+                f"{missing}, "
+                f"{self._timeout_s:.0f} s at most; to train on one process unset RANK and "
+                "WORLD_SIZE\n"
             )
         time.sleep(POLL_S)
 
@@ -134,7 +159,14 @@ def _serve(process: ProcessLike) -> dist.TCPStore:
     except (dist.DistError, RuntimeError) as error:
         rule = f"cannot be opened: {_first_line(error)}"
         fix = "unset MASTER_PORT, or name a port that is free"
-        raise RunError(Problem(field="MASTER_PORT", value=process.master_port, rule=rule, fix=fix)) from error
+        raise RunError(
+            Problem(
+                field="MASTER_PORT",
+                value=process.master_port,
+                rule=rule,
+                fix=fix,
+            )
+        ) from error
 
 
 def _reach(process: ProcessLike, patience: _Patience) -> dist.TCPStore:
@@ -168,7 +200,9 @@ def _place(process: ProcessLike) -> str:
 
 def _named(ranks: list[int]) -> str:
     """``rank 3``, ``ranks 1, 2``, or some of many."""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    shown = ", ".join(map(str, ranks[:8])) + (
+        f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    )
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 

@@ -16,18 +16,20 @@ class TableConfig:
     """Where Engram rows live, in which format, and how they learn."""
 
     placement: Literal["host", "pinned", "file", "device"] = "host"
-    """Rows and their optimizer state in host memory, in host memory whose pages are locked (with a CUDA device only),
-    in a memory-mapped file (tables larger than RAM), or on the device."""
+    """Rows and their optimizer state in host memory, in host memory whose pages are locked (with a
+    CUDA device only), in a memory-mapped file (tables larger than RAM), or on the device."""
     directory: str = ""
-    """Where the files of placement "file" are made, on a local disk. They have no name there and vanish with the
-    process: checkpoints are what stays."""
+    """Where the files of placement "file" are made, on a local disk. They have no name there and
+    vanish with the process: checkpoints are what stays."""
     rows: RowFormat = "fp32"
     """Format of the rows; bf16 and fp8 (e4m3, a scale for 32 values) are rounded stochastically."""
     optimizer: RowOptimizer = "adam"
-    """Adam on touched rows; the same with one second moment a row; DeepSeek-V4.1's momentum + Sinkhorn."""
+    """Adam on touched rows; the same with one second moment a row; DeepSeek-V4.1's momentum +
+    Sinkhorn.
+    """
     restart_optimizer: bool = False
-    """Resume also from a checkpoint of another table optimizer: its state of the rows is left behind, the new one
-    begins. Without it that is an error."""
+    """Resume also from a checkpoint of another table optimizer: its state of the rows is left
+    behind, the new one begins. Without it that is an error."""
     learning_rate_multiple: float = 5.0
     """Rows learn at this multiple of the learning rate (the paper's 5)."""
     weight_decay: float = 0.0
@@ -45,10 +47,12 @@ class TableConfig:
     sinkhorn_iterations: int = 11
     """Alternating row and column normalisations; odd, so that rows come last."""
     prefetch: int = 1
-    """Micro-batches whose rows move while an earlier one computes; 0 fetches when they are needed. The same bits."""
+    """Micro-batches whose rows move while an earlier one computes; 0 fetches when they are needed.
+    The same bits.
+    """
     hot_rows: int = 0
-    """The rows asked of a rank most, so many (rounded up to a multiple of 8), are kept on the compute device, too. The
-    same bits."""
+    """The rows asked of a rank most, so many (rounded up to a multiple of 8), are kept on the
+    compute device, too. The same bits."""
 
 
 def table_problems(config: TableConfig, width: int) -> list[Problem]:
@@ -56,31 +60,88 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
     problems = []
 
     def refuse(name: str, value: object, rule: str, fix: str) -> None:
-        problems.append(Problem(field=f"table.{name}", value=value, rule=rule, fix=fix))
+        problems.append(
+            Problem(
+                field=f"table.{name}",
+                value=value,
+                rule=rule,
+                fix=fix,
+            )
+        )
 
     if config.rows == "fp8" and width % 32:
-        refuse("rows", config.rows, f"needs rows of a multiple of 32 values, got {width}", "use bf16, or head_dim 32")
+        refuse(
+            "rows",
+            config.rows,
+            f"needs rows of a multiple of 32 values, got {width}",
+            "use bf16, or head_dim 32",
+        )
     if config.placement == "file" and not config.directory:
-        refuse("directory", config.directory, 'is empty, and table.placement is "file"', "name a directory on a disk")
+        refuse(
+            "directory",
+            config.directory,
+            'is empty, and table.placement is "file"',
+            "name a directory on a disk",
+        )
     if config.prefetch < 0:
-        refuse("prefetch", config.prefetch, "is negative", "use 0 to fetch when rows are needed")
+        refuse(
+            "prefetch",
+            config.prefetch,
+            "is negative",
+            "use 0 to fetch when rows are needed",
+        )
     if config.hot_rows < 0:
-        refuse("hot_rows", config.hot_rows, "is negative", "use 0 to keep none")
+        refuse(
+            "hot_rows",
+            config.hot_rows,
+            "is negative",
+            "use 0 to keep none",
+        )
     if config.hot_rows > 0 and config.placement == "device":
-        refuse("hot_rows", config.hot_rows, 'keeps rows on the device, where table.placement "device" has all', "use 0")
+        refuse(
+            "hot_rows",
+            config.hot_rows,
+            'keeps rows on the device, where table.placement "device" has all',
+            "use 0",
+        )
     if config.sinkhorn_iterations < 1 or config.sinkhorn_iterations % 2 == 0:
-        refuse("sinkhorn_iterations", config.sinkhorn_iterations, "must be odd: rows come last", "use 11")
+        refuse(
+            "sinkhorn_iterations",
+            config.sinkhorn_iterations,
+            "must be odd: rows come last",
+            "use 11",
+        )
     for name in ("momentum", "betas"):
         value = getattr(config, name)
         if not all(0 <= rate < 1 for rate in (value if isinstance(value, tuple) else (value,))):
-            refuse(name, value, "must lie in 0 <= rate < 1", "use the default")
+            refuse(
+                name,
+                value,
+                "must lie in 0 <= rate < 1",
+                "use the default",
+            )
     for name in ("learning_rate_multiple", "eps", "sinkhorn_scale"):
         if not 0 < getattr(config, name) < math.inf:
-            refuse(name, getattr(config, name), "must be above 0, and finite", "use the default")
+            refuse(
+                name,
+                getattr(config, name),
+                "must be above 0, and finite",
+                "use the default",
+            )
     if not 0 <= config.weight_decay < math.inf:
-        refuse("weight_decay", config.weight_decay, "must be 0 or more, and finite", "use 0")
+        refuse(
+            "weight_decay",
+            config.weight_decay,
+            "must be 0 or more, and finite",
+            "use 0",
+        )
     if config.optimizer == "momentum_sinkhorn" and config.weight_decay:
-        refuse("weight_decay", config.weight_decay, "is not part of momentum_sinkhorn", "use 0, or adam")
+        refuse(
+            "weight_decay",
+            config.weight_decay,
+            "is not part of momentum_sinkhorn",
+            "use 0, or adam",
+        )
     return problems
 
 
@@ -91,7 +152,11 @@ def row_bytes(form: RowFormat, width: int) -> int:
 
 def state_bytes(optimizer: RowOptimizer, width: int) -> int:
     """Bytes of optimizer state a row: fp32 moments, and 4 B for its count of steps."""
-    return {"adam": 8 * width + 4, "rowwise_adam": 4 * width + 8, "momentum_sinkhorn": 4 * width + 8}[optimizer]
+    return {
+        "adam": 8 * width + 4,
+        "rowwise_adam": 4 * width + 8,
+        "momentum_sinkhorn": 4 * width + 8,
+    }[optimizer]
 
 
 def hot_sets(hot_rows: int, num_rows: int) -> int:
@@ -100,7 +165,8 @@ def hot_sets(hot_rows: int, num_rows: int) -> int:
 
 
 def hot_bytes(hot_rows: int, num_rows: int, width: int, value_bytes: int) -> tuple[int, int]:
-    """Bytes of host memory and of the device that a rank's hot rows take, rows travelling in ``value_bytes`` a value.
+    """Bytes of host memory and of the device that a rank's hot rows take, rows travelling in
+    ``value_bytes`` a value.
 
     On the host 4 B for each row of the rank, how hot it is, and 12 B for each place.
     """

@@ -1,4 +1,6 @@
-"""What every test shares: one thread a process, the environment as it was, memory poisoned by NaN."""
+"""What every test shares: one thread a process, the environment as it was,
+memory poisoned by NaN.
+"""
 
 import os
 from collections import Counter
@@ -9,7 +11,10 @@ import torch
 
 # The same examples in every run, however busy the machine is.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
 
@@ -27,12 +32,26 @@ def pytest_terminal_summary(terminalreporter):
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, ()):
             if report.nodeid.startswith("tests/kernels/"):
-                op = report.nodeid.partition("::")[0].removeprefix("tests/kernels/test_").removesuffix(".py")
+                op = (
+                    report.nodeid.partition("::")[0]
+                    .removeprefix("tests/kernels/test_")
+                    .removesuffix(".py")
+                )
                 ops.setdefault(op, Counter())[outcome] += 1
     if ops:
         terminalreporter.section("tests of kernels")
     for op, counts in sorted(ops.items()):
-        terminalreporter.line(f"{op:32}" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+        terminalreporter.line(
+            f"{op:32}" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A prepared dataset of four dozen documents, to be read only."""
+    from tests.helpers.runs import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +67,9 @@ def _repeatable():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill what torch.empty and torch.empty_like return with NaN, so that a read before a write shows."""
+    """Fill what torch.empty and torch.empty_like return with NaN, so that a read before a write
+    shows.
+    """
 
     def poisoned(factory):
         def make(*args, **kwargs):

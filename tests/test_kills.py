@@ -2,19 +2,18 @@
 
 import pytest
 
-from tests.helpers.runs import corpus  # noqa: F401
 from tests.kills import MAX_LOST, STEPS, examine, kill_and_resume, uninterrupted
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):  # noqa: F811
+def whole(corpus, tmp_path_factory):
     """Directory, figures and seconds of the run that nobody kills."""
     cwd = tmp_path_factory.mktemp("kills")
     return cwd, *uninterrupted(cwd, corpus)
 
 
 @pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_run_loses_no_more_than_the_interval_and_goes_on_bitwise(seed, corpus, whole):  # noqa: F811
+def test_a_killed_run_loses_no_more_than_the_interval_and_goes_on_bitwise(seed, corpus, whole):
     cwd, expected, seconds = whole
     assert [record["step"] for record in expected if "loss" in record] == list(range(1, STEPS + 1))
     outcome = kill_and_resume(cwd, corpus, seed, expected, seconds)

@@ -12,7 +12,9 @@ def matrix(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [(DP2, TP2_EP2), pytest.param(TP2, EP4, marks=pytest.mark.slow), (EP2, ONE)], ids=str
+    ("saved", "loaded"),
+    [(DP2, TP2_EP2), pytest.param(TP2, EP4, marks=pytest.mark.slow), (EP2, ONE)],
+    ids=str,
 )
 def test_another_layout_goes_on_with_the_same_losses(saved, loaded, matrix):
     assert matrix.difference(saved, loaded) <= TOLERANCE

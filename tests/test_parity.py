@@ -1,4 +1,6 @@
-"""N ranks equal one rank (fp32, clipping active in every step): figures, gradients, parameters and table rows."""
+"""N ranks equal one rank (fp32, clipping active in every step): figures, gradients, parameters and
+table rows.
+"""
 
 import pytest
 
@@ -16,9 +18,19 @@ from tests.parity import (
 
 # What the contract names; a rename must not drop one from the comparison.
 NAMED = (
-    "experts.gate_up", "experts.down", "router", "A_log", "dt_bias", ".norm", "norm_weight", "query_norm", "key_norm",
-    "conv_norm", "embedding.weight", "engram.3.weight",
-)  # fmt: skip
+    "experts.gate_up",
+    "experts.down",
+    "router",
+    "A_log",
+    "dt_bias",
+    ".norm",
+    "norm_weight",
+    "query_norm",
+    "key_norm",
+    "conv_norm",
+    "embedding.weight",
+    "engram.3.weight",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +52,22 @@ def test_one_rank_differs_from_fp64_by_rounding(references, truths, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_reference_clips_in_every_step_and_is_smooth(references, model):
-    run, clip = references[model], MODELS[model]().optimizer.clip_norm
+    run = references[model]
+    clip = MODELS[model]().optimizer.clip_norm
     assert all(clip / norm < 0.1 for _, norm in run["figures"])
     assert_smooth(run)
     untouched = [name for name, update in run["updates"].items() if not update.any()]
     assert not untouched, f"these never move, so comparing them proves nothing: {untouched}"
-    changed = [name for name, rows in run["rows"].items() if (rows != run["initial rows"][name]).any()]
+    changed = [
+        name for name, rows in run["rows"].items() if (rows != run["initial rows"][name]).any()
+    ]
     assert changed == sorted(run["rows"])
 
 
 def test_every_named_gradient_is_compared_and_not_zero(references):
-    found = references["plain"]["last gradients"]  # in the first step the convolution is zero, and conv_norm's too
+    found = references["plain"][
+        "last gradients"
+    ]  # in the first step the convolution is zero, and conv_norm's too
     for name in NAMED:
         matching = [values for key, values in found.items() if key.endswith(name)]
         assert matching, name

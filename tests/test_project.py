@@ -15,7 +15,9 @@ def test_the_licence_is_the_standard_text():
     """Of https://www.apache.org/licenses/LICENSE-2.0.txt, but for the owner."""
     assert PROJECT["license"] == "Apache-2.0"
     assert PROJECT["license-files"] == ["LICENSE"]
-    standard = (ROOT / "LICENSE").read_text().replace(OWNER, "Copyright [yyyy] [name of copyright owner]")
+    standard = (
+        (ROOT / "LICENSE").read_text().replace(OWNER, "Copyright [yyyy] [name of copyright owner]")
+    )
     digest = sha256(standard.encode()).hexdigest()
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 

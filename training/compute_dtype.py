@@ -1,4 +1,6 @@
-"""The compute type of a run: the one that was given, or what its device does well. Chosen once, before all else."""
+"""The compute type of a run: the one that was given, or what its device does well. Chosen once,
+before all else.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +26,11 @@ def with_dtype(config: RunConfig, dtype: Dtype) -> RunConfig:
     return replace(config, train=replace(config.train, dtype=dtype))
 
 
-def agree_on_dtype(config: RunConfig, device: torch.device, resumed: Path | None = None) -> RunConfig:
-    """``config`` with its compute type: the one given, else the resumed run's, else what rank 0's device does well.
+def agree_on_dtype(
+    config: RunConfig, device: torch.device, resumed: Path | None = None
+) -> RunConfig:
+    """``config`` with its compute type: the one given, else the resumed run's, else what rank 0's
+    device does well.
 
     Rank 0 prints which, and why. Collective: all ranks must have the same ``config``.
 
@@ -45,17 +50,22 @@ def agree_on_dtype(config: RunConfig, device: torch.device, resumed: Path | None
 
 
 def tell_choice(given: Dtype | None, choice: DtypeChoice) -> str:
-    """The line that says which compute type is used and why, and when fp32 would be quicker than what was given."""
+    """The line that says which compute type is used and why, and when fp32 would be quicker than
+    what was given.
+    """
     best = name_of(choice)
     if given is None:
         return f"compute type {best}: {choice.reason}"
     if given == "bf16" and best == "fp32":
-        return f"compute type bf16: train.dtype says so; fp32 would be quicker here: {choice.reason}"
+        return (
+            f"compute type bf16: train.dtype says so; fp32 would be quicker here: {choice.reason}"
+        )
     return f"compute type {given}: train.dtype says so"
 
 
 def dtype_to_read_with(config: RunConfig, device: torch.device) -> Dtype:
-    """The compute type for a trained model on ``device``: the run's, but fp32 where the device is slow in bf16.
+    """The compute type for a trained model on ``device``: the run's, but fp32 where the device is
+    slow in bf16.
 
     Weights are stored in fp32: nothing is lost by either.
     """

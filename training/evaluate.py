@@ -1,4 +1,6 @@
-"""Validation loss: the mean cross-entropy over the first rows of the validation split, the same on every layout."""
+"""Validation loss: the mean cross-entropy over the first rows of the validation split, the same on
+every layout.
+"""
 
 from dataclasses import dataclass
 
@@ -26,20 +28,29 @@ class FirstRows:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
-    """Mean loss in nats a target over the first ``num_rows`` rows, or all where there are fewer. Collective over world.
+    """Mean loss in nats a target over the first ``num_rows`` rows, or all where there are fewer.
+    Collective over world.
 
-    The last round is filled up with masked padding, so that every data rank computes equally many batches.
+    The last round is filled up with masked padding, so that every data rank computes equally many
+    batches.
     """
-    mesh, micro_batch = trainer.mesh, trainer.config.train.micro_batch
+    mesh = trainer.mesh
+    micro_batch = trainer.config.train.micro_batch
     per_round = micro_batch * mesh.size("dp")
     first = FirstRows(rows, min(num_rows, len(rows)), rows.seq_length)
     total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     for start in range(0, first.count, per_round):
-        for batch in load_step(first, start, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")):
+        for batch in load_step(
+            first, start, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")
+        ):
             fetched = trainer.fetch(batch)
             moved = batch.to(trainer.device)
-            loss, _ = trainer.model(moved.input_ids_BL, moved.targets_BL, moved.seq_idx_BL, memory_of(fetched))
-            total += torch.tensor([float(loss), moved.num_targets], dtype=torch.float64, device=trainer.device)
+            loss, _ = trainer.model(
+                moved.input_ids_BL, moved.targets_BL, moved.seq_idx_BL, memory_of(fetched)
+            )
+            total += torch.tensor(
+                [float(loss), moved.num_targets], dtype=torch.float64, device=trainer.device
+            )
     take_exchange_seconds(trainer.model)  # none of it belongs to the next step
     dist.all_reduce(total, group=mesh.group("dp"))
     return float(total[0] / total[1].clamp_min(1))

@@ -65,27 +65,40 @@ class RunData:
 
 
 def train(config: RunConfig, process: ProcessLike, mode: StartMode) -> End:
-    """Train a run from its configuration, from scratch or from its newest checkpoint, as its one owner.
+    """Train a run from its configuration, from scratch or from its newest checkpoint, as its one
+    owner.
 
     A signal that asks this process to stop ends it at the next step, saved.
 
     Raises:
-        RunError: what the user must change: on every rank, or on rank 0 where all would say the same.
-        SystemExit: with code 2, on the ranks whose error rank 0 tells. Where a rank died its name and cause are
-            printed on every rank and the process ends with code 1.
+        RunError: what the user must change: on every rank, or on rank 0 where all would say the
+            same.
+        SystemExit: with code 2, on the ranks whose error rank 0 tells. Where a rank died its name
+            and cause are printed on every rank and the process ends with code 1.
     """
     data = open_data(config)
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.c10d_logger")  # about optional packages
+    warnings.filterwarnings(
+        "ignore", module=r"megatron\.|torch\.distributed\.c10d_logger"
+    )  # about optional packages
     device = local_device(process.local_rank)
-    if not join(process, backend(device), config.parallel.timeout_s, asked_to_stop):
+    if not join(
+        process,
+        backend(device),
+        config.parallel.timeout_s,
+        asked_to_stop,
+    ):
         return End.NOT_BEGUN
     directory = RUNS / config.name
     with ExitStack() as until_the_end:
         try:
             with FailureWatch(process.rank, process.world_size) as watch:
-                owner = until_the_end.enter_context(own_run(directory, process.job, run_comm(config.train)))
+                owner = until_the_end.enter_context(
+                    own_run(directory, process.job, run_comm(config.train))
+                )
                 former = directory / "run.json"
-                config = agree_on_dtype(config, device, former if mode.continues and former.exists() else None)
+                config = agree_on_dtype(
+                    config, device, former if mode.continues and former.exists() else None
+                )
                 end, trainer = run_steps(config, data, device, process, mode, owner)
                 if trainer is None:
                     dist.barrier()
@@ -109,7 +122,8 @@ def open_data(config: RunConfig) -> RunData:
     """The prepared token files, as rows.
 
     Raises:
-        RunError: they are missing, damaged or shorter than a row, or need a larger vocabulary than the model's.
+        RunError: they are missing, damaged or shorter than a row, or need a larger vocabulary than
+            the model's.
     """
     files = TokenFiles.open(config.data.path)
     if files.vocab_size > config.model.vocab_size:
@@ -124,18 +138,32 @@ def open_data(config: RunConfig) -> RunData:
     _require_targets(files)
     length = config.data.seq_length
     rows = PackedRows(files, "train", length, config.data.seed)
-    return RunData(files, rows, ValidationRows(files, length), run_token_map(config, files))
+    return RunData(
+        files,
+        rows,
+        ValidationRows(files, length),
+        run_token_map(config, files),
+    )
 
 
 def _require_targets(files: TokenFiles) -> None:
-    """A target is a token with another of its document before it: documents of one token have none."""
+    """A target is a token with another of its document before it:
+    documents of one token have none.
+    """
     for name in ("train", "val"):
         split: Split = getattr(files, name)
         lengths = split.ends - split.starts
         if len(lengths) and lengths.max() < 2:
             rule = f"has only documents of a single token in its {name} split: nothing to predict"
             fix = "prepare longer documents"
-            raise RunError(Problem(field="data.path", value=files.path, rule=rule, fix=fix))
+            raise RunError(
+                Problem(
+                    field="data.path",
+                    value=files.path,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
 
 
 def run_steps(
@@ -146,7 +174,8 @@ def run_steps(
     mode: StartMode,
     owner: Ownership,
 ) -> tuple[End, Trainer | None]:
-    """Build everything, then: load, step, log, evaluate, save, until the last step or until a signal.
+    """Build everything, then: load, step, log, evaluate, save, until the last step or until a
+    signal.
 
     A save goes on beside the steps that follow it; when this returns it is complete.
 
@@ -157,14 +186,33 @@ def run_steps(
     stop = StopRequest(mesh, device)
     if stop.agreed():
         return End.NOT_BEGUN, None
-    directory, rows, data_print = RUNS / config.name, data.train, fingerprint(data.train)
+    directory = RUNS / config.name
+    rows = data.train
+    data_print = fingerprint(data.train)
     if mode.continues:
-        check_artifact(directory, config.model.engram, data.token_map, data.files)
+        check_artifact(
+            directory,
+            config.model.engram,
+            data.token_map,
+            data.files,
+        )
     comm = run_comm(config.train)
-    origin = find_origin(directory, config, data.token_map, data_print, mode, comm)
+    origin = find_origin(
+        directory,
+        config,
+        data.token_map,
+        data_print,
+        mode,
+        comm,
+    )
     start = origin.step
     if process.rank == 0:
-        tell_beginning(origin, config, directory, process.world_size)
+        tell_beginning(
+            origin,
+            config,
+            directory,
+            process.world_size,
+        )
     if start == config.train.steps:
         return End.NOTHING_LEFT, None
     trainer = build_trainer(config, mesh, device, data.token_map)
@@ -180,24 +228,54 @@ def run_steps(
         spared=origin.passed_over,
         guard=owner.require,
     )
-    prepare_directory(directory, config, data.files, data.token_map, process, mode, origin)
+    prepare_directory(
+        directory,
+        config,
+        data.files,
+        data.token_map,
+        process,
+        mode,
+        origin,
+    )
     settings = config.train
-    batch, micro_batch = settings.global_batch, settings.micro_batch
-    loader = StepLoader(rows, origin.rows, batch, micro_batch, mesh.rank("dp"), mesh.size("dp"))
+    batch = settings.global_batch
+    micro_batch = settings.micro_batch
+    loader = StepLoader(
+        rows,
+        origin.rows,
+        batch,
+        micro_batch,
+        mesh.rank("dp"),
+        mesh.size("dp"),
+    )
     speed = Speedometer(config, mesh.size("world"), device, start)
-    metrics = Metrics(directory, settings.steps, active=process.rank == 0, resumed_at=start)
+    metrics = Metrics(
+        directory,
+        settings.steps,
+        active=process.rank == 0,
+        resumed_at=start,
+    )
     with loader, metrics, stop, saver:
         for step in range(start, settings.steps):
             rate = learning_rate(config.optimizer, step, settings.steps)
-            done, last = step + 1, step + 1 == settings.steps
-            result = train_step(trainer, next(loader), rate, step, list if last else loader.peek)
+            done = step + 1
+            last = step + 1 == settings.steps
+            result = train_step(
+                trainer,
+                next(loader),
+                rate,
+                step,
+                list if last else loader.peek,
+            )
             record = speed.record(done, result, rate) | saver.poll()
             if owner.is_lost():
                 stop.ask()  # so that all ranks end: the guard of the save says why
             else:
                 metrics.write(record, echo=done % settings.log_every == 0 or done == 1 or last)
             if result.num_targets == 0:
-                metrics.say(f"step {done} has no target: every document in its rows is a single token")
+                metrics.say(
+                    f"step {done} has no target: every document in its rows is a single token"
+                )
             if last or (settings.eval_every and done % settings.eval_every == 0):
                 loss = evaluate(trainer, data.validation, settings.eval_rows)
                 metrics.write({"step": done, "val_loss": loss, "perplexity": perplexity(loss)})
@@ -223,7 +301,10 @@ def tell_beginning(origin: Origin, config: RunConfig, directory: Path, world_siz
     lines = list(origin.notes)
     if origin.step == config.train.steps:
         command = resume_command(config, world_size, 2 * config.train.steps)
-        lines.append(f"{directory} is finished: all {origin.step} steps are done; to train further: {command}")
+        lines.append(
+            f"{directory} is finished: all {origin.step} steps are done; to train further: "
+            f"{command}"
+        )
     elif notice := warm_up_notice(config.optimizer, config.train.steps):
         lines.append(notice)
     for line in lines:
@@ -231,7 +312,8 @@ def tell_beginning(origin: Origin, config: RunConfig, directory: Path, world_siz
 
 
 def begin_at(origin: Origin, trainer: Trainer, directory: Path, data: RunData) -> None:
-    """Load what the run begins with: its own checkpoint, or the weights that it starts from, if any. Collective.
+    """Load what the run begins with: its own checkpoint, or the weights that it starts from, if
+    any. Collective.
 
     Raises:
         RunError: it does not fit.
@@ -241,7 +323,9 @@ def begin_at(origin: Origin, trainer: Trainer, directory: Path, data: RunData) -
         if trainer.mesh.global_rank == 0:
             restore_metrics(directory, origin.path)
     elif trainer.config.train.start_from:
-        source, manifest = load_initial(Path(trainer.config.train.start_from), trainer, data.files.tokenizer_path)
+        source, manifest = load_initial(
+            Path(trainer.config.train.start_from), trainer, data.files.tokenizer_path
+        )
         tell(f"starts with the weights of {source}", manifest, trainer)
 
 

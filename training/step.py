@@ -29,13 +29,17 @@ class StepResult:
     engram_wait_s: float | None
     """Seconds that this rank's step stood still for Engram rows."""
     engram_work_s: float | None
-    """Seconds of hashing, fetching, returning and updating Engram rows, in the background or not."""
+    """Seconds of hashing, fetching, returning and updating Engram rows,
+    in the background or not.
+    """
     exchange_s: float
     """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
     num_targets: int | None = None
     """Targets of the step, over all ranks."""
     engram_hot_hits: float | None = None
-    """Share of the distinct rows of micro-batches that their owners had among their hot rows, over all ranks."""
+    """Share of the distinct rows of micro-batches that their owners had among their hot rows, over
+    all ranks.
+    """
 
 
 def train_step(
@@ -45,15 +49,19 @@ def train_step(
     step: int,
     upcoming: Callable[[], list[Batch]] = list,
 ) -> StepResult:
-    """Accumulate the micro-batches' gradients, clip them by the global norm, update parameters and table rows.
+    """Accumulate the micro-batches' gradients, clip them by the global norm, update parameters and
+    table rows.
 
     Args:
-        upcoming: the micro-batches of the next step, none after the last: their table rows are prefetched.
+        upcoming: the micro-batches of the next step, none after the last: their table rows are
+            prefetched.
 
     Raises:
         RunError: a loss or gradient is not finite; nothing has been updated.
     """
-    engine, mesh, memory = trainer.engine, trainer.mesh, trainer.memory
+    engine = trainer.engine
+    mesh = trainer.mesh
+    memory = trainer.memory
     num_targets = _global_targets(trainer, batches)
     scale = len(batches) * mesh.size("dp") / max(1, num_targets)
     loss_sum = torch.zeros((), device=trainer.device)
@@ -100,12 +108,16 @@ def train_step(
 
 
 def following(rest: list[Batch], upcoming: Callable[[], list[Batch]], n: int) -> list[Batch]:
-    """The next ``n`` micro-batches: those left of this step, then of the next one, which is asked only if needed."""
+    """The next ``n`` micro-batches: those left of this step, then of the next one, which is asked
+    only if needed.
+    """
     return (rest if len(rest) >= n else rest + upcoming())[:n]
 
 
 def engram_seconds(trainer: Trainer) -> tuple[float, float]:
-    """Seconds that this process has waited for table rows, and that their work took, since it began."""
+    """Seconds that this process has waited for table rows, and that their work took, since it
+    began.
+    """
     if trainer.memory is None:
         return 0.0, 0.0
     worker = trainer.memory.tables.worker
@@ -115,10 +127,11 @@ def engram_seconds(trainer: Trainer) -> tuple[float, float]:
 def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
     """Norm of the whole model's gradient, table rows included, each global element once.
 
-    With it, in one all-reduce over world, the share of the table rows asked for that were hot; None where none were
-    asked for or none are kept.
+    With it, in one all-reduce over world, the share of the table rows asked for that were hot; None
+    where none were asked for or none are kept.
     """
-    squared, hot_use = squared_grad_norm(trainer.engine, trainer.mesh), (0, 0)
+    squared = squared_grad_norm(trainer.engine, trainer.mesh)
+    hot_use = (0, 0)
     if trainer.memory is not None:
         squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
         hot_use = trainer.memory.tables.hot_use
@@ -130,7 +143,9 @@ def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
 
 
 def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
-    """Targets of the step over all data ranks: the loss is a mean over them, not a mean of means."""
+    """Targets of the step over all data ranks: the loss is a mean over them,
+    not a mean of means.
+    """
     count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
     dist.all_reduce(count, group=trainer.mesh.group("dp"))
     return int(count)
@@ -148,17 +163,28 @@ def _set_learning_rate(trainer: Trainer, learning_rate: float) -> None:
 
 
 def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) -> None:
-    """Stop on every rank, before anything is updated, naming the first rank and parameter that is not finite."""
+    """Stop on every rank, before anything is updated, naming the first rank and parameter that is
+    not finite.
+    """
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         return
     names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
     bad = next(
-        (names[id(p)] for p, _, values in gradient_fragments(trainer.engine) if not torch.isfinite(values).all()), None
+        (
+            names[id(p)]
+            for p, _, values in gradient_fragments(trainer.engine)
+            if not torch.isfinite(values).all()
+        ),
+        None,
     )
     found: list[str | None] = [None] * trainer.mesh.size("world")
     dist.all_gather_object(found, bad)
-    where = next((f"rank {rank}, gradient of {name}" for rank, name in enumerate(found) if name), "an Engram table row")
+    where = next(
+        (f"rank {rank}, gradient of {name}" for rank, name in enumerate(found) if name),
+        "an Engram table row",
+    )
     raise RunError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, first on {where}. Nothing was updated; "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, first on {where}. "
+        "Nothing was updated; "
         "resume from the last checkpoint with a lower optimizer.learning_rate or train.dtype=fp32."
     )

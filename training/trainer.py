@@ -1,4 +1,6 @@
-"""Everything that one rank trains with, put together once: mesh, model, engine, Engram tables, data."""
+"""Everything that one rank trains with, put together once: mesh, model, engine, Engram tables,
+data.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,13 +29,21 @@ from training.model.model import HybridModel, Memory, build_model
 class EngramMemory:
     """Hashes tokens into row ids and fetches the rows of this rank's share of the tokens."""
 
-    def __init__(self, config: EngramConfig, token_map: TokenMap, tables: EngramTables, mesh: Mesh) -> None:
-        self.hashes, self.tables, self.mesh = engram_hashes(config, token_map), tables, mesh
+    def __init__(
+        self, config: EngramConfig, token_map: TokenMap, tables: EngramTables, mesh: Mesh
+    ) -> None:
+        self.hashes = engram_hashes(config, token_map)
+        self.tables = tables
+        self.mesh = mesh
         self.token_map = token_map
         self._coming: list[tuple[Batch, dict[int, Rows]]] = []
 
-    def row_ids(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, torch.Tensor]:
-        """(B, L / tp, O) int64 row ids of each layer, for this tensor rank's share of the tokens. Host tensors."""
+    def row_ids(
+        self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None
+    ) -> dict[int, torch.Tensor]:
+        """(B, L / tp, O) int64 row ids of each layer, for this tensor rank's share of the tokens.
+        Host tensors.
+        """
         compressed = self.token_map.compress(ids_BL.cpu())
         share = slice(None)
         if self.mesh.size("tp") > 1:
@@ -47,7 +57,9 @@ class EngramMemory:
         return self.tables.fetch(lambda: self.row_ids(ids_BL, seq_idx_BL))
 
     def prefetch(self, batch: Batch) -> None:
-        """Send for the rows of a micro-batch that will be trained on later; collective over ``engram``."""
+        """Send for the rows of a micro-batch that will be trained on later; collective over
+        ``engram``.
+        """
         self._coming.append((batch, self.fetch(batch.input_ids_BL, batch.seq_idx_BL)))
 
     def rows_of(self, batch: Batch) -> dict[int, Rows]:
@@ -98,13 +110,16 @@ class Trainer:
 
     def fetch(self, batch: Batch) -> dict[int, Rows]:
         """Engram rows of a micro-batch that is not trained on; empty for a model without Engram."""
-        return {} if self.memory is None else self.memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+        return (
+            {} if self.memory is None else self.memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+        )
 
     def rows_of(self, batch: Batch, following: Callable[[int], list[Batch]]) -> dict[int, Rows]:
         """Engram rows of a micro-batch; empty for a model without Engram.
 
         Args:
-            following: the next n micro-batches; their rows begin to move now, as ``table.prefetch`` says.
+            following: the next n micro-batches; their rows begin to move now, as ``table.prefetch``
+                says.
         """
         if self.memory is None:
             return {}
@@ -118,18 +133,23 @@ def run_token_map(config: RunConfig, files: Vocabulary) -> TokenMap:
     """The token map that Engram hashes through: the prepared one, or every token as it is."""
     if config.model.engram is None or config.model.engram.compress:
         return load_token_map(files.token_map_path, files.tokenizer_path)
-    return TokenMap(ids=torch.arange(files.vocab_size), num_compressed=files.vocab_size, pad_id=files.pad_id)
+    return TokenMap(
+        ids=torch.arange(files.vocab_size), num_compressed=files.vocab_size, pad_id=files.pad_id
+    )
 
 
 def build_memory(
     config: RunConfig, mesh: Mesh, token_map: TokenMap, device: torch.device, trainable: bool = True
 ) -> EngramMemory | None:
-    """The Engram tables of a run and the hash into them; not ``trainable``: rows to be loaded, and no more."""
+    """The Engram tables of a run and the hash into them; not ``trainable``: rows to be loaded, and
+    no more.
+    """
     engram = config.model.engram
     if engram is None:
         return None
     shapes = {
-        layer: TableShape(spec.num_rows, engram.head_dim) for layer, spec in engram_hashes(engram, token_map).items()
+        layer: TableShape(spec.num_rows, engram.head_dim)
+        for layer, spec in engram_hashes(engram, token_map).items()
     }
     tables = EngramTables(
         shapes,
@@ -155,11 +175,20 @@ def check_compiler(wanted: bool, device: torch.device, *, is_told: bool) -> None
     if is_told:
         print("compiling pieces of the model by torch.compile: about a minute, once", flush=True)
     if device.type == "cpu" and (problem := compiler_problem()):
-        fix = "install g++ and Python's headers, or leave train.compile out: training itself needs no compiler"
-        raise RunError(Problem(field="train.compile", value=True, rule=f"needs a C++ compiler: {problem}", fix=fix))
+        fix = (
+            "install g++ and Python's headers, or leave train.compile out: training itself "
+            "needs no compiler"
+        )
+        raise RunError(
+            Problem(
+                field="train.compile", value=True, rule=f"needs a C++ compiler: {problem}", fix=fix
+            )
+        )
 
 
-def build_trainer(config: RunConfig, mesh: Mesh, device: torch.device, token_map: TokenMap) -> Trainer:
+def build_trainer(
+    config: RunConfig, mesh: Mesh, device: torch.device, token_map: TokenMap
+) -> Trainer:
     """Allocate tables, build and initialise the model, start the engine."""
     check_compiler(config.train.compile, device, is_told=mesh.global_rank == 0)
     compile_pieces(config.train.compile)
@@ -185,7 +214,15 @@ def build_trainer(config: RunConfig, mesh: Mesh, device: torch.device, token_map
         micro_batch=config.train.micro_batch,
         accumulation=num_micro_batches(config, mesh),
     )
-    return Trainer(config, mesh, device, model, engine, GradientScale(engine), memory)
+    return Trainer(
+        config,
+        mesh,
+        device,
+        model,
+        engine,
+        GradientScale(engine),
+        memory,
+    )
 
 
 def num_micro_batches(config: RunConfig, mesh: Mesh) -> int:

@@ -1,11 +1,12 @@
-"""Causal attention in blocks of queries, each with the keys up to its end: about half of the scores are never computed.
+"""Causal attention in blocks of queries, each with the keys up to its end: about half of the scores
+are never computed.
 
-Products in the dtype of q, scores and softmax in fp32 (fp64 for fp64). The backward computes the weights again.
-PyTorch's own fused attention takes 2 to 3 times as long on a CPU in bf16 (4 x 512 tokens,
-4 heads of 64, forward and backward).
+Products in the dtype of q, scores and softmax in fp32 (fp64 for fp64). The backward computes the
+weights again. PyTorch's own fused attention takes 2 to 3 times as long on a CPU in bf16 (4 x 512
+tokens, 4 heads of 64, forward and backward).
 
-Legend: B batch, L length, H = G x J heads, G heads of keys and values, P head width, Q queries of a block, K keys up to
-the block's end.
+Legend: B batch, L length, H = G x J heads, G heads of keys and values, P head width, Q queries of a
+block, K keys up to the block's end.
 """
 
 import math
@@ -26,7 +27,13 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seq_idx_BL: Tensor | None) -> Tensor:  # type: ignore[override]
         y = torch.empty_like(q)
         for rows, keys in blocks(q.shape[3]):
-            weights = attention_weights(q[..., rows, :], k[:, :, keys], seq_idx_BL, rows, keys)
+            weights = attention_weights(
+                q[..., rows, :],
+                k[:, :, keys],
+                seq_idx_BL,
+                rows,
+                keys,
+            )
             y[..., rows, :] = by_head(weights.to(q.dtype), v[:, :, keys])
         ctx.save_for_backward(q, k, v, seq_idx_BL, y)
         return y
@@ -35,14 +42,28 @@ class CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, seq_idx_BL, y = ctx.saved_tensors
-        real, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
+        real = torch.promote_types(q.dtype, torch.float32)
+        scale = 1 / math.sqrt(q.shape[-1])
         dot = (dy.to(real) * y).sum(-1, keepdim=True)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(part, dtype=real) for part in (k, v))
         for rows, keys in blocks(q.shape[3]):
-            q_Q, dy_Q = q[..., rows, :], dy[..., rows, :]
-            weights = attention_weights(q_Q, k[:, :, keys], seq_idx_BL, rows, keys)
-            dscores = by_head(dy_Q, v[:, :, keys].mT).to(real).sub_(dot[..., rows, :]).mul_(weights).to(q.dtype)
+            q_Q = q[..., rows, :]
+            dy_Q = dy[..., rows, :]
+            weights = attention_weights(
+                q_Q,
+                k[:, :, keys],
+                seq_idx_BL,
+                rows,
+                keys,
+            )
+            dscores = (
+                by_head(dy_Q, v[:, :, keys].mT)
+                .to(real)
+                .sub_(dot[..., rows, :])
+                .mul_(weights)
+                .to(q.dtype)
+            )
             dq[..., rows, :] = by_head(dscores, k[:, :, keys]).mul_(scale)
             dk[:, :, keys] += flat(dscores).mT @ flat(q_Q)
             dv[:, :, keys] += flat(weights.to(q.dtype)).mT @ flat(dy_Q)
@@ -56,8 +77,12 @@ def blocks(length: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(0, stop)
 
 
-def attention_weights(q: Tensor, k: Tensor, seq_idx_BL: Tensor | None, rows: slice, keys: slice) -> Tensor:
-    """(B, G, J, Q, K) softmax of the scaled scores, in fp32 or more; 0 where a query does not see a key."""
+def attention_weights(
+    q: Tensor, k: Tensor, seq_idx_BL: Tensor | None, rows: slice, keys: slice
+) -> Tensor:
+    """(B, G, J, Q, K) softmax of the scaled scores, in fp32 or more; 0 where a query does not see a
+    key.
+    """
     positions = torch.arange(keys.stop, device=q.device)
     hidden = positions > positions[rows, None]
     if seq_idx_BL is not None:
@@ -65,7 +90,9 @@ def attention_weights(q: Tensor, k: Tensor, seq_idx_BL: Tensor | None, rows: sli
         hidden = hidden[:, None, None]
     scores = by_head(q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
     # Adding a mask takes a third of the time of masked_fill_.
-    mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(hidden, -math.inf)
+    mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(
+        hidden, -math.inf
+    )
     return scores.mul_(1 / math.sqrt(q.shape[-1])).add_(mask).softmax(-1)
 
 
@@ -79,9 +106,21 @@ def by_head(x: Tensor, shared: Tensor) -> Tensor:
     return (flat(x) @ shared).unflatten(2, x.shape[2:4])
 
 
-def causal_attention_cpu(q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx_BL: Tensor | None) -> Tensor:
+def causal_attention_cpu(
+    q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx_BL: Tensor | None
+) -> Tensor:
     """y (B, L, H, P); arguments as ``causal_attention``, already checked."""
-    q = q_BLHP.unflatten(2, (k_BLGP.shape[2], -1)).permute(0, 2, 3, 1, 4).contiguous()
+    q = (
+        q_BLHP.unflatten(2, (k_BLGP.shape[2], -1))
+        .permute(
+            0,
+            2,
+            3,
+            1,
+            4,
+        )
+        .contiguous()
+    )
     k, v = (part.transpose(1, 2).contiguous() for part in (k_BLGP, v_BLGP))
     y = CausalAttention.apply(q, k, v, seq_idx_BL)
     return y.flatten(1, 2).transpose(1, 2)

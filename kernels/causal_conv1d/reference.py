@@ -1,6 +1,7 @@
 """Depthwise causal convolution as its definition says: one shifted product a tap.
 
-Legend: B batch, L length, D channels, K taps; the halo of (K - 1) * dilation inputs before the row is written Z.
+Legend: B batch, L length, D channels, K taps; the halo of (K - 1) * dilation inputs before the row
+    is written Z.
 """
 
 import torch
@@ -25,12 +26,14 @@ def causal_conv1d_reference(
     activation: str | None = None,
     dilation: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = act(bias + sum_k weight[:, k] x[t - (K - 1 - k) dilation]), over inputs of the document of t only.
+    """y[t] = act(bias + sum_k weight[:, k] x[t - (K - 1 - k) dilation]), over inputs of the
+    document of t only.
 
     Returns:
         y (B, L, D) and the final states (B, Z, D), both in the dtype of x.
     """
-    (_, L, _), K = x_BLD.shape, weight_DK.shape[1]
+    (_, L, _) = x_BLD.shape
+    K = weight_DK.shape[1]
     halo = (K - 1) * dilation
     before_BZD = x_BLD.new_zeros(x_BLD.shape[0], halo, x_BLD.shape[2])
     if initial_states_BZD is not None:

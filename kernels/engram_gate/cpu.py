@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from kernels.compiled import piece
 from kernels.engram_gate.reference import CLAMP
 
-# Elements of one temporary in a block of tokens: 1 MB in fp32 stays in a core's cache. Forward and backward of 2,048
-# tokens at S=4, D=256 on one AMD EPYC core: 21 ms with blocks of 64 KB, 15 with 256 KB, 11 with 1 MB.
+# Elements of one temporary in a block of tokens: 1 MB in fp32 stays in a core's cache. Forward and
+# backward of 2,048 tokens at S=4, D=256 on one AMD EPYC core: 21 ms with blocks of 64 KB, 15 with
+# 256 KB, 11 with 1 MB.
 BLOCK_ELEMENTS = 262_144
 
 
@@ -26,8 +27,12 @@ def _blocks(h_TSD: Tensor) -> list[slice]:
 
 
 @piece
-def _forward_block(h: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float, residual: bool) -> tuple[Tensor, ...]:
-    """u or h + u (T, S, D), then gate, score and the reciprocal RMS of h and of k (T, S), in the math dtype."""
+def _forward_block(
+    h: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float, residual: bool
+) -> tuple[Tensor, ...]:
+    """u or h + u (T, S, D), then gate, score and the reciprocal RMS of h and of k (T, S), in the
+    math dtype.
+    """
     width = h.shape[-1]
     rstd_h = (h.square().sum(-1) / width + eps).rsqrt()
     rstd_k = (k.square().sum(-1) / width + eps).rsqrt()
@@ -40,9 +45,17 @@ def _forward_block(h: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float, 
 
 @piece
 def _backward_block(
-    du: Tensor, h: Tensor, k: Tensor, v: Tensor, weight: Tensor,
-    gate: Tensor, score: Tensor, rstd_h: Tensor, rstd_k: Tensor, residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    du: Tensor,
+    h: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    score: Tensor,
+    rstd_h: Tensor,
+    rstd_k: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, k (T, S, D), v (T, D) and of the product of the norms' weights (S, D)."""
     width = h.shape[-1]
     d_gate = (du * v[:, None]).sum(-1)
@@ -59,24 +72,49 @@ def _backward_block(
 
 
 class EngramGate(torch.autograd.Function):
-    """u or h + u, and gate; keeps the inputs, score, gate and reciprocal RMS, and recomputes the rest."""
+    """u or h + u, and gate; keeps the inputs, score, gate and reciprocal RMS, and recomputes the
+    rest.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, h_TSD: Tensor, k_TSD: Tensor, v_TD: Tensor, query_weight_SD: Tensor, key_weight_SD: Tensor,
-        eps: float, residual: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        h_TSD: Tensor,
+        k_TSD: Tensor,
+        v_TD: Tensor,
+        query_weight_SD: Tensor,
+        key_weight_SD: Tensor,
+        eps: float,
+        residual: bool,
+    ) -> tuple[Tensor, Tensor]:
         tokens, streams, width = h_TSD.shape
         dtype = torch.promote_types(torch.promote_types(h_TSD.dtype, k_TSD.dtype), torch.float32)
         weight_SD = query_weight_SD.to(dtype) * key_weight_SD.to(dtype)
-        out_TSD = torch.empty(tokens, streams, width, dtype=(h_TSD if residual else v_TD).dtype, device=v_TD.device)
-        scalars = [torch.empty(tokens, streams, dtype=dtype, device=v_TD.device) for _ in range(4)]
+        out_TSD = torch.empty(
+            tokens, streams, width, dtype=(h_TSD if residual else v_TD).dtype, device=v_TD.device
+        )
+        scalars = [
+            torch.empty(
+                tokens,
+                streams,
+                dtype=dtype,
+                device=v_TD.device,
+            )
+            for _ in range(4)
+        ]
         for block in _blocks(h_TSD):
             inputs = (h_TSD[block].to(dtype), k_TSD[block].to(dtype), v_TD[block].to(dtype))
             parts = _forward_block(*inputs, weight_SD, eps, residual)
             for whole, part in zip((out_TSD, *scalars), parts, strict=True):
                 whole[block] = part
-        ctx.save_for_backward(h_TSD, k_TSD, v_TD, query_weight_SD, key_weight_SD, *scalars)
+        ctx.save_for_backward(
+            h_TSD,
+            k_TSD,
+            v_TD,
+            query_weight_SD,
+            key_weight_SD,
+            *scalars,
+        )
         ctx.mark_non_differentiable(scalars[0])
         ctx.residual = residual
         return out_TSD, scalars[0]
@@ -86,14 +124,19 @@ class EngramGate(torch.autograd.Function):
     def backward(ctx: Any, du_TSD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         h_TSD, k_TSD, v_TD, query_weight_SD, key_weight_SD, *scalars = ctx.saved_tensors
         dtype = scalars[0].dtype
-        query_SD, key_SD = query_weight_SD.to(dtype), key_weight_SD.to(dtype)
+        query_SD = query_weight_SD.to(dtype)
+        key_SD = key_weight_SD.to(dtype)
         weight_SD = query_SD * key_SD
-        gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h_TSD, k_TSD, v_TD))
+        gradients = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h_TSD, k_TSD, v_TD)
+        )
         dweight_SD = torch.zeros_like(weight_SD)
         for block in _blocks(h_TSD):
             du, h, k, v = (x[block].to(dtype) for x in (du_TSD, h_TSD, k_TSD, v_TD))
             gate, score, rstd_h, rstd_k = (x[block] for x in scalars)
-            *parts, dweight_block = _backward_block(du, h, k, v, weight_SD, gate, score, rstd_h, rstd_k, ctx.residual)
+            *parts, dweight_block = _backward_block(
+                du, h, k, v, weight_SD, gate, score, rstd_h, rstd_k, ctx.residual
+            )
             dweight_SD += dweight_block
             for whole, part in zip(gradients, parts, strict=True):
                 whole[block] = part

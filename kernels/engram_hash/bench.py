@@ -1,7 +1,8 @@
 """The Engram hash beside numpy, as the paper's demo computes it, which knows no documents.
 
-On a GPU: 8 bytes a column to write, and the ids to read. Integer arithmetic only; 56 to 72 registers a thread
-(28 warps an SM and more). ``python -m kernels.engram_hash.bench`` tries launch options on a card.
+On a GPU: 8 bytes a column to write, and the ids to read. Integer arithmetic only; 56 to 72
+registers a thread (28 warps an SM and more). ``python -m kernels.engram_hash.bench`` tries launch
+options on a card.
 """
 
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ def numpy_hash(ids_BL: np.ndarray, hash: NgramHash) -> np.ndarray:
         np.pad(ids_BL, ((0, 0), (k, 0)), constant_values=hash.pad_id)[:, : ids_BL.shape[1]]
         for k in range(hash.max_order)
     ]
-    products = [ids * multiplier for ids, multiplier in zip(shifted, hash.multipliers, strict=False)]
-    rows, offset = [], 0
+    products = [
+        ids * multiplier for ids, multiplier in zip(shifted, hash.multipliers, strict=False)
+    ]
+    rows = []
+    offset = 0
     for order, primes in zip(hash.orders, hash.primes, strict=True):
         mix = np.bitwise_xor.reduce(products[:order])
         for prime in primes:
@@ -39,8 +43,17 @@ def numpy_hash(ids_BL: np.ndarray, hash: NgramHash) -> np.ndarray:
 def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
     """Both layers of a model, packed rows, the sizes of the demo and of V4.1."""
     for name, (orders, table_size) in TABLES.items():
-        hashes = ngram_hashes((1, 14), VOCAB, orders, 8, table_size, seed=0, pad_id=2)
-        tokens, columns = size.tokens, sum(hash.num_columns for hash in hashes.values())
+        hashes = ngram_hashes(
+            (1, 14),
+            VOCAB,
+            orders,
+            8,
+            table_size,
+            seed=0,
+            pad_id=2,
+        )
+        tokens = size.tokens
+        columns = sum(hash.num_columns for hash in hashes.values())
         yield Case(
             op="engram_hash",
             shapes=f"{size.name}: {size.batch} x {size.length} ids, 2 layers, {name}",
@@ -62,8 +75,15 @@ def _packed(length: int, rows: int, _: torch.dtype, device: str) -> list[Tensor]
     return [torch.randint(0, VOCAB, (rows, length)).to(device), documents.to(device)]
 
 
-def _hash(hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor, backend: Backend | None = None) -> Tensor:
-    return engram_hash_layers(ids_BL, hashes, seq_idx_BL, backend=backend)
+def _hash(
+    hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor, backend: Backend | None = None
+) -> Tensor:
+    return engram_hash_layers(
+        ids_BL,
+        hashes,
+        seq_idx_BL,
+        backend=backend,
+    )
 
 
 def _plain(hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor) -> Tensor:
@@ -71,7 +91,9 @@ def _plain(hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor) -> Tenso
 
 
 def _numpy(hashes: list[NgramHash]) -> Op:
-    return lambda ids_BL, _: torch.from_numpy(np.stack([numpy_hash(ids_BL.numpy(), hash) for hash in hashes]))
+    return lambda ids_BL, _: torch.from_numpy(
+        np.stack([numpy_hash(ids_BL.numpy(), hash) for hash in hashes])
+    )
 
 
 def sweep() -> None:

@@ -15,9 +15,14 @@ def _earlier(padded: Tensor, distance: int, length: int) -> Tensor:
     return padded[:, start : start + length]
 
 
-def _windows(ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: Tensor) -> list[Tensor]:
-    """The ids at distance 0, 1, ... max_order - 1 before each position; ``pad_id`` where another document begins."""
-    length, padded = ids_BL.shape[1], torch.cat([past_BK, ids_BL], dim=1)
+def _windows(
+    ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: Tensor
+) -> list[Tensor]:
+    """The ids at distance 0, 1, ... max_order - 1 before each position; ``pad_id`` where another
+    document begins.
+    """
+    length = ids_BL.shape[1]
+    padded = torch.cat([past_BK, ids_BL], dim=1)
     tokens = [_earlier(padded, distance, length) for distance in range(hash.max_order)]
     if seq_idx is not None and length:
         documents = torch.cat([seq_idx[:, :1].expand_as(past_BK), seq_idx], dim=1)
@@ -31,13 +36,18 @@ def _windows(ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: T
 def hash_rows(ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: Tensor) -> Tensor:
     """Rows (B, L, O) int64 for checked int64 ids and a past of exactly ``max_order - 1`` ids.
 
-    The mix rolls: ``mix_(n+1) = mix_n xor ids[t - n] * multipliers[n]``; all heads of an order share it and differ in
-    the modulus only. Windows with a masked id are hashed too, and overwritten.
+    The mix rolls: ``mix_(n+1) = mix_n xor ids[t - n] * multipliers[n]``; all heads of an order
+    share it and differ in the modulus only. Windows with a masked id are hashed too, and
+    overwritten.
     """
     tokens = _windows(ids_BL, hash, seq_idx, past_BK)
-    mix_BL, masked_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL, dtype=torch.bool)
-    offsets, columns = iter(ids_BL.new_tensor(hash.offsets).split([len(heads) for heads in hash.primes])), []
-    for order, (token_BL, multiplier) in enumerate(zip(tokens, hash.multipliers, strict=True), start=1):
+    mix_BL = torch.zeros_like(ids_BL)
+    masked_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    offsets = iter(ids_BL.new_tensor(hash.offsets).split([len(heads) for heads in hash.primes]))
+    columns = []
+    for order, (token_BL, multiplier) in enumerate(
+        zip(tokens, hash.multipliers, strict=True), start=1
+    ):
         mix_BL = mix_BL ^ (token_BL * multiplier)
         masked_BL = masked_BL | (token_BL < 0)
         if order in hash.orders:

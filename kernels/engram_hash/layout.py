@@ -1,4 +1,6 @@
-"""Which hash functions the Engram layers use: multipliers and prime table sizes, from a seed. No torch in here."""
+"""Which hash functions the Engram layers use: multipliers and prime table sizes, from a seed. No
+torch in here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ INT64_MAX = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class NgramHash:
-    """The hash functions of one Engram layer; its tables lie one after another in one logical row space.
+    """The hash functions of one Engram layer; its tables lie one after another in one logical row
+    space.
 
     Columns are order-major: all heads of the smallest order first.
     """
@@ -32,7 +35,9 @@ class NgramHash:
 
     @property
     def max_order(self) -> int:
-        """Tokens that a row depends on, at most: the position's own and the ``max_order - 1`` before it."""
+        """Tokens that a row depends on, at most: the position's own and the ``max_order - 1``
+        before it.
+        """
         return self.orders[-1]
 
     @cached_property
@@ -53,12 +58,19 @@ class NgramHash:
 
 def _multipliers(layer: int, vocab_size: int, max_order: int, seed: int) -> tuple[int, ...]:
     half = max(1, INT64_MAX // vocab_size // 2)
-    drawn = np.random.default_rng(seed + 10007 * layer).integers(0, half, size=max_order, dtype=np.int64)
+    drawn = np.random.default_rng(seed + 10007 * layer).integers(
+        0, half, size=max_order, dtype=np.int64
+    )
     return tuple(2 * int(m) + 1 for m in drawn)
 
 
 def _check(
-    layers: Sequence[int], vocab_size: int, orders: tuple[int, ...], num_heads: int, sizes: tuple[int, ...], pad_id: int
+    layers: Sequence[int],
+    vocab_size: int,
+    orders: tuple[int, ...],
+    num_heads: int,
+    sizes: tuple[int, ...],
+    pad_id: int,
 ) -> None:
     if len(set(layers)) != len(layers) or min(layers, default=0) < 0:
         raise ValueError(f"layers: got {tuple(layers)}, expected distinct indices of at least 0")
@@ -69,7 +81,10 @@ def _check(
     if num_heads < 1:
         raise ValueError(f"num_heads: got {num_heads}, expected at least 1")
     if len(sizes) != len(orders) or min(sizes) < 1:
-        raise ValueError(f"table_size: got {sizes}, expected one size of at least 1 for each of the orders {orders}")
+        raise ValueError(
+            f"table_size: got {sizes}, expected one size of at least 1 for each of the orders "
+            f"{orders}"
+        )
     if not 0 <= pad_id < vocab_size:
         raise ValueError(f"pad_id: got {pad_id}, expected 0 to vocab_size - 1 = {vocab_size - 1}")
 
@@ -83,12 +98,14 @@ def ngram_hashes(
     seed: int,
     pad_id: int,
 ) -> dict[int, NgramHash]:
-    """Draw the hash functions of all Engram layers; the same arguments give the same functions on every machine.
+    """Draw the hash functions of all Engram layers; the same arguments give the same functions on
+    every machine.
 
-    Every head of every order of every layer gets a prime of its own, the next unused one from ``table_size`` on, in
-    the order layers, orders, heads: naming the layers in another order gives other tables. Multipliers are odd and
-    below ``2**63 / vocab_size``, so no product overflows and no mix is negative. The procedure is that of the
-    official demo (deepseek-ai/Engram, ``NgramHashMapping``).
+    Every head of every order of every layer gets a prime of its own, the next unused one from
+    ``table_size`` on, in the order layers, orders, heads: naming the layers in another order gives
+    other tables. Multipliers are odd and below ``2**63 / vocab_size``, so no product overflows and
+    no mix is negative. The procedure is that of the official demo (deepseek-ai/Engram,
+    ``NgramHashMapping``).
 
     Args:
         layers: 0-based places of the layers.
@@ -101,7 +118,14 @@ def ngram_hashes(
     """
     orders = tuple(orders)
     sizes = (table_size,) * len(orders) if isinstance(table_size, int) else tuple(table_size)
-    _check(layers, vocab_size, orders, num_heads, sizes, pad_id)
+    _check(
+        layers,
+        vocab_size,
+        orders,
+        num_heads,
+        sizes,
+        pad_id,
+    )
     return {
         layer: NgramHash(
             multipliers=_multipliers(layer, vocab_size, orders[-1], seed),

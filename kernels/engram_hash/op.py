@@ -26,28 +26,39 @@ def engram_hash(
 ) -> Tensor:
     """Table rows of every position's suffix n-grams (arXiv 2601.07372, section 2.2).
 
-    For order n at position t: ``mix = xor over k < n of ids[t-k] * multipliers[k]``, and head h looks up row
-    ``offset_h + mix mod prime_h``. Before the start of a row, and before the start of the position's document where
-    ``seq_idx`` is given, ids count as ``hash.pad_id``. The result depends on the ids only: it is meant for the loader's
-    side. Bitwise deterministic, and the same on every device.
+    For order n at position t: ``mix = xor over k < n of ids[t-k] * multipliers[k]``, and head h
+    looks up row ``offset_h + mix mod prime_h``. Before the start of a row, and before the start of
+    the position's document where ``seq_idx`` is given, ids count as ``hash.pad_id``. The result
+    depends on the ids only: it is meant for the loader's side. Bitwise deterministic, and the same
+    on every device.
 
     Args:
-        ids_BL: compressed ids, any integer dtype, 0 to vocab_size - 1; -1 is a masked position (an image, say).
+        ids_BL: compressed ids, any integer dtype, 0 to vocab_size - 1; -1 is a masked position (an
+            image, say).
         hash: the layer's functions, from :func:`ngram_hashes`.
-        seq_idx: (B, L) integers from 0, never decreasing along a row: the document of each position.
-        history_BK: the last max_order - 1 ids of position 0's document, for decoding and chunks of a long row;
-            ``hash.pad_id`` where the document is younger. None: the row starts a document.
+        seq_idx: (B, L) integers from 0, never decreasing along a row: the document of each
+            position.
+        history_BK: the last max_order - 1 ids of position 0's document, for decoding and chunks of
+            a long row; ``hash.pad_id`` where the document is younger. None: the row starts a
+            document.
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
-        (B, L, O) int64, O = orders x heads, order-major; rows count over the layer's one logical row space. -1 in every
-        column whose window contains a masked position.
+        (B, L, O) int64, O = orders x heads, order-major; rows count over the layer's one logical
+        row space. -1 in every column whose window contains a masked position.
 
     Raises:
-        ValueError: a shape, dtype, device or id is out of range, or the backend cannot. Ids are looked at on CPUs only:
-            on a GPU that would wait for it. There a wrong id gives a row inside the tables, or -1 if it is negative.
+        ValueError: a shape, dtype, device or id is out of range, or the backend cannot. Ids are
+            looked at on CPUs only: on a GPU that would wait for it. There a wrong id gives a row
+            inside the tables, or -1 if it is negative.
     """
-    return engram_hash_layers(ids_BL, [hash], seq_idx, history_BK, backend)[0]
+    return engram_hash_layers(
+        ids_BL,
+        [hash],
+        seq_idx,
+        history_BK,
+        backend,
+    )[0]
 
 
 def engram_hash_layers(
@@ -57,10 +68,12 @@ def engram_hash_layers(
     history_BK: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """:func:`engram_hash` of several layers of one model: one check of the ids, and one launch on a GPU.
+    """:func:`engram_hash` of several layers of one model: one check of the ids, and one launch on a
+    GPU.
 
     Args:
-        hashes: of layers that differ in multipliers and primes only, as :func:`ngram_hashes` gives them.
+        hashes: of layers that differ in multipliers and primes only, as :func:`ngram_hashes` gives
+            them.
 
     Returns:
         (Y, B, L, O) int64.
@@ -72,20 +85,35 @@ def engram_hash_layers(
     if ids_BL.dim() != 2:
         raise ValueError(f"ids_BL: got shape {tuple(ids_BL.shape)}, expected two dims (B, L)")
     batch, length = ids_BL.shape
-    _check_ids("ids_BL", ids_BL, batch, length, first.vocab_size)
+    _check_ids(
+        "ids_BL",
+        ids_BL,
+        batch,
+        length,
+        first.vocab_size,
+    )
     if seq_idx is not None:
         _check_shape("seq_idx", seq_idx, (batch, length))
     if history_BK is not None:
-        _check_ids("history_BK", history_BK, batch, first.max_order - 1, first.vocab_size)
+        _check_ids(
+            "history_BK",
+            history_BK,
+            batch,
+            first.max_order - 1,
+            first.vocab_size,
+        )
     check_integers(seq_idx=seq_idx)
     check_devices(ids_BL=ids_BL, seq_idx=seq_idx, history_BK=history_BK)
     check_documents(seq_idx)
-    orders, heads = list(first.orders), _heads(first)
+    orders = list(first.orders)
+    heads = _heads(first)
     many = f"{sum(heads)} columns" if sum(heads) > MAX_COLUMNS else ""
     if use_triton(backend, ids_BL, many):
         multipliers = [factor for hash in hashes for factor in hash.multipliers]
         primes = [prime for hash in hashes for prime in chain(*hash.primes)]
-        return engram_hash_fwd(ids_BL, seq_idx, history_BK, orders, heads, multipliers, primes, first.pad_id)
+        return engram_hash_fwd(
+            ids_BL, seq_idx, history_BK, orders, heads, multipliers, primes, first.pad_id
+        )
     ids_BL = ids_BL.to(torch.int64)
     if history_BK is None:
         history_BK = ids_BL.new_full((batch, first.max_order - 1), first.pad_id)
@@ -103,13 +131,21 @@ def _check_hashes(hashes: Sequence[NgramHash]) -> NgramHash:
     for hash in hashes[1:]:
         for name, got in _shared(hash).items():
             if got != expected[name]:
-                raise ValueError(f"hashes: got {name} of {got} beside {expected[name]}, expected one for all layers")
+                raise ValueError(
+                    f"hashes: got {name} of {got} beside {expected[name]}, expected one for all "
+                    "layers"
+                )
     return hashes[0]
 
 
 def _shared(hash: NgramHash) -> dict[str, object]:
     """What all layers of a launch have in common."""
-    return {"orders": hash.orders, "heads": _heads(hash), "vocab_size": hash.vocab_size, "pad_id": hash.pad_id}
+    return {
+        "orders": hash.orders,
+        "heads": _heads(hash),
+        "vocab_size": hash.vocab_size,
+        "pad_id": hash.pad_id,
+    }
 
 
 def _heads(hash: NgramHash) -> list[int]:
@@ -126,7 +162,9 @@ def _check_ids(name: str, ids: Tensor, batch: int, length: int, vocab_size: int)
     low, high = (int(bound) for bound in ids.to(torch.int64).aminmax())
     if low < -1 or high >= vocab_size:
         wrong = low if low < -1 else high
-        raise ValueError(f"{name}: got id {wrong}, expected -1 (masked) to vocab_size - 1 = {vocab_size - 1}")
+        raise ValueError(
+            f"{name}: got id {wrong}, expected -1 (masked) to vocab_size - 1 = {vocab_size - 1}"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
@@ -136,13 +174,30 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
 
 @torch.library.custom_op("engramba::engram_hash_fwd", mutates_args=())
 def engram_hash_fwd(
-    ids: Tensor, seq_idx: Tensor | None, history: Tensor | None,
-    orders: Sequence[int], heads: Sequence[int], multipliers: Sequence[int], primes: Sequence[int], pad_id: int,
-) -> Tensor:  # fmt: skip
-    """Rows (Y, B, L, O) of ids (B, L), without a gradient; multipliers are (Y, N) and primes (Y, O), flat."""
+    ids: Tensor,
+    seq_idx: Tensor | None,
+    history: Tensor | None,
+    orders: Sequence[int],
+    heads: Sequence[int],
+    multipliers: Sequence[int],
+    primes: Sequence[int],
+    pad_id: int,
+) -> Tensor:
+    """Rows (Y, B, L, O) of ids (B, L), without a gradient; multipliers are (Y, N) and primes (Y,
+    O), flat.
+    """
     from kernels.engram_hash import triton
 
-    return triton.forward(ids, seq_idx, history, orders, heads, multipliers, primes, pad_id)
+    return triton.forward(
+        ids,
+        seq_idx,
+        history,
+        orders,
+        heads,
+        multipliers,
+        primes,
+        pad_id,
+    )
 
 
 @engram_hash_fwd.register_fake

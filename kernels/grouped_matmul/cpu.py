@@ -1,10 +1,10 @@
 """One product an expert, of few distinct shapes.
 
-oneDNN builds a primitive for every new shape, and routing gives new row counts at every call, so in 16-bit dtypes the
-rows of each expert are padded with zeros to a multiple of 64 (of 16 below 64). Against experts padded to one common
-capacity and multiplied by bmm this computes fewer rows, and memory stays bounded however uneven the routing is. fp32
-and fp64 go through MKL, where new shapes cost little: no padding. An expert's products follow each other while its rows
-are in cache.
+oneDNN builds a primitive for every new shape, and routing gives new row counts at every call, so in
+16-bit dtypes the rows of each expert are padded with zeros to a multiple of 64 (of 16 below 64).
+Against experts padded to one common capacity and multiplied by bmm this computes fewer rows, and
+memory stays bounded however uneven the routing is. fp32 and fp64 go through MKL, where new shapes
+cost little: no padding. An expert's products follow each other while its rows are in cache.
 
 Legend: M rows sorted by expert, D model width, E experts, F inner width; 2F is gate then up.
 """
@@ -30,7 +30,12 @@ def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     """x with zero rows appended; x itself where nothing is missing."""
     if x.shape[0] == num_rows:
         return x
-    padded = torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
+    padded = torch.empty(
+        num_rows,
+        x.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+    )
     padded[: x.shape[0]] = x
     padded[x.shape[0] :] = 0
     return padded
@@ -50,14 +55,20 @@ def nonempty(counts: list[int], padded: list[int]) -> Iterator[tuple[int, slice,
     ends = zip(accumulate(counts), accumulate(padded), strict=True)
     for expert, (end, padded_end) in enumerate(ends):
         if counts[expert]:
-            yield expert, slice(end - counts[expert], end), slice(padded_end - padded[expert], padded_end)
+            yield (
+                expert,
+                slice(end - counts[expert], end),
+                slice(padded_end - padded[expert], padded_end),
+            )
 
 
 class GroupedMatmul(torch.autograd.Function):
     """y_MF: the rows of expert e times weight_EDF[e]."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
         ctx.save_for_backward(x_MD, weight_EDF)
         ctx.counts = counts
         return product(x_MD, weight_EDF, counts)
@@ -70,29 +81,45 @@ class GroupedMatmul(torch.autograd.Function):
         dweight_EDF = empty_gradient(weight_EDF, ctx.counts)
         padded = padded_counts(ctx.counts, x_MD)
         for expert, rows, _ in nonempty(ctx.counts, padded):
-            x, dy = pad_rows(x_MD[rows], padded[expert]), pad_rows(dy_MF[rows], padded[expert])
+            x = pad_rows(x_MD[rows], padded[expert])
+            dy = pad_rows(dy_MF[rows], padded[expert])
             torch.mm(x.t(), dy, out=dweight_EDF[expert])
         return dx_MD, dweight_EDF, None
 
 
 def product(x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """The rows of each expert times its weight; in any memory order of the weight."""
-    y_MF = torch.empty(x_MD.shape[0], weight_EDF.shape[2], dtype=x_MD.dtype, device=x_MD.device)
+    y_MF = torch.empty(
+        x_MD.shape[0],
+        weight_EDF.shape[2],
+        dtype=x_MD.dtype,
+        device=x_MD.device,
+    )
     padded = padded_counts(counts, x_MD)
     for expert, rows, _ in nonempty(counts, padded):
-        y_MF[rows] = torch.mm(pad_rows(x_MD[rows], padded[expert]), weight_EDF[expert])[: counts[expert]]
+        y_MF[rows] = torch.mm(pad_rows(x_MD[rows], padded[expert]), weight_EDF[expert])[
+            : counts[expert]
+        ]
     return y_MF
 
 
 class GroupedMLP(torch.autograd.Function):
-    """y_MD = swiglu(x gate_up) down. Saves x and the inputs of the activation; the activation is computed again."""
+    """y_MD = swiglu(x gate_up) down. Saves x and the inputs of the activation; the activation is
+    computed again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: torch.Tensor, gate_up_ED2F: torch.Tensor, down_EFD: torch.Tensor, counts: list[int]
+        ctx: Any,
+        x_MD: torch.Tensor,
+        gate_up_ED2F: torch.Tensor,
+        down_EFD: torch.Tensor,
+        counts: list[int],
     ) -> torch.Tensor:
         padded = padded_counts(counts, x_MD)
-        h_P2F = torch.empty(sum(padded), gate_up_ED2F.shape[2], dtype=x_MD.dtype, device=x_MD.device)
+        h_P2F = torch.empty(
+            sum(padded), gate_up_ED2F.shape[2], dtype=x_MD.dtype, device=x_MD.device
+        )
         y_MD = torch.empty_like(x_MD)
         for expert, rows, padded_rows in nonempty(counts, padded):
             h = h_P2F[padded_rows]
@@ -104,13 +131,18 @@ class GroupedMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    def backward(
+        ctx: Any, dy_MD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x_MD, h_P2F, gate_up_ED2F, down_EFD = ctx.saved_tensors
         padded = padded_counts(ctx.counts, x_MD)
-        dgate_up_ED2F, ddown_EFD = (empty_gradient(weight, ctx.counts) for weight in (gate_up_ED2F, down_EFD))
+        dgate_up_ED2F, ddown_EFD = (
+            empty_gradient(weight, ctx.counts) for weight in (gate_up_ED2F, down_EFD)
+        )
         dx_MD = torch.empty_like(x_MD)
         for expert, rows, padded_rows in nonempty(ctx.counts, padded):
-            x, dy = pad_rows(x_MD[rows], padded[expert]), pad_rows(dy_MD[rows], padded[expert])
+            x = pad_rows(x_MD[rows], padded[expert])
+            dy = pad_rows(dy_MD[rows], padded[expert])
             act, dh = swiglu_backward(h_P2F[padded_rows], torch.mm(dy, down_EFD[expert].t()))
             torch.mm(act.t(), dy, out=ddown_EFD[expert])
             torch.mm(x.t(), dh, out=dgate_up_ED2F[expert])

@@ -1,9 +1,9 @@
 """Products by `torch._grouped_mm`: one CUTLASS kernel for all experts, row counts stay on the card.
 
-It is that kernel for bf16 on compute capability 9.x and 10.x, with rows whose strides and addresses are multiples of 16
-bytes and fewer than 1,024 experts. Elsewhere it loops over the experts and waits for the counts (ATen/native/
-GroupedMMUtils.h), so there our Triton kernels take over. It also runs on CPU tensors, which is how it is tested. Rows
-beyond the last expert's are left unwritten.
+It is that kernel for bf16 on compute capability 9.x and 10.x, with rows whose strides and addresses
+are multiples of 16 bytes and fewer than 1,024 experts. Elsewhere it loops over the experts and
+waits for the counts (ATen/native/ GroupedMMUtils.h), so there our Triton kernels take over. It also
+runs on CPU tensors, which is how it is tested. Rows beyond the last expert's are left unwritten.
 
 Legend: M rows sorted by expert, D model width, E experts, F inner width; 2F is gate then up.
 """
@@ -19,7 +19,12 @@ def takes(x_MD: Tensor, *weights: Tensor) -> bool:
     aligned = all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
     aligned &= all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights)
     fits = x_MD.dtype == torch.bfloat16 and x_MD.shape[0] > 0 and weights[0].shape[0] < 1024
-    return hasattr(torch, "_grouped_mm") and aligned and fits and (not x_MD.is_cuda or cuda_arch() // 10 in (9, 10))
+    return (
+        hasattr(torch, "_grouped_mm")
+        and aligned
+        and fits
+        and (not x_MD.is_cuda or cuda_arch() // 10 in (9, 10))
+    )
 
 
 def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Products over rows sorted by expert.
 
-Weights lie as (E, in, out): gate_up (E, D, 2F) with gate in the first F columns, down (E, F, D). On CPU the transposed
-layouts run at the same speed in all three products (within 5 % in bf16 and fp32); this one reads like the formula.
+Weights lie as (E, in, out): gate_up (E, D, 2F) with gate in the first F columns, down (E, F, D). On
+CPU the transposed layouts run at the same speed in all three products (within 5 % in bf16 and
+fp32); this one reads like the formula.
 
 Legend: M rows sorted by expert, D model width, E experts, F inner width.
 Determinism: bitwise from run to run.
@@ -22,8 +23,11 @@ from kernels.swiglu.cpu import swiglu, swiglu_backward
 MAX_TRITON_EXPERTS = 4096  # the look-up of tiles holds a value an expert in registers
 
 
-def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: Backend | None = None) -> Tensor:
-    """y_MF: the first counts_E[0] rows times weight_EDF[0], the next counts_E[1] times weight_EDF[1], and so on.
+def grouped_matmul(
+    x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """y_MF: the first counts_E[0] rows times weight_EDF[0], the next counts_E[1] times
+    weight_EDF[1], and so on.
 
     A card is not waited for: the counts stay there.
 
@@ -31,8 +35,8 @@ def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: 
         x_MD: rows sorted by expert; bf16, fp16, fp32 or fp64.
         weight_EDF: (E, D, F), same dtype.
         counts_E: int64, rows of each expert; they sum to M (checked where they are in host memory).
-        backend: "torch" or "triton"; None for what suits the device: on a card `torch._grouped_mm` where it has a
-            kernel, ours elsewhere.
+        backend: "torch" or "triton"; None for what suits the device: on a card `torch._grouped_mm`
+            where it has a kernel, ours elsewhere.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or the backend cannot.
@@ -40,7 +44,9 @@ def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: 
     _check_rows(x_MD, counts_E)
     _check_weights(x_MD, counts_E, ("weight_EDF", weight_EDF, x_MD.shape[1], None))
     if use_triton(backend, x_MD, _unserved(counts_E)):
-        return grouped_matmul_fwd(x_MD, weight_EDF, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda)
+        return grouped_matmul_fwd(
+            x_MD, weight_EDF, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda
+        )
     return GroupedMatmul.apply(x_MD, weight_EDF, counts_E.tolist())
 
 
@@ -52,9 +58,11 @@ def grouped_mlp(
     activation: Literal["swiglu"] = "swiglu",
     backend: Backend | None = None,
 ) -> Tensor:
-    """y_MD = (silu(x W_gate) * (x W_up)) W_down with the weights of each row's expert (SwiGLU, arXiv 2002.05202 eq. 6).
+    """y_MD = (silu(x W_gate) * (x W_up)) W_down with the weights of each row's expert (SwiGLU,
+    arXiv 2002.05202 eq. 6).
 
-    The backward pass computes the activation again; x and the products with gate and up are kept for it.
+    The backward pass computes the activation again; x and the products with gate and up are kept
+    for it.
 
     Args:
         x_MD: rows sorted by expert; bf16, fp16, fp32 or fp64.
@@ -70,18 +78,31 @@ def grouped_mlp(
     if activation != "swiglu":
         raise ValueError(f"activation: got {activation!r}, expected 'swiglu'")
     _check_rows(x_MD, counts_E)
-    width, inner = x_MD.shape[1], down_EFD.shape[1] if down_EFD.dim() == 3 else None
+    width = x_MD.shape[1]
+    inner = down_EFD.shape[1] if down_EFD.dim() == 3 else None
     _check_weights(
-        x_MD, counts_E, ("gate_up_ED2F", gate_up_ED2F, width, inner and 2 * inner), ("down_EFD", down_EFD, inner, width)
+        x_MD,
+        counts_E,
+        ("gate_up_ED2F", gate_up_ED2F, width, inner and 2 * inner),
+        ("down_EFD", down_EFD, inner, width),
     )
     if use_triton(backend, x_MD, _unserved(counts_E)):
-        return grouped_mlp_fwd(x_MD, gate_up_ED2F, down_EFD, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda)[0]
-    return GroupedMLP.apply(x_MD, gate_up_ED2F, down_EFD, counts_E.tolist())
+        return grouped_mlp_fwd(
+            x_MD, gate_up_ED2F, down_EFD, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda
+        )[0]
+    return GroupedMLP.apply(
+        x_MD,
+        gate_up_ED2F,
+        down_EFD,
+        counts_E.tolist(),
+    )
 
 
 @torch.library.custom_op("engramba::grouped_matmul_fwd", mutates_args=())
 def grouped_matmul_fwd(x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library: bool) -> Tensor:
-    """y_MF. ends_E: running sum of the counts, int32; ``library``: by `torch._grouped_mm` where it has a kernel."""
+    """y_MF. ends_E: running sum of the counts, int32; ``library``: by `torch._grouped_mm` where it
+    has a kernel.
+    """
     by = _products(library, x_MD, weight_EDF)
     return by.product(x_MD, weight_EDF, by.groups(x_MD, ends_E, weight_EDF))
 
@@ -109,7 +130,13 @@ def grouped_mlp_fwd(
 
 @torch.library.custom_op("engramba::grouped_mlp_bwd", mutates_args=())
 def grouped_mlp_bwd(
-    dy_MD: Tensor, x_MD: Tensor, h_M2F: Tensor, gate_up_ED2F: Tensor, down_EFD: Tensor, ends_E: Tensor, library: bool
+    dy_MD: Tensor,
+    x_MD: Tensor,
+    h_M2F: Tensor,
+    gate_up_ED2F: Tensor,
+    down_EFD: Tensor,
+    ends_E: Tensor,
+    library: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up and down."""
     by = _products(library, x_MD, gate_up_ED2F, down_EFD)
@@ -117,7 +144,11 @@ def grouped_mlp_bwd(
     dh_M2F, a_MF = _swiglu_backward(h_M2F, by.product(dy_MD, down_EFD.mT, rows), library)
     ddown_EFD = by.weight_gradient(a_MF, dy_MD, rows)
     del a_MF
-    return by.product(dh_M2F, gate_up_ED2F.mT, rows), by.weight_gradient(x_MD, dh_M2F, rows), ddown_EFD
+    return (
+        by.product(dh_M2F, gate_up_ED2F.mT, rows),
+        by.weight_gradient(x_MD, dh_M2F, rows),
+        ddown_EFD,
+    )
 
 
 @grouped_matmul_fwd.register_fake
@@ -206,20 +237,29 @@ def _check_rows(x_MD: Tensor, counts_E: Tensor) -> None:
         raise ValueError(f"x_MD: got {tuple(x_MD.shape)}, expected (M, D)")
     check_floats(x_MD=x_MD)
     if counts_E.dim() != 1 or counts_E.dtype != torch.int64:
-        raise ValueError(f"counts_E: got {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64")
+        raise ValueError(
+            f"counts_E: got {tuple(counts_E.shape)} {counts_E.dtype}, expected (E,) torch.int64"
+        )
     if counts_E.device.type != "cpu" and counts_E.device != x_MD.device:
-        raise ValueError(f"counts_E: got {counts_E.device}, expected host memory or {x_MD.device} as x_MD")
+        raise ValueError(
+            f"counts_E: got {counts_E.device}, expected host memory or {x_MD.device} as x_MD"
+        )
     readable = counts_E.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
         raise ValueError(
-            f"counts_E: got {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} rows of x_MD"
+            f"counts_E: got {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} "
+            "rows of x_MD"
         )
 
 
-def _check_weights(x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, int | None, int | None]) -> None:
+def _check_weights(
+    x_MD: Tensor, counts_E: Tensor, *weights: tuple[str, Tensor, int | None, int | None]
+) -> None:
     for name, weight, rows, columns in weights:
         expected = (counts_E.numel(), rows, columns)
-        fits = weight.dim() == 3 and all(want in (None, got) for got, want in zip(weight.shape, expected, strict=True))
+        fits = weight.dim() == 3 and all(
+            want in (None, got) for got, want in zip(weight.shape, expected, strict=True)
+        )
         if not fits or weight.dtype != x_MD.dtype or weight.device != x_MD.device:
             wanted = tuple("any" if size is None else size for size in expected)
             raise ValueError(

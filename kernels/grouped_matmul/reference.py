@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 
-def reference_grouped_matmul(x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def reference_grouped_matmul(
+    x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts_E: torch.Tensor
+) -> torch.Tensor:
     """y_MF: the rows of expert e times weight_EDF[e]."""
-    return torch.cat([x @ weight for x, weight in zip(x_MD.split(counts_E.tolist()), weight_EDF, strict=True)])
+    return torch.cat(
+        [x @ weight for x, weight in zip(x_MD.split(counts_E.tolist()), weight_EDF, strict=True)]
+    )
 
 
 def reference_grouped_mlp(

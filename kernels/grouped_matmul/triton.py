@@ -1,16 +1,20 @@
-"""Products over rows sorted by expert: y = x W_e and dx = dy W_e^T by one kernel, dW_e = x_e^T dy_e by another.
+"""Products over rows sorted by expert: y = x W_e and dx = dy W_e^T by one kernel, dW_e = x_e^T dy_e
+by another.
 
-Row counts stay on the card. A product's grid has a program for every tile that M rows in E groups can need, cdiv(M, m)
-+ E of them, times the blocks of columns; one small kernel looks up each tile's expert and rows, and the programs left
-over end at once. The gradient of the weights has a program for each tile of each expert's matrix, which loops over the
-expert's rows: an expert without rows gets zeros.
+Row counts stay on the card. A product's grid has a program for every tile that M rows in E groups
+can need, cdiv(M, m) + E of them, times the blocks of columns; one small kernel looks up each tile's
+expert and rows, and the programs left over end at once. The gradient of the weights has a program
+for each tile of each expert's matrix, which loops over the expert's rows: an expert without rows
+gets zeros.
 
-Each product reads M x D and E x D x F and writes M x F values for 2 M D F operations: at 1,365 rows an expert, D 1,280
-and F 1,472 that is 456 FLOPs a byte of 16-bit values, so the tensor cores bound it. Tiles run in groups of 8 times all
-column blocks: rows and weights of a group are found in L2. Sums are fp32, fp32 operands are multiplied in fp32 (no
-tf32). Every output is written by one program, in an order that shapes decide: no atomics, runs repeat bitwise.
+Each product reads M x D and E x D x F and writes M x F values for 2 M D F operations: at 1,365 rows
+an expert, D 1,280 and F 1,472 that is 456 FLOPs a byte of 16-bit values, so the tensor cores bound
+it. Tiles run in groups of 8 times all column blocks: rows and weights of a group are found in L2.
+Sums are fp32, fp32 operands are multiplied in fp32 (no tf32). Every output is written by one
+program, in an order that shapes decide: no atomics, runs repeat bitwise.
 
-Legend: M rows sorted by expert, E experts, D inner and F outer width of a product; lower case for tiles of them.
+Legend: M rows sorted by expert, E experts, D inner and F outer width of a product; lower case for
+    tiles of them.
 """
 
 from typing import NamedTuple
@@ -22,12 +26,16 @@ from torch import Tensor
 
 from kernels.backend import cuda_arch
 
-FAR = 1 << 22  # a tile's offsets are int32, up to 256 + 64 strides; operands with longer ones are copied
+FAR = (
+    1 << 22
+)  # a tile's offsets are int32, up to 256 + 64 strides; operands with longer ones are copied
 TILES_AT_ONCE = tl.constexpr(8)  # row tiles whose programs follow each other over all columns
 
 
 class Tile(NamedTuple):
-    """What a program computes, rows x columns, and in which steps; for dW the rows are of D, the steps run over M."""
+    """What a program computes, rows x columns, and in which steps; for dW the rows are of D, the
+    steps run over M.
+    """
 
     rows: int
     columns: int
@@ -42,13 +50,21 @@ class Groups(NamedTuple):
     ends_E: Tensor
     """(E,) int32: one past each expert's last row."""
     tiles: Tensor
-    """(3, tiles) int32: expert, first row and end of the expert's rows of each tile; empty rows for a spare tile."""
+    """(3, tiles) int32: expert, first row and end of the expert's rows of each tile; empty rows for
+    a spare tile.
+    """
     tile: Tile
 
 
 @triton.jit
 def grouped_matmul_tiles_kernel(
-    ends_ptr, tiles_ptr, E, num_tiles, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
+    ends_ptr,
+    tiles_ptr,
+    E,
+    num_tiles,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """tiles (3, num_tiles); grid (blocks of tiles,)."""
     e = tl.arange(0, BLOCK_E)
@@ -68,24 +84,46 @@ def grouped_matmul_tiles_kernel(
 
 @triton.jit
 def grouped_matmul_product_kernel(
-    x_ptr, weight_ptr, y_ptr, tiles_ptr, D, F, num_tiles, stride_xm, stride_we, stride_wd, stride_wf,
-    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    tiles_ptr,
+    D,
+    F,
+    num_tiles,
+    stride_xm,
+    stride_we,
+    stride_wd,
+    stride_wf,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """y (M, F) of x (M, D) and weight (E, D, F); grid (tiles x blocks of F,)."""
-    program, blocks = tl.program_id(0), tl.cdiv(F, BLOCK_F)
+    program = tl.program_id(0)
+    blocks = tl.cdiv(F, BLOCK_F)
     first = program // (TILES_AT_ONCE * blocks) * TILES_AT_ONCE
-    inside, together = program % (TILES_AT_ONCE * blocks), tl.minimum(num_tiles - first, TILES_AT_ONCE)
-    tile, block = first + inside % together, inside // together
-    begin, end = tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
+    inside = program % (TILES_AT_ONCE * blocks)
+    together = tl.minimum(num_tiles - first, TILES_AT_ONCE)
+    tile = first + inside % together
+    block = inside // together
+    begin = tl.load(tiles_ptr + num_tiles + tile)
+    end = tl.load(tiles_ptr + 2 * num_tiles + tile)
     if begin < end:
-        # Scalars in int64 carry the tiles to their places; inside a tile int32 will do, for half the registers.
-        e, column = tl.load(tiles_ptr + tile).to(tl.int64), block.to(tl.int64) * BLOCK_F
-        m, f, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
+        # Scalars in int64 carry the tiles to their places; inside a tile int32 will do, for half
+        # the registers.
+        e = tl.load(tiles_ptr + tile).to(tl.int64)
+        column = block.to(tl.int64) * BLOCK_F
+        m = tl.arange(0, BLOCK_M)
+        f = tl.arange(0, BLOCK_F)
+        d = tl.arange(0, BLOCK_D)
         x_ptr += begin.to(tl.int64) * stride_xm
         weight_ptr += e * stride_we + column * stride_wf
         x_at = m[:, None] * stride_xm + d[None, :]
         weight_at = d[:, None] * stride_wd + f[None, :] * stride_wf
-        row_mask, column_mask = (m < end - begin)[:, None], (f < F - column)[None, :]
+        row_mask = (m < end - begin)[:, None]
+        column_mask = (f < F - column)[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
         for start in range(0, D, BLOCK_D):
             if EVEN_D:
@@ -94,7 +132,9 @@ def grouped_matmul_product_kernel(
             else:
                 left = d < D - start
                 x = tl.load(x_ptr + x_at, mask=row_mask & left[None, :], other=0.0)
-                weight = tl.load(weight_ptr + weight_at, mask=column_mask & left[:, None], other=0.0)
+                weight = tl.load(
+                    weight_ptr + weight_at, mask=column_mask & left[:, None], other=0.0
+                )
             total = tl.dot(x, weight, total, input_precision="ieee")
             x_ptr += BLOCK_D
             weight_ptr += BLOCK_D * stride_wd
@@ -104,22 +144,36 @@ def grouped_matmul_product_kernel(
 
 @triton.jit
 def grouped_matmul_bwd_weight_kernel(
-    x_ptr, dy_ptr, ends_ptr, dweight_ptr, D, F, stride_xm, stride_ym,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """dweight (E, D, F) of x (M, D) and dy (M, F); grid (blocks of D x blocks of F, E): an expert's rows stay in L2."""
-    e, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(F, BLOCK_F)
-    row, column = (
-        (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_D,
-        (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F,
-    )
-    begin, end = tl.load(ends_ptr + e - 1, mask=e > 0, other=0), tl.load(ends_ptr + e)
-    d, f, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_M)
+    x_ptr,
+    dy_ptr,
+    ends_ptr,
+    dweight_ptr,
+    D,
+    F,
+    stride_xm,
+    stride_ym,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dweight (E, D, F) of x (M, D) and dy (M, F); grid (blocks of D x blocks of F, E): an expert's
+    rows stay in L2.
+    """
+    e = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(F, BLOCK_F)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_D
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F
+    begin = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
+    end = tl.load(ends_ptr + e)
+    d = tl.arange(0, BLOCK_D)
+    f = tl.arange(0, BLOCK_F)
+    m = tl.arange(0, BLOCK_M)
     x_ptr += begin.to(tl.int64) * stride_xm + row
     dy_ptr += begin.to(tl.int64) * stride_ym + column
     x_at = d[:, None] + m[None, :] * stride_xm
     dy_at = m[:, None] * stride_ym + f[None, :]
-    row_mask, column_mask = (d < D - row)[:, None], (f < F - column)[None, :]
+    row_mask = (d < D - row)[:, None]
+    column_mask = (f < F - column)[None, :]
     total = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     for start in range(begin, end, BLOCK_M):
         left = m < end - start
@@ -144,10 +198,17 @@ def grouped_matmul_zero_kernel(ends_ptr, dweight_ptr, size, BLOCK: tl.constexpr)
 
 
 def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor, tile: Tile | None = None) -> Groups:
-    """The tiles of the rows, for all products with these weights; ends_E is the running sum of the counts, int32."""
-    M, E = x_MD.shape[0], ends_E.numel()
-    tile = tile or product_tile(x_MD.dtype, M, E, *(size for weight in weights for size in weight.shape[1:]))
-    tiles = torch.empty((3, triton.cdiv(M, tile.rows) + min(E, M)), dtype=torch.int32, device=x_MD.device)
+    """The tiles of the rows, for all products with these weights; ends_E is the running sum of the
+    counts, int32.
+    """
+    M = x_MD.shape[0]
+    E = ends_E.numel()
+    tile = tile or product_tile(
+        x_MD.dtype, M, E, *(size for weight in weights for size in weight.shape[1:])
+    )
+    tiles = torch.empty(
+        (3, triton.cdiv(M, tile.rows) + min(E, M)), dtype=torch.int32, device=x_MD.device
+    )
     block_E = triton.next_power_of_2(max(E, 1))
     block_T = max(1, 4096 // block_E)
     if M and E:
@@ -159,40 +220,77 @@ def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor, tile: Tile | None = N
 
 def product(x_MD: Tensor, weight_EDF: Tensor, rows: Groups) -> Tensor:
     """y_MF: the rows of expert e times weight_EDF[e], in any memory order of the weight."""
-    (M, D), (E, _, F), tile = x_MD.shape, weight_EDF.shape, rows.tile
-    x_MD, weight_EDF = _near(x_MD), weight_EDF if max(weight_EDF.stride()[1:]) < FAR else weight_EDF.contiguous()
+    (M, D) = x_MD.shape
+    (E, _, F) = weight_EDF.shape
+    tile = rows.tile
+    x_MD = _near(x_MD)
+    weight_EDF = weight_EDF if max(weight_EDF.stride()[1:]) < FAR else weight_EDF.contiguous()
     y_MF = torch.empty((M, F), dtype=x_MD.dtype, device=x_MD.device)
-    columns, num_tiles = _fit(tile.columns, F), rows.tiles.shape[1]
+    columns = _fit(tile.columns, F)
+    num_tiles = rows.tiles.shape[1]
     if E and y_MF.numel():
         grouped_matmul_product_kernel[(num_tiles * triton.cdiv(F, columns),)](
-            x_MD, weight_EDF, y_MF, rows.tiles, D, F, num_tiles, x_MD.stride(0), *weight_EDF.stride(),
-            EVEN_D=D % tile.step == 0, BLOCK_M=tile.rows, BLOCK_F=columns, BLOCK_D=tile.step,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            x_MD,
+            weight_EDF,
+            y_MF,
+            rows.tiles,
+            D,
+            F,
+            num_tiles,
+            x_MD.stride(0),
+            *weight_EDF.stride(),
+            EVEN_D=D % tile.step == 0,
+            BLOCK_M=tile.rows,
+            BLOCK_F=columns,
+            BLOCK_D=tile.step,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return y_MF
 
 
 def weight_gradient(x_MD: Tensor, dy_MF: Tensor, rows: Groups, tile: Tile | None = None) -> Tensor:
     """dweight_EDF = x^T dy within each expert."""
-    D, F, E = x_MD.shape[1], dy_MF.shape[1], rows.ends_E.numel()
-    x_MD, dy_MF = _near(x_MD), _near(dy_MF)
+    D = x_MD.shape[1]
+    F = dy_MF.shape[1]
+    E = rows.ends_E.numel()
+    x_MD = _near(x_MD)
+    dy_MF = _near(dy_MF)
     dweight_EDF = torch.empty((E, D, F), dtype=x_MD.dtype, device=x_MD.device)
     tile = tile or weight_tile(x_MD.dtype, D, F)
-    block_D, block_F = _fit(tile.rows, D), _fit(tile.columns, F)
+    block_D = _fit(tile.rows, D)
+    block_F = _fit(tile.columns, F)
     if dweight_EDF.numel():
         grouped_matmul_bwd_weight_kernel[(triton.cdiv(D, block_D) * triton.cdiv(F, block_F), E)](
-            x_MD, dy_MF, rows.ends_E, dweight_EDF, D, F, x_MD.stride(0), dy_MF.stride(0),
-            BLOCK_D=block_D, BLOCK_F=block_F, BLOCK_M=tile.step, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            x_MD,
+            dy_MF,
+            rows.ends_E,
+            dweight_EDF,
+            D,
+            F,
+            x_MD.stride(0),
+            dy_MF.stride(0),
+            BLOCK_D=block_D,
+            BLOCK_F=block_F,
+            BLOCK_M=tile.step,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return dweight_EDF
 
 
 def zero_empty(dweight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """The gradient, zeroed where an expert has no rows: without a pass over all of it."""
-    E, size = dweight_EDF.shape[0], dweight_EDF[0].numel() if len(dweight_EDF) else 0
+    E = dweight_EDF.shape[0]
+    size = dweight_EDF[0].numel() if len(dweight_EDF) else 0
     if E and size:
         grid = (min(32, triton.cdiv(size, 2048)), E)
-        grouped_matmul_zero_kernel[grid](ends_E, dweight_EDF, size, BLOCK=2048)
+        grouped_matmul_zero_kernel[grid](
+            ends_E,
+            dweight_EDF,
+            size,
+            BLOCK=2048,
+        )
     return dweight_EDF
 
 
@@ -206,9 +304,11 @@ def product_tile(dtype: torch.dtype, num_rows: int, num_experts: int, *widths: i
 
 
 def weight_tile(dtype: torch.dtype, *widths: int) -> Tile:
-    """The largest tiles: 128 x 256 for products of warp groups, where two of the half fit an SM of other cards.
+    """The largest tiles: 128 x 256 for products of warp groups, where two of the half fit an SM of
+    other cards.
 
-    Rows of other than whole 32 bytes are loaded value by value, with an address in registers for each: small tiles.
+    Rows of other than whole 32 bytes are loaded value by value, with an address in registers for
+    each: small tiles.
     """
     if dtype is torch.float32:
         return Tile(64, 64, 16, 4, 2)

@@ -12,7 +12,9 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Sum over valid targets of -log softmax(hidden weight^T)[target]; rows from ``vocab_size`` on are no tokens."""
+    """Sum over valid targets of -log softmax(hidden weight^T)[target]; rows from ``vocab_size`` on
+    are no tokens.
+    """
     logits_TV = F.linear(hidden_TD, weight_VD)[:, :vocab_size]
     log_probs_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
     valid_T = targets_T != ignore_index

@@ -1,6 +1,7 @@
 """S4D's kernel and its convolution beside the published forms.
 
-The convolution's bytes are those of u, K and y. Operations are left out: they depend on how the transform is cut.
+The convolution's bytes are those of u, K and y. Operations are left out: they depend on how the
+transform is cut.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,9 @@ def document_by_document(u_BDL: Tensor, K_DL: Tensor, seq_idx: Tensor) -> Tensor
 
 def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
     """The kernel, the convolution, and the convolution of packed rows, in fp32."""
-    D, L, tokens = size.d_model, size.length, size.tokens
+    D = size.d_model
+    L = size.length
+    tokens = size.tokens
     yield Case(
         op="s4d_kernel",
         shapes=f"{size.name}: L{L} D{D} N{STATES}",
@@ -84,7 +87,9 @@ def _parameters(D: int, length: int, _: torch.dtype, device: str) -> list[Tensor
     return [*inputs, torch.arange(length, device=device)]
 
 
-def _signals(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _signals(
+    size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str
+) -> list[Tensor]:
     batch, length = size.rows(tokens)
     K_DL = torch.randn(size.d_model, length) * torch.exp(-0.05 * torch.arange(length))
     u_BDL = torch.randn(batch, length, size.d_model).transpose(1, 2)  # as a layer has it

@@ -1,4 +1,5 @@
-"""S4D: discretization, convolution kernel and recurrent step of a diagonal state space model (Gu et al. 2022).
+"""S4D: discretization, convolution kernel and recurrent step of a diagonal state space model (Gu et
+al. 2022).
 
 Entries of A stand for conjugate pairs (``init.py``): y = 2·Re(C·h). B is 1.
 
@@ -18,15 +19,19 @@ Discretization = Literal["zoh", "bilinear"]
 
 
 def discretize(dt_D: Tensor, A_DN: Tensor, method: Discretization = "zoh") -> tuple[Tensor, Tensor]:
-    """Ā and B̄ (D, N) of h_t = Ā h_{t-1} + B̄ u_t for steps ``dt_D`` (D,) and a diagonal A (D, N), in A's dtype.
+    """Ā and B̄ (D, N) of h_t = Ā h_{t-1} + B̄ u_t for steps ``dt_D`` (D,) and a diagonal A (D, N),
+    in A's dtype.
 
-    zoh: Ā = exp(dt A), B̄ = (Ā - 1) / A. bilinear: Ā = (1 + dt A/2) / (1 - dt A/2), B̄ = dt / (1 - dt A/2).
+    zoh: Ā = exp(dt A), B̄ = (Ā - 1) / A. bilinear: Ā = (1 + dt A/2) / (1 - dt A/2), B̄ = dt / (1 -
+        dt A/2).
 
     Raises:
         ValueError: an unknown method, or shapes that do not fit.
     """
     if dt_D.dim() != 1 or A_DN.dim() != 2 or A_DN.shape[0] != dt_D.shape[0]:
-        raise ValueError(f"dt_D: got {tuple(dt_D.shape)}, A_DN {tuple(A_DN.shape)}, expected (D,) and (D, N)")
+        raise ValueError(
+            f"dt_D: got {tuple(dt_D.shape)}, A_DN {tuple(A_DN.shape)}, expected (D,) and (D, N)"
+        )
     step = dt_D[:, None] * A_DN
     if method == "zoh":
         return torch.exp(step), _expm1(step) / A_DN
@@ -36,7 +41,9 @@ def discretize(dt_D: Tensor, A_DN: Tensor, method: Discretization = "zoh") -> tu
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1 of a real or complex x without cancellation near 0 (torch has no complex expm1)."""
+    """exp(x) - 1 of a real or complex x without cancellation near 0 (torch has no complex
+    expm1).
+    """
     if not x.is_complex():
         return torch.expm1(x)
     half_sine = torch.sin(x.imag / 2)
@@ -44,11 +51,14 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.complex(real, torch.exp(x.real) * torch.sin(x.imag))
 
 
-def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization: Discretization = "zoh") -> Tensor:
+def s4d_kernel(
+    dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization: Discretization = "zoh"
+) -> Tensor:
     """K (D, L) = 2·Re(sum_n C_n B̄_n Ā_n^l), in the real dtype of ``C_DN``.
 
-    With l = Q·c + q, Ā^l = Ā^(Qc) Ā^q: two tables of about sqrt(L) powers and one product over n. The tables are
-    fp64, which costs little: the phase l·dt·Im(A) can be hundreds of turns, and fp32 would lose four digits.
+    With l = Q·c + q, Ā^l = Ā^(Qc) Ā^q: two tables of about sqrt(L) powers and one product over n.
+    The tables are fp64, which costs little: the phase l·dt·Im(A) can be hundreds of turns, and fp32
+    would lose four digits.
 
     Args:
         dt_D: (D,) real, positive.
@@ -77,8 +87,11 @@ def s4d_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, L: int, discretization:
 
 
 def _powers(x: Tensor, count: int) -> Tensor:
-    """x^0 ... x^(count - 1) in a new last dim, by doubling: at x = 0 too, where a logarithm has no value."""
-    powers, square = torch.ones_like(x).unsqueeze(-1), x
+    """x^0 ... x^(count - 1) in a new last dim, by doubling: at x = 0 too, where a logarithm has no
+    value.
+    """
+    powers = torch.ones_like(x).unsqueeze(-1)
+    square = x
     while powers.shape[-1] < count:
         powers = torch.cat([powers, powers * square.unsqueeze(-1)], dim=-1)
         square = square * square
@@ -86,17 +99,27 @@ def _powers(x: Tensor, count: int) -> Tensor:
 
 
 def s4d_step(
-    state_BDN: Tensor, u_BD: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, C_DN: Tensor, D: Tensor | None = None
+    state_BDN: Tensor,
+    u_BD: Tensor,
+    Abar_DN: Tensor,
+    Bbar_DN: Tensor,
+    C_DN: Tensor,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and h = Ā h + B̄ u (B, D, N)."""
+    """One step of the recurrent form: y (B, D) = 2·Re(C·h) + D u in u's dtype, and h = Ā h + B̄ u
+    (B, D, N).
+    """
     state_BDN = Abar_DN * state_BDN + Bbar_DN * u_BD.unsqueeze(-1)
     y_BD = 2 * (C_DN * state_BDN).sum(-1).real
     y_BD = y_BD if D is None else y_BD + D * u_BD
     return y_BD.to(u_BD.dtype), state_BDN
 
 
-def s4d_last_state(u_BDL: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-    """The state (B, D, N) after a row's last document, sum_l Ā^(L-1-l) B̄ u_l in Ā's dtype: where ``s4d_step`` goes on.
+def s4d_last_state(
+    u_BDL: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, seq_idx: Tensor | None = None
+) -> Tensor:
+    """The state (B, D, N) after a row's last document, sum_l Ā^(L-1-l) B̄ u_l in Ā's dtype: where
+    ``s4d_step`` goes on.
 
     In blocks of about sqrt(L) positions and complex128, as in ``s4d_kernel``.
     """
@@ -110,4 +133,6 @@ def s4d_last_state(u_BDL: Tensor, Abar_DN: Tensor, Bbar_DN: Tensor, seq_idx: Ten
     blocks_DNC = _powers(powers_DNQ[..., -1] * Abar_DN, num_blocks)
     u_BDCQ = F.pad(u_BDL, (num_blocks * block - length, 0)).unflatten(-1, (num_blocks, block))
     added_BDNC = torch.einsum("bdcq,dnq->bdnc", u_BDCQ.to(torch.complex128), powers_DNQ.flip(-1))
-    return (torch.einsum("bdnc,dnc->bdn", added_BDNC, blocks_DNC.flip(-1)) * Bbar_DN).to(Abar_DN.dtype)
+    return (torch.einsum("bdnc,dnc->bdn", added_BDNC, blocks_DNC.flip(-1)) * Bbar_DN).to(
+        Abar_DN.dtype
+    )

@@ -6,8 +6,12 @@ Legend: T tokens, K chosen experts, D model width, M routed copies (T x K less t
 import torch
 
 
-def reference_permute(x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """x_MD: for expert 0, 1, ... the rows of the tokens that chose it, in order of (token, slot)."""
+def reference_permute(
+    x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """x_MD: for expert 0, 1, ... the rows of the tokens that chose it,
+    in order of (token, slot).
+    """
     rows = [
         x_TD[token]
         for expert in range(num_experts)

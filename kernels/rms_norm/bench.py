@@ -1,9 +1,10 @@
 """rms_norm and the gated norm beside PyTorch's operations.
 
-``python -m kernels.rms_norm.bench`` tries launch options on a card. On a GPU both are bound by bytes. Plain, a residual
-stream in fp32 to bf16, a token and channel: forward 4 + 2, backward reads 4 + 2 and writes 4. Gated, all bf16: forward
-reads 4 and writes 2, backward reads 6 and writes 4. Compiled for sm_90, forward takes 56 to 80 registers a thread for
-its 32 values (24 warps an SM and more), backward 69 to 164 for 16 (12 and more); no spills.
+``python -m kernels.rms_norm.bench`` tries launch options on a card. On a GPU both are bound by
+bytes. Plain, a residual stream in fp32 to bf16, a token and channel: forward 4 + 2, backward reads
+4 + 2 and writes 4. Gated, all bf16: forward reads 4 and writes 2, backward reads 6 and writes 4.
+Compiled for sm_90, forward takes 56 to 80 registers a thread for its 32 values (24 warps an SM and
+more), backward 69 to 164 for 16 (12 and more); no spills.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ def plain(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """The residual stream's norm and Mamba-2's gated norm."""
-    tokens, D, w = size.tokens, size.d_model, dtype.itemsize
+    tokens = size.tokens
+    D = size.d_model
+    w = dtype.itemsize
     yield Case(
         op="rms_norm",
         shapes=f"{size.name}: {tokens} x {D}, float32 to {str(dtype)[6:]}",
@@ -48,7 +51,8 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
         cpu_peers={"F.rms_norm": lambda: partial(pytorchs, dtype=dtype)},
         dtype=dtype,
     )
-    D, group = size.heads * size.head_dim, size.heads * size.head_dim // size.groups
+    D = size.heads * size.head_dim
+    group = size.heads * size.head_dim // size.groups
     yield Case(
         op="gated_rms_norm",
         shapes=f"{size.name}: {tokens} x {D} in groups of {group}",
@@ -56,7 +60,12 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
         full=tokens,
         tiny=64,
         ours=partial(gated_rms_norm, eps=EPS, group_size=group),
-        exact=partial(gated_rms_norm, eps=EPS, group_size=group, backend="torch"),
+        exact=partial(
+            gated_rms_norm,
+            eps=EPS,
+            group_size=group,
+            backend="torch",
+        ),
         reference=in_fp32(partial(gated_rms_norm_reference, eps=EPS, group_size=group)),
         bytes_moved=(3 * w * tokens * D, 8 * w * tokens * D),
         flops=(9 * tokens * D, 30 * tokens * D),
@@ -69,23 +78,45 @@ def _liger(dtype: torch.dtype) -> Op:
     """Liger's, whose output has the dtype of its input."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False).to(dtype)
+    return lambda x, weight: LigerRMSNormFunction.apply(
+        x,
+        weight,
+        EPS,
+        0.0,
+        "llama",
+        False,
+    ).to(dtype)
 
 
 def _mamba_ssm(group: int) -> Op:
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
-    return lambda x, z, weight: rmsnorm_fn(x, weight, None, z, EPS, group, norm_before_gate=False)
+    return lambda x, z, weight: rmsnorm_fn(
+        x,
+        weight,
+        None,
+        z,
+        EPS,
+        group,
+        norm_before_gate=False,
+    )
 
 
 def _stream(D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    return leaves(torch.randn(tokens, D), torch.ones(D), dtype=torch.float32, device=device)
+    return leaves(
+        torch.randn(tokens, D),
+        torch.ones(D),
+        dtype=torch.float32,
+        device=device,
+    )
 
 
 def _pair(size: Size, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     D = size.heads * size.head_dim
     wide = torch.randn(tokens, 2 * D + 2 * size.groups * size.state + size.heads, device=device)
-    x, z = torch.randn(tokens, D, device=device).to(dtype), wide.to(dtype)[:, :D]  # z is a view of the projection
+    # z is a view of the projection
+    x = torch.randn(tokens, D, device=device).to(dtype)
+    z = wide.to(dtype)[:, :D]
     weight = torch.ones(D, device=device)
     return [t.detach().requires_grad_() for t in (x, z, weight)]
 
@@ -94,7 +125,9 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.rms_norm import triton
 
-    sweep_constants(triton, of_sizes(cases), TILE=(2048, 4096, 8192), GRADIENT_PROGRAMS=(512, 1024, 2048))
+    sweep_constants(
+        triton, of_sizes(cases), TILE=(2048, 4096, 8192), GRADIENT_PROGRAMS=(512, 1024, 2048)
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """RMSNorm, plain or gated, forward and backward by hand in blocks of tokens that stay in cache.
 
-Saves its inputs and one fp32 number a token and group. Blocks of 2^19 values (2 MiB of fp32) were the best of 2^17 to
-2^21 on a CPU with 1 MiB of L2 a core and 32 MiB of L3: forward, in two threads, 8,192 tokens of 1,024 channels take
-3.3 ms, in blocks of 2^17 6.5 ms, in one block 17 ms. ``linalg.vector_norm`` would be faster and is less exact.
+Saves its inputs and one fp32 number a token and group. Blocks of 2^19 values (2 MiB of fp32) were
+the best of 2^17 to 2^21 on a CPU with 1 MiB of L2 a core and 32 MiB of L3: forward, in two threads,
+8,192 tokens of 1,024 channels take 3.3 ms, in blocks of 2^17 6.5 ms, in one block 17 ms.
+``linalg.vector_norm`` would be faster and is less exact.
 
-Legend: M tokens (all leading dims), T tokens of a block, D normalised channels; S stands for zero or more dims between
-them (residual streams, or groups) that the weight may have too.
+Legend: M tokens (all leading dims), T tokens of a block, D normalised channels; S stands for zero
+or more dims between them (residual streams, or groups) that the weight may have too.
 """
 
 import math
@@ -41,16 +42,28 @@ def normalise(
 
 
 @piece
-def plain_gradients(x_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def plain_gradients(
+    x_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight (S, D), which may broadcast."""
     dtype = rstd_TS1.dtype
-    dx_TSD, dw_SD = norm_backward(x_TSD.to(dtype) * rstd_TS1, dy_TSD.to(dtype), rstd_TS1, weight)
+    dx_TSD, dw_SD = norm_backward(
+        x_TSD.to(dtype) * rstd_TS1,
+        dy_TSD.to(dtype),
+        rstd_TS1,
+        weight,
+    )
     return dx_TSD.to(x_TSD.dtype), dw_SD
 
 
 @piece
 def gated_gradients(
-    x_TSD: Tensor, z_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None, before_gate: bool
+    x_TSD: Tensor,
+    z_TSD: Tensor,
+    dy_TSD: Tensor,
+    rstd_TS1: Tensor,
+    weight: Tensor | None,
+    before_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the weight (S, D), and of the gate's z."""
     x, z, dy = (part.to(rstd_TS1.dtype) for part in (x_TSD, z_TSD, dy_TSD))
@@ -60,14 +73,23 @@ def gated_gradients(
         dgate = dy * xhat if weight is None else dy * xhat * weight
         dx, dw_SD = norm_backward(xhat, dy * gate, rstd_TS1, weight)
     else:
-        du, dw_SD = norm_backward((x * gate).mul_(rstd_TS1), dy, rstd_TS1, weight)
+        du, dw_SD = norm_backward(
+            (x * gate).mul_(rstd_TS1),
+            dy,
+            rstd_TS1,
+            weight,
+        )
         dgate = du * x
         dx = du.mul_(gate)
     return dx.to(x_TSD.dtype), dw_SD, torch.ops.aten.silu_backward(dgate, z).to(z_TSD.dtype)
 
 
-def norm_backward(xhat_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradient of what was normalised, rstd (w dy - xhat mean(w dy xhat)), and sum(dy xhat) for the weight."""
+def norm_backward(
+    xhat_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of what was normalised, rstd (w dy - xhat mean(w dy xhat)), and sum(dy xhat) for the
+    weight.
+    """
     product_TSD = dy_TSD * xhat_TSD
     dw_SD = product_TSD.sum(0)
     if weight is not None:
@@ -78,7 +100,9 @@ def norm_backward(xhat_TSD: Tensor, dy_TSD: Tensor, rstd_TS1: Tensor, weight: Te
 
 
 class RMSNorm(torch.autograd.Function):
-    """y (M, S, D) of x (M, S, D), the gate's z (M, S, D) or None, and a weight that broadcasts to (S, D) or None."""
+    """y (M, S, D) of x (M, S, D), the gate's z (M, S, D) or None, and a weight that broadcasts to
+    (S, D) or None.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_MSD, z_MSD, weight_SD, eps: float, norm_before_gate: bool, out_dtype):  # type: ignore[override]
@@ -88,7 +112,9 @@ class RMSNorm(torch.autograd.Function):
         rstd_MS1 = torch.empty((*x_MSD.shape[:-1], 1), dtype=dtype, device=x_MSD.device)
         for block in blocks(x_MSD):
             z_TSD = None if z_MSD is None else z_MSD[block]
-            y_MSD[block], rstd_MS1[block] = normalise(x_MSD[block], z_TSD, weight, eps, norm_before_gate)
+            y_MSD[block], rstd_MS1[block] = normalise(
+                x_MSD[block], z_TSD, weight, eps, norm_before_gate
+            )
         ctx.save_for_backward(x_MSD, z_MSD, weight_SD, rstd_MS1)
         ctx.norm_before_gate = norm_before_gate
         return y_MSD
@@ -100,10 +126,16 @@ class RMSNorm(torch.autograd.Function):
         dtype = rstd_MS1.dtype
         weight = None if weight_SD is None else weight_SD.to(dtype)
         dx_MSD = torch.empty(x_MSD.shape, dtype=x_MSD.dtype, device=x_MSD.device)
-        dz_MSD = None if z_MSD is None else torch.empty(z_MSD.shape, dtype=z_MSD.dtype, device=z_MSD.device)
+        dz_MSD = (
+            None
+            if z_MSD is None
+            else torch.empty(z_MSD.shape, dtype=z_MSD.dtype, device=z_MSD.device)
+        )
         dw_SD = torch.zeros(x_MSD.shape[1:], dtype=dtype, device=x_MSD.device)
         for block in blocks(x_MSD):
-            x_TSD, dy_TSD, rstd_TS1 = x_MSD[block], dy_MSD[block], rstd_MS1[block]
+            x_TSD = x_MSD[block]
+            dy_TSD = dy_MSD[block]
+            rstd_TS1 = rstd_MS1[block]
             if z_MSD is None or dz_MSD is None:
                 dx_MSD[block], part_SD = plain_gradients(x_TSD, dy_TSD, rstd_TS1, weight)
             else:
@@ -111,14 +143,20 @@ class RMSNorm(torch.autograd.Function):
                     x_TSD, z_MSD[block], dy_TSD, rstd_TS1, weight, ctx.norm_before_gate
                 )
             dw_SD += part_SD
-        dweight = None if weight_SD is None else dw_SD.sum_to_size(weight_SD.shape).to(weight_SD.dtype)
+        dweight = (
+            None if weight_SD is None else dw_SD.sum_to_size(weight_SD.shape).to(weight_SD.dtype)
+        )
         return dx_MSD, dz_MSD, dweight, None, None, None
 
 
 def blocks(x_MSD: Tensor) -> list[slice]:
     """Slices of the tokens: what fits the cache of a CPU, everything at once elsewhere."""
     M = x_MSD.shape[0]
-    rows = max(1, BLOCK_VALUES // math.prod(x_MSD.shape[1:])) if x_MSD.device.type == "cpu" else max(1, M)
+    rows = (
+        max(1, BLOCK_VALUES // math.prod(x_MSD.shape[1:]))
+        if x_MSD.device.type == "cpu"
+        else max(1, M)
+    )
     return [slice(start, start + rows) for start in range(0, M, rows)]
 
 
@@ -130,8 +168,17 @@ def rms_norm_cpu(
     out_dtype: torch.dtype,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """Normalise the last dim of x; the weight may have any dims of x's tail. All arguments are checked already."""
+    """Normalise the last dim of x; the weight may have any dims of x's tail. All arguments are
+    checked already.
+    """
     tail = x.shape[-max(1, 1 if weight is None else weight.ndim) :]
     flat = (math.prod(x.shape[: x.ndim - len(tail)]), *tail)
     z_MSD = None if z is None else z.reshape(flat)
-    return RMSNorm.apply(x.reshape(flat), z_MSD, weight, eps, norm_before_gate, out_dtype).view(x.shape)
+    return RMSNorm.apply(
+        x.reshape(flat),
+        z_MSD,
+        weight,
+        eps,
+        norm_before_gate,
+        out_dtype,
+    ).view(x.shape)

@@ -1,4 +1,6 @@
-"""RMSNorm and its gated form: argument checks, the choice of the path, and the library op of the Triton kernels."""
+"""RMSNorm and its gated form: argument checks, the choice of the path, and the library op of the
+Triton kernels.
+"""
 
 import math
 from typing import Any
@@ -22,12 +24,13 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467, eq. 4).
 
-    Computed in fp32 (fp64 for fp64 inputs), the product with the weight included; rounded once, to the output's dtype.
-    Deterministic from run to run, on a CPU for a fixed number of threads.
+    Computed in fp32 (fp64 for fp64 inputs), the product with the weight included; rounded once, to
+    the output's dtype. Deterministic from run to run, on a CPU for a fixed number of threads.
 
     Args:
         x: (..., D), any float dtype: a residual stream in fp32, say.
-        weight: (D,), or more dims that broadcast to the tail of x, such as (S, D) for (..., S, D); None for ones.
+        weight: (D,), or more dims that broadcast to the tail of x, such as (S, D) for (..., S, D);
+            None for ones.
         eps: added to the mean square.
         out_dtype: dtype of the output; None for that of x.
         backend: "torch" or "triton"; None for what suits the device.
@@ -36,8 +39,8 @@ def rms_norm(
         y of the shape of x.
 
     Raises:
-        ValueError: x has no last dim, the weight does not broadcast to it, dtypes are not floating, devices differ, or
-            the backend cannot.
+        ValueError: x has no last dim, the weight does not broadcast to it, dtypes are not floating,
+            devices differ, or the backend cannot.
     """
     check_last_dim(x)
     check_weight(weight, x)
@@ -45,7 +48,9 @@ def rms_norm(
     check_devices(x=x, weight=weight)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype: got {out_dtype}, expected a floating dtype of 16 bits or more")
+        raise ValueError(
+            f"out_dtype: got {out_dtype}, expected a floating dtype of 16 bits or more"
+        )
     return _normalise(x, None, weight, eps, out_dtype, False, backend)
 
 
@@ -58,7 +63,8 @@ def gated_rms_norm(
     norm_before_gate: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Mamba-2's RMSNormGated (arXiv 2405.21060, section 7): rms_norm(x * silu(z)) * weight within groups of channels.
+    """Mamba-2's RMSNormGated (arXiv 2405.21060, section 7): rms_norm(x * silu(z)) * weight within
+    groups of channels.
 
     Computed as ``rms_norm``.
 
@@ -75,8 +81,8 @@ def gated_rms_norm(
         y (..., D) in the dtype of x.
 
     Raises:
-        ValueError: shapes or devices differ, dtypes are not floating, group_size does not divide D, or the backend
-            cannot.
+        ValueError: shapes or devices differ, dtypes are not floating, group_size does not divide D,
+            or the backend cannot.
     """
     check_last_dim(x)
     D = x.shape[-1]
@@ -90,39 +96,88 @@ def gated_rms_norm(
     if group_size < 1 or D % group_size:
         raise ValueError(f"group_size: got {group_size}, expected a divisor of D={D}")
     groups = (D // group_size, group_size)
-    x, z = x.unflatten(-1, groups), z.unflatten(-1, groups)
-    return _normalise(x, z, weight.view(groups), eps, x.dtype, norm_before_gate, backend).flatten(-2)
+    x = x.unflatten(-1, groups)
+    z = z.unflatten(-1, groups)
+    return _normalise(
+        x,
+        z,
+        weight.view(groups),
+        eps,
+        x.dtype,
+        norm_before_gate,
+        backend,
+    ).flatten(-2)
 
 
 def _normalise(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, out_dtype: torch.dtype, norm_before_gate: bool,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    norm_before_gate: bool,
     backend: Backend | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Over the last dim of x; the weight broadcasts to x's tail."""
-    if not use_triton(backend, x, f"a width of {x.shape[-1]}" if x.shape[-1] > MAX_TRITON_WIDTH else ""):
-        return rms_norm_cpu(x, z, weight, eps, out_dtype, norm_before_gate)
+    if not use_triton(
+        backend, x, f"a width of {x.shape[-1]}" if x.shape[-1] > MAX_TRITON_WIDTH else ""
+    ):
+        return rms_norm_cpu(
+            x,
+            z,
+            weight,
+            eps,
+            out_dtype,
+            norm_before_gate,
+        )
     tail = x.shape[-max(1, 0 if weight is None else weight.ndim) :]
-    flat = (-1 if x.numel() else math.prod(x.shape[: x.ndim - len(tail)]), math.prod(tail[:-1]), tail[-1])
+    flat = (
+        -1 if x.numel() else math.prod(x.shape[: x.ndim - len(tail)]),
+        math.prod(tail[:-1]),
+        tail[-1],
+    )
     weight_SD = None if weight is None else weight.expand(tail).reshape(flat[1:])
     y_MSD, _ = rms_norm_fwd(
-        x.reshape(flat), None if z is None else z.reshape(flat), weight_SD, eps, norm_before_gate, out_dtype
+        x.reshape(flat),
+        None if z is None else z.reshape(flat),
+        weight_SD,
+        eps,
+        norm_before_gate,
+        out_dtype,
     )
     return y_MSD.view(x.shape)
 
 
 @torch.library.custom_op("engramba::rms_norm_fwd", mutates_args=())
 def rms_norm_fwd(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, norm_before_gate: bool, out_dtype: torch.dtype
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y (M, S, D) and 1 / rms (M, S) of x, z (M, S, D) and weight (S, D)."""
     from kernels.rms_norm import triton
 
-    return triton.forward(x, z, weight, eps, norm_before_gate, out_dtype)
+    return triton.forward(
+        x,
+        z,
+        weight,
+        eps,
+        norm_before_gate,
+        out_dtype,
+    )
 
 
 @torch.library.custom_op("engramba::rms_norm_bwd", mutates_args=())
 def rms_norm_bwd(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, rstd: Tensor, norm_before_gate: bool
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+    norm_before_gate: bool,
 ) -> list[Tensor]:
     """Gradients of x, of z and of the weight (fp32), of those that there are."""
     from kernels.rms_norm import triton
@@ -168,5 +223,10 @@ def check_weight(weight: Tensor | None, x: Tensor) -> None:
     if weight is None:
         return
     tail = x.shape[x.ndim - weight.ndim :] if 1 <= weight.ndim <= x.ndim else ()
-    if not tail or any(have not in (1, want) for have, want in zip(weight.shape, tail, strict=True)):
-        raise ValueError(f"weight: got {tuple(weight.shape)}, expected what broadcasts to the tail of {tuple(x.shape)}")
+    if not tail or any(
+        have not in (1, want) for have, want in zip(weight.shape, tail, strict=True)
+    ):
+        raise ValueError(
+            f"weight: got {tuple(weight.shape)}, expected what broadcasts to the tail of "
+            f"{tuple(x.shape)}"
+        )

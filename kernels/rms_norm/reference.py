@@ -19,7 +19,9 @@ def gated_rms_norm_reference(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """norm(x * silu(z)) * weight, or norm(x) * weight * silu(z); the norm is taken within groups of channels."""
+    """norm(x * silu(z)) * weight, or norm(x) * weight * silu(z); the norm is taken within groups of
+    channels.
+    """
     gate = F.silu(z)
     u = x if norm_before_gate else x * gate
     groups = u.unflatten(-1, (-1, group_size or x.shape[-1]))

@@ -1,4 +1,6 @@
-"""Rotary embedding beside transformers' rotate-half formula. Elementwise on every device: bound by bytes."""
+"""Rotary embedding beside transformers' rotate-half formula. Elementwise on every device: bound by
+bytes.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +16,8 @@ THETA = 1e4
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """Queries of heads as wide as the model."""
-    P, tokens = size.head_dim, size.tokens
+    P = size.head_dim
+    tokens = size.tokens
     H = size.d_model // P
     values = tokens * H * P
     yield Case(
@@ -33,11 +36,15 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _plain(x_BLHP: Tensor, positions_BL: Tensor) -> Tensor:
-    """As the paper writes it, with complex numbers (``reference.py``), in fp32 and on any device."""
+    """As the paper writes it, with complex numbers (``reference.py``),
+    in fp32 and on any device.
+    """
     F = x_BLHP.shape[-1] // 2
     frequencies_F = THETA ** (-torch.arange(F, device=x_BLHP.device) / F)
     angles_BL1F = positions_BL[:, :, None, None] * frequencies_F
-    pairs = torch.complex(*x_BLHP.float().chunk(2, -1)) * torch.polar(torch.ones_like(angles_BL1F), angles_BL1F)
+    pairs = torch.complex(*x_BLHP.float().chunk(2, -1)) * torch.polar(
+        torch.ones_like(angles_BL1F), angles_BL1F
+    )
     return torch.cat((pairs.real, pairs.imag), -1).to(x_BLHP.dtype)
 
 
@@ -47,7 +54,12 @@ def _transformers() -> Op:
     def run(x_BLHP: Tensor, positions_BL: Tensor) -> Tensor:
         P = x_BLHP.shape[-1]
         frequencies_F = THETA ** (-torch.arange(0, P, 2) / P)
-        angles_BL1P = (positions_BL[:, :, None, None] * frequencies_F).repeat(1, 1, 1, 2)
+        angles_BL1P = (positions_BL[:, :, None, None] * frequencies_F).repeat(
+            1,
+            1,
+            1,
+            2,
+        )
         cos, sin = (part.to(x_BLHP.dtype) for part in (angles_BL1P.cos(), angles_BL1P.sin()))
         turned: Tensor = x_BLHP * cos + rotate_half(x_BLHP) * sin
         return turned

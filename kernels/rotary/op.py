@@ -1,4 +1,5 @@
-"""Rotary position embedding (arXiv 2104.09864), pairs made of the two halves of a head, as transformers' Llama does.
+"""Rotary position embedding (arXiv 2104.09864), pairs made of the two halves of a head, as
+transformers' Llama does.
 
 Legend: B batch, L length, H heads, P head width, F = P / 2 frequencies.
 """
@@ -28,12 +29,22 @@ def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
         ValueError: shapes, dtypes, devices or theta that do not fit.
     """
     check_inputs(x_BLHP, positions_BL, theta)
-    turned: Tensor = _Turn.apply(x_BLHP, *rotation(positions_BL, x_BLHP.shape[-1], theta, x_BLHP.dtype))
+    turned: Tensor = _Turn.apply(
+        x_BLHP,
+        *rotation(
+            positions_BL,
+            x_BLHP.shape[-1],
+            theta,
+            x_BLHP.dtype,
+        ),
+    )
     return turned
 
 
 class _Turn(torch.autograd.Function):
-    """(low, high) -> (low cos - high sin, high cos + low sin); its gradient is turned back by the same angle."""
+    """(low, high) -> (low cos - high sin, high cos + low sin); its gradient is turned back by the
+    same angle.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_BLHP: Tensor, cos_BL1F: Tensor, sin_BL1F: Tensor) -> Tensor:
@@ -51,10 +62,21 @@ class _Turn(torch.autograd.Function):
         return _Turn.apply(dy_BLHP, cos_BL1F, -sin_BL1F), None, None
 
 
-def rotation(positions_BL: Tensor, P: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(
+    positions_BL: Tensor, P: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each token's angles, (B, L, 1, F), in fp32 or wider."""
     dtype = torch.promote_types(dtype, torch.float32)
-    exponents_F = torch.arange(0, P, 2, dtype=dtype, device=positions_BL.device) / P
+    exponents_F = (
+        torch.arange(
+            0,
+            P,
+            2,
+            dtype=dtype,
+            device=positions_BL.device,
+        )
+        / P
+    )
     angles_BL1F = positions_BL.to(dtype)[:, :, None, None] * (1.0 / theta**exponents_F)
     return angles_BL1F.cos(), angles_BL1F.sin()
 
@@ -64,7 +86,9 @@ def check_inputs(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> None:
     if x_BLHP.ndim != 4 or x_BLHP.shape[-1] % 2:
         raise ValueError(f"x_BLHP: got {tuple(x_BLHP.shape)}, expected (B, L, H, P) with P even")
     if positions_BL.shape != x_BLHP.shape[:2]:
-        raise ValueError(f"positions_BL: got {tuple(positions_BL.shape)}, expected {tuple(x_BLHP.shape[:2])}")
+        raise ValueError(
+            f"positions_BL: got {tuple(positions_BL.shape)}, expected {tuple(x_BLHP.shape[:2])}"
+        )
     check_floats(x_BLHP=x_BLHP)
     check_integers(positions_BL=positions_BL)
     check_devices(x_BLHP=x_BLHP, positions_BL=positions_BL)

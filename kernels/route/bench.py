@@ -1,8 +1,8 @@
 """Routing beside the plain formula: ``python -m kernels.route.bench`` sweeps on a card.
 
-On a card small tensors cost launches, not bytes: forward reads and writes 4E bytes a token and writes 12K, backward
-reads and writes 4E and reads 12K. The PyTorch path is about 15 launches forward. Compiled for
-sm_90, 31 to 80 registers a thread (24 warps an SM and more).
+On a card small tensors cost launches, not bytes: forward reads and writes 4E bytes a token and
+writes 12K, backward reads and writes 4E and reads 12K. The PyTorch path is about 15 launches
+forward. Compiled for sm_90, 31 to 80 registers a thread (24 warps an SM and more).
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,15 @@ from kernels.route.op import route
 
 
 def first_weight(logits_TE: Tensor, bias_E: Tensor, top_k: int, scores: str) -> Tensor:
-    """The first expert's weight: those of all sum to 1, so under a gradient of ones theirs would vanish."""
-    return route(logits_TE, top_k, "sigmoid" if scores == "sigmoid" else "softmax", bias_E)[1][:, 0]
+    """The first expert's weight: those of all sum to 1, so under a gradient of ones theirs would
+    vanish.
+    """
+    return route(
+        logits_TE,
+        top_k,
+        "sigmoid" if scores == "sigmoid" else "softmax",
+        bias_E,
+    )[1][:, 0]
 
 
 def plain(logits_TE: Tensor, bias_E: Tensor, top_k: int, scores: str) -> Tensor:
@@ -29,7 +36,9 @@ def plain(logits_TE: Tensor, bias_E: Tensor, top_k: int, scores: str) -> Tensor:
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """Sigmoid and softmax scores, in fp32."""
-    T, E, top_k = size.tokens, size.experts, size.top_k
+    T = size.tokens
+    E = size.experts
+    top_k = size.top_k
     for scores in ("sigmoid", "softmax"):
         yield Case(
             op="route",

@@ -1,4 +1,5 @@
-"""Router scores, the choice of experts, and their weights (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
+"""Router scores, the choice of experts, and their weights (DeepSeek-V3, arXiv 2412.19437 section
+2.1.2).
 
 Legend: T tokens, E experts, K chosen experts.
 Determinism: bitwise from run to run; of equal scores the lower expert wins, on every device.
@@ -25,9 +26,11 @@ def route(
     route_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score every expert, choose ``top_k`` by score plus bias, weigh the chosen by their unbiased scores.
+    """Score every expert, choose ``top_k`` by score plus bias, weigh the chosen by their unbiased
+    scores.
 
-    weights = route_scale * s / sum(s over the chosen); eq. 12 to 16. The bias decides who is chosen and nothing else.
+    weights = route_scale * s / sum(s over the chosen); eq. 12 to 16. The bias decides who is chosen
+    and nothing else.
 
     Args:
         logits_TE: fp32 (or fp64); 16-bit logits flip near ties, so they are refused.
@@ -38,20 +41,25 @@ def route(
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
-        expert_ids_TK int64 by falling biased score, weights_TK and scores_TE in the dtype of the logits, both
-        differentiable in the logits.
+        expert_ids_TK int64 by falling biased score, weights_TK and scores_TE in the dtype of the
+        logits, both differentiable in the logits.
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit, or the backend cannot.
     """
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"logits_TE: got {tuple(logits_TE.shape)} {logits_TE.dtype}, expected fp32 or fp64 (T, E)")
+        raise ValueError(
+            f"logits_TE: got {tuple(logits_TE.shape)} {logits_TE.dtype}, expected fp32 or fp64 "
+            "(T, E)"
+        )
     if scores not in ("sigmoid", "softmax"):
         raise ValueError(f"scores: got {scores!r}, expected 'sigmoid' or 'softmax'")
     _check_choice(logits_TE, top_k, bias_E)
     if use_triton(backend, logits_TE, _unserved(logits_TE, top_k, bias_E)):
         bias_E = None if bias_E is None else bias_E.detach()
-        weights_TK, scores_TE, expert_ids_TK = route_fwd(logits_TE, bias_E, top_k, scores, route_scale)
+        weights_TK, scores_TE, expert_ids_TK = route_fwd(
+            logits_TE, bias_E, top_k, scores, route_scale
+        )
         return expert_ids_TK, weights_TK, scores_TE
     scores_TE = torch.sigmoid(logits_TE) if scores == "sigmoid" else torch.softmax(logits_TE, -1)
     expert_ids_TK = choose_experts(scores_TE, top_k, bias_E, "torch")
@@ -65,12 +73,14 @@ def route(
 def choose_experts(
     scores_TE: Tensor, top_k: int, bias_E: Tensor | None = None, backend: Backend | None = None
 ) -> Tensor:
-    """expert_ids_TK int64: the ``top_k`` experts of the largest score plus bias; of equal ones the lower expert.
+    """expert_ids_TK int64: the ``top_k`` experts of the largest score plus bias; of equal ones the
+    lower expert.
 
     Compared in fp32. ``backend`` as in `route`.
 
     Raises:
-        ValueError: the scores are not floating, ``top_k`` or the bias does not fit them, or the backend cannot.
+        ValueError: the scores are not floating, ``top_k`` or the bias does not fit them, or the
+            backend cannot.
     """
     _check_choice(scores_TE, top_k, bias_E)
     if use_triton(backend, scores_TE, _unserved(scores_TE, top_k, bias_E)):
@@ -80,8 +90,12 @@ def choose_experts(
 
 
 def _by_passes(scores_TE: Tensor, top_k: int) -> Tensor:
-    """The largest, then the largest of the others: ``max`` finds the first of equal ones, topk leaves open which."""
-    left_TE = scores_TE.clamp_min(torch.finfo(torch.float32).min)  # above what is taken, which is -inf
+    """The largest, then the largest of the others: ``max`` finds the first of equal ones, topk
+    leaves open which.
+    """
+    left_TE = scores_TE.clamp_min(
+        torch.finfo(torch.float32).min
+    )  # above what is taken, which is -inf
     chosen: list[Tensor] = []
     for _ in range(top_k):
         if chosen:
@@ -91,7 +105,9 @@ def _by_passes(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _by_keys(scores_TE: Tensor, top_k: int) -> Tensor:
-    """topk of distinct integers: an fp32's bits in an order that is that of the numbers, then the lower expert."""
+    """topk of distinct integers: an fp32's bits in an order that is that of the numbers, then the
+    lower expert.
+    """
     bits_TE = (scores_TE + 0.0).view(torch.int32)
     ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
     keys_TE = ordered_TE.long() * 2**32 - torch.arange(scores_TE.shape[1], device=scores_TE.device)
@@ -105,18 +121,35 @@ def route_fwd(
     """weights_TK, scores_TE and expert_ids_TK."""
     from kernels.route import triton
 
-    return triton.forward(logits_TE, bias_E, top_k, scores, route_scale)
+    return triton.forward(
+        logits_TE,
+        bias_E,
+        top_k,
+        scores,
+        route_scale,
+    )
 
 
 @torch.library.custom_op("engramba::route_bwd", mutates_args=())
 def route_bwd(
-    dweights_TK: Tensor | None, dscores_TE: Tensor | None, ids_TK: Tensor, scores_TE: Tensor, scores: str,
+    dweights_TK: Tensor | None,
+    dscores_TE: Tensor | None,
+    ids_TK: Tensor,
+    scores_TE: Tensor,
+    scores: str,
     route_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the logits."""
     from kernels.route import triton
 
-    return triton.backward(dweights_TK, dscores_TE, ids_TK, scores_TE, scores, route_scale)
+    return triton.backward(
+        dweights_TK,
+        dscores_TE,
+        ids_TK,
+        scores_TE,
+        scores,
+        route_scale,
+    )
 
 
 @torch.library.custom_op("engramba::choose_experts", mutates_args=())
@@ -152,10 +185,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # without auxiliary losses the scores have no gradient to read
 
 
-def _backward(ctx: Any, dweights_TK: Tensor | None, dscores_TE: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dweights_TK: Tensor | None, dscores_TE: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     if dweights_TK is None and dscores_TE is None:
         return None, None, None, None, None
-    dlogits_TE = route_bwd(dweights_TK, dscores_TE, *ctx.saved_tensors, ctx.scores, ctx.route_scale)
+    dlogits_TE = route_bwd(
+        dweights_TK,
+        dscores_TE,
+        *ctx.saved_tensors,
+        ctx.scores,
+        ctx.route_scale,
+    )
     return dlogits_TE, None, None, None, None
 
 
@@ -172,7 +213,9 @@ def _check_choice(scores_TE: Tensor, top_k: int, bias_E: Tensor | None) -> None:
     if bias_E is None:
         return
     if tuple(bias_E.shape) != (num_experts,) or bias_E.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"bias_E: got {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32")
+        raise ValueError(
+            f"bias_E: got {tuple(bias_E.shape)} {bias_E.dtype}, expected ({num_experts},) float32"
+        )
     if bias_E.device != scores_TE.device:
         raise ValueError(f"bias_E: got {bias_E.device}, expected {scores_TE.device}")
 

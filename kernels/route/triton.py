@@ -1,12 +1,14 @@
-"""Scores, the choice of experts and their weights, one kernel each way: a program holds whole rows of experts.
+"""Scores, the choice of experts and their weights, one kernel each way: a program holds whole rows
+of experts.
 
-Forward reads 4E bytes a token (fp32 logits) and writes the scores, 4E, and 12K for ids and weights; backward reads 4E,
-12K (and 4E where the scores have a gradient) and writes 4E. At 128 experts and 6 of them that is 1.1 KB a token: a
-few microseconds at most, where the single operations are about 15 launches.
+Forward reads 4E bytes a token (fp32 logits) and writes the scores, 4E, and 12K for ids and weights;
+backward reads 4E, 12K (and 4E where the scores have a gradient) and writes 4E. At 128 experts and 6
+of them that is 1.1 KB a token: a few microseconds at most, where the single operations are about 15
+launches.
 
-The choice takes the largest of distinct int64 keys K times: the bits of the biased fp32 score in an order that is that
-of the numbers, then the lower expert first. So ties fall as on the PyTorch path, and NaN cannot choose an expert twice.
-No atomics: runs repeat bitwise.
+The choice takes the largest of distinct int64 keys K times: the bits of the biased fp32 score in an
+order that is that of the numbers, then the lower expert first. So ties fall as on the PyTorch path,
+and NaN cannot choose an expert twice. No atomics: runs repeat bitwise.
 
 Legend: T tokens, E experts, K chosen experts.
 """
@@ -17,21 +19,40 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # keys of a tile: 8 int64 a thread
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # least sum of chosen scores: all zero, and so are the weights
+TINY = tl.constexpr(
+    torch.finfo(torch.float32).tiny
+)  # least sum of chosen scores: all zero, and so are the weights
 
 TAKEN = tl.constexpr(-(2**63))  # below every key
 
 
 @triton.jit
 def route_fwd_kernel(
-    x_ptr, bias_ptr, ids_ptr, weights_ptr, scores_ptr, T, E, route_scale, stride_xt, stride_xe,
-    SCORES: tl.constexpr, HAS_BIAS: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """ids, weights (T, K) and scores (T, E) of logits x (T, E); only ids where x is the scores; grid (blocks of T,)."""
+    x_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    scores_ptr,
+    T,
+    E,
+    route_scale,
+    stride_xt,
+    stride_xe,
+    SCORES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """ids, weights (T, K) and scores (T, E) of logits x (T, E); only ids where x is the scores;
+    grid (blocks of T,).
+    """
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    is_token, is_expert = (t < T)[:, None], (e < E)[None, :]
+    e = tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
+    is_token = (t < T)[:, None]
+    is_expert = (e < E)[None, :]
     x_ptrs = x_ptr + t[:, None] * stride_xt + e.to(tl.int64)[None, :] * stride_xe
     scores = tl.load(x_ptrs, mask=is_token & is_expert, other=0.0).to(tl.float32)
     if SCORES == "sigmoid":
@@ -54,7 +75,9 @@ def route_fwd_kernel(
         is_best = e[None, :] == best
         ids = tl.where(k[None, :] == i, best, ids)
         if SCORES != "given":
-            chosen = tl.where(k[None, :] == i, tl.sum(tl.where(is_best, scores, 0.0), 1)[:, None], chosen)
+            chosen = tl.where(
+                k[None, :] == i, tl.sum(tl.where(is_best, scores, 0.0), 1)[:, None], chosen
+            )
         keys = tl.where(is_best, TAKEN, keys)
     places = t[:, None] * K + k[None, :]
     tl.store(ids_ptr + places, ids, mask=is_token & (k < K)[None, :])
@@ -67,13 +90,26 @@ def route_fwd_kernel(
 
 @triton.jit
 def route_bwd_kernel(
-    dweights_ptr, dscores_ptr, ids_ptr, scores_ptr, dlogits_ptr, T, E, route_scale,
-    SCORES: tl.constexpr, HAS_DWEIGHTS: tl.constexpr, HAS_DSCORES: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dweights_ptr,
+    dscores_ptr,
+    ids_ptr,
+    scores_ptr,
+    dlogits_ptr,
+    T,
+    E,
+    route_scale,
+    SCORES: tl.constexpr,
+    HAS_DWEIGHTS: tl.constexpr,
+    HAS_DSCORES: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dlogits (T, E); grid (blocks of T,)."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
     mask = (t < T)[:, None] & (e < E)[None, :]
     flat = t[:, None] * E + e[None, :]
     scores = tl.load(scores_ptr + flat, mask=mask, other=0.0)
@@ -81,14 +117,18 @@ def route_bwd_kernel(
     if HAS_DSCORES:
         dscores = tl.load(dscores_ptr + flat, mask=mask, other=0.0)
     if HAS_DWEIGHTS:
-        places, is_slot = t[:, None] * K + k[None, :], (t < T)[:, None] & (k < K)[None, :]
+        places = t[:, None] * K + k[None, :]
+        is_slot = (t < T)[:, None] & (k < K)[None, :]
         ids = tl.load(ids_ptr + places, mask=is_slot, other=0)
         chosen = tl.load(scores_ptr + t[:, None] * E + ids, mask=is_slot, other=0.0)
         dweights = tl.load(dweights_ptr + places, mask=is_slot, other=0.0)
         total = tl.sum(chosen, 1)
         factor = route_scale / tl.maximum(total, TINY)
-        # The weights' mean gradient, by share of the sum; where the sum is held at TINY it does not move.
-        mean = tl.where(total >= TINY, tl.sum(dweights * (chosen / tl.maximum(total, TINY)[:, None]), 1), 0.0)
+        # The weights' mean gradient, by share of the sum; where the sum is held at TINY it does not
+        # move.
+        mean = tl.where(
+            total >= TINY, tl.sum(dweights * (chosen / tl.maximum(total, TINY)[:, None]), 1), 0.0
+        )
         for i in range(K):
             row = t * K + i
             expert = tl.load(ids_ptr + row, mask=t < T, other=-1)
@@ -108,20 +148,36 @@ def forward(
     T, E = logits_TE.shape
     ids_TK = torch.empty((T, top_k), dtype=torch.int64, device=logits_TE.device)
     shapes = ((0, 0), (0, 0)) if scores == "given" else ((T, top_k), (T, E))
-    weights_TK, scores_TE = (torch.empty(shape, dtype=torch.float32, device=logits_TE.device) for shape in shapes)
+    weights_TK, scores_TE = (
+        torch.empty(shape, dtype=torch.float32, device=logits_TE.device) for shape in shapes
+    )
     grid, blocks = _blocks(T, E, top_k)
     if T:
         route_fwd_kernel[grid](
-            logits_TE, bias_E if bias_E is None else bias_E.contiguous(), ids_TK, weights_TK, scores_TE,
-            T, E, route_scale, *logits_TE.stride(), SCORES=scores, HAS_BIAS=bias_E is not None, **blocks,
-        )  # fmt: skip
+            logits_TE,
+            bias_E if bias_E is None else bias_E.contiguous(),
+            ids_TK,
+            weights_TK,
+            scores_TE,
+            T,
+            E,
+            route_scale,
+            *logits_TE.stride(),
+            SCORES=scores,
+            HAS_BIAS=bias_E is not None,
+            **blocks,
+        )
     return weights_TK, scores_TE, ids_TK
 
 
 def backward(
-    dweights_TK: Tensor | None, dscores_TE: Tensor | None, ids_TK: Tensor, scores_TE: Tensor, scores: str,
+    dweights_TK: Tensor | None,
+    dscores_TE: Tensor | None,
+    ids_TK: Tensor,
+    scores_TE: Tensor,
+    scores: str,
     route_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dlogits_TE of the gradients that there are."""
     T, E = scores_TE.shape
     dlogits_TE = torch.empty((T, E), dtype=torch.float32, device=scores_TE.device)
@@ -129,10 +185,18 @@ def backward(
     grid, blocks = _blocks(T, E, ids_TK.shape[1])
     if T:
         route_bwd_kernel[grid](
-            *(grad if grad is None else grad.contiguous() for grad in grads), ids_TK, scores_TE, dlogits_TE,
-            T, E, route_scale, SCORES=scores, HAS_DWEIGHTS=dweights_TK is not None, HAS_DSCORES=dscores_TE is not None,
+            *(grad if grad is None else grad.contiguous() for grad in grads),
+            ids_TK,
+            scores_TE,
+            dlogits_TE,
+            T,
+            E,
+            route_scale,
+            SCORES=scores,
+            HAS_DWEIGHTS=dweights_TK is not None,
+            HAS_DSCORES=dscores_TE is not None,
             **blocks,
-        )  # fmt: skip
+        )
     return dlogits_TE
 
 

@@ -1,9 +1,10 @@
-"""Sums of rows that share an id, beside index_add_: ``python -m kernels.segment_sum.bench`` sweeps on a card.
+"""Sums of rows that share an id, beside index_add_: ``python -m kernels.segment_sum.bench`` sweeps
+on a card.
 
-On a GPU bound by bytes. W values a row: forward reads 2 W and 8 of its place, and writes 4 W a sum; backward reads 4 W
-a sum and writes 2 W a row. Ids are drawn as n-grams fall: a few of them often, most once or twice, 42 % distinct.
-Compiled for sm_90, the kernel for short segments takes 52 to 96 registers a thread (20 warps an SM and more), the two
-for long ones 38 to 40.
+On a GPU bound by bytes. W values a row: forward reads 2 W and 8 of its place, and writes 4 W a sum;
+backward reads 4 W a sum and writes 2 W a row. Ids are drawn as n-grams fall: a few of them often,
+most once or twice, 42 % distinct. Compiled for sm_90, the kernel for short segments takes 52 to 96
+registers a thread (20 warps an SM and more), the two for long ones 38 to 40.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.cpu import sum_sorted_cpu
 
 COLUMNS = 16  # looked up by a token
-SPREADS = {"Zipfian": 0.42, "all in one": 0.0}  # distinct ids of a batch: as in parallel.bench.engram_table, and one
+SPREADS = {
+    "Zipfian": 0.42,
+    "all in one": 0.0,
+}  # distinct ids of a batch: as in parallel.bench.engram_table, and one
 
 
 def zipfian(num_ids: int, num_segments: int) -> Tensor:
@@ -27,7 +31,13 @@ def zipfian(num_ids: int, num_segments: int) -> Tensor:
     return torch.cat([torch.arange(num_segments), often])[torch.randperm(num_ids)]
 
 
-def ours(rows_MW: Tensor, order_M: Tensor, starts_S: Tensor, index_M: Tensor, backend: Backend | None = None) -> Tensor:
+def ours(
+    rows_MW: Tensor,
+    order_M: Tensor,
+    starts_S: Tensor,
+    index_M: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
     """In the known order."""
     return sum_sorted(rows_MW, order_M, starts_S, backend)
 
@@ -46,7 +56,9 @@ def index_add(rows_MW: Tensor, order_M: Tensor, starts_S: Tensor, index_M: Tenso
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """Gradients of looked-up rows of one layer, in a known order, as the table has them."""
-    ids, w, width = size.tokens * COLUMNS, dtype.itemsize, 128 if size.d_model > 2048 else 64
+    ids = size.tokens * COLUMNS
+    w = dtype.itemsize
+    width = 128 if size.d_model > 2048 else 64
     for spread, distinct in SPREADS.items():
         num_segments = max(1, int(distinct * ids))
         forward = ids * (w * width + 8) + num_segments * (4 * width + 8)
@@ -67,7 +79,9 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _gradients(width: int, distinct: float, num_ids: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _gradients(
+    width: int, distinct: float, num_ids: int, dtype: torch.dtype, device: str
+) -> list[Tensor]:
     """Rows, their order and the segments' starts, and the index that these were made of."""
     num_segments = max(1, int(distinct * num_ids))
     index_M = zipfian(num_ids, num_segments)
@@ -81,7 +95,9 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.segment_sum import triton
 
-    sweep_constants(triton, of_sizes(cases), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8))
+    sweep_constants(
+        triton, of_sizes(cases), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8)
+    )
 
 
 if __name__ == "__main__":

@@ -14,32 +14,40 @@ from kernels.checks import check_devices, check_floats
 from kernels.segment_sum.cpu import sum_sorted_cpu
 
 
-def sum_sorted(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Backend | None = None) -> Tensor:
-    """out[s] = sum of rows[order[n]] for starts[s] <= n < starts[s + 1], in fp32 (fp64 for fp64 rows).
+def sum_sorted(
+    rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """out[s] = sum of rows[order[n]] for starts[s] <= n < starts[s + 1], in fp32 (fp64 for fp64
+    rows).
 
-    On a CPU rows are added one after the other. On a GPU each segment is summed in its order, or in parts that depend
-    on its own length only. So a segment's sum depends on its own rows alone, and runs repeat bitwise.
+    On a CPU rows are added one after the other. On a GPU each segment is summed in its order, or in
+    parts that depend on its own length only. So a segment's sum depends on its own rows alone, and
+    runs repeat bitwise.
 
     Args:
         rows_MW: (M, W), any float dtype.
         order_N: (N,) int64, distinct positions in rows_MW, segment after segment.
-        starts_S: (S,) int64, ascending from 0: where each segment begins in ``order_N``. The last ends with it.
+        starts_S: (S,) int64, ascending from 0: where each segment begins in ``order_N``. The last
+            ends with it.
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
         (S, W), differentiable in the rows; a segment without rows is zero.
 
     Raises:
-        ValueError: a shape, dtype, device, position or start is wrong, or the backend cannot. Values are looked at on
-            CPUs only: on a GPU that would wait for it. There a position beyond the rows makes its segment's sum NaN,
-            starts that do not rise give sums without meaning, and nothing is read outside the tensors.
+        ValueError: a shape, dtype, device, position or start is wrong, or the backend cannot.
+            Values are looked at on CPUs only: on a GPU that would wait for it. There a position
+            beyond the rows makes its segment's sum NaN, starts that do not rise give sums without
+            meaning, and nothing is read outside the tensors.
     """
     if rows_MW.dim() != 2:
         raise ValueError(f"rows_MW: got {tuple(rows_MW.shape)}, expected (M, W)")
     check_floats(rows_MW=rows_MW)
     for name, tensor in {"order_N": order_N, "starts_S": starts_S}.items():
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected int64 of one dim")
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected int64 of one dim"
+            )
     check_devices(rows_MW=rows_MW, order_N=order_N, starts_S=starts_S)
     if rows_MW.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_places(order_N, starts_S, len(rows_MW))
@@ -52,12 +60,17 @@ def sum_sorted(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Back
 def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
     low, high = (int(bound) for bound in order_N.aminmax()) if order_N.numel() else (0, -1)
     if low < 0 or high >= num_rows:
-        raise ValueError(f"order_N: got positions from {low} to {high}, expected 0 to {num_rows - 1}")
+        raise ValueError(
+            f"order_N: got positions from {low} to {high}, expected 0 to {num_rows - 1}"
+        )
     if not starts_S.numel():
         return
-    first, last = int(starts_S[0]), int(starts_S[-1])
+    first = int(starts_S[0])
+    last = int(starts_S[-1])
     if first or last > len(order_N) or bool((starts_S[1:] < starts_S[:-1]).any()):
-        raise ValueError(f"starts_S: got {first} to {last}, expected 0, rising, to at most {len(order_N)}")
+        raise ValueError(
+            f"starts_S: got {first} to {last}, expected 0, rising, to at most {len(order_N)}"
+        )
 
 
 @torch.library.custom_op("engramba::segment_sum_fwd", mutates_args=())
@@ -69,11 +82,17 @@ def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("engramba::segment_sum_bwd", mutates_args=())
-def segment_sum_bwd(dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+def segment_sum_bwd(
+    dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, dtype: torch.dtype
+) -> Tensor:
     """(M, W): each row's gradient is that of its segment; zero for rows that are in none."""
-    num_segments, num_places = starts.numel(), order.numel()
-    # How many segments have begun at each place, less one; whatever starts are, no number is beyond the segments.
-    begun = starts.new_zeros(num_places + 1).scatter_add_(0, starts.clamp(0, num_places), torch.ones_like(starts))
+    num_segments = starts.numel()
+    num_places = order.numel()
+    # How many segments have begun at each place, less one; whatever starts are, no number is beyond
+    # the segments.
+    begun = starts.new_zeros(num_places + 1).scatter_add_(
+        0, starts.clamp(0, num_places), torch.ones_like(starts)
+    )
     segments = begun[:num_places].cumsum(0).sub_(1).clamp_min_(0)
     dout = dout.to(dtype)
     if num_places < num_rows or not num_segments:
@@ -95,19 +114,32 @@ def _(dout, order, starts, num_rows, dtype):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, order, starts = inputs
     ctx.save_for_backward(order, starts)
-    ctx.num_rows, ctx.dtype = rows.shape[0], rows.dtype
+    ctx.num_rows = rows.shape[0]
+    ctx.dtype = rows.dtype
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     order, starts = ctx.saved_tensors
-    return segment_sum_bwd(dout, order, starts, ctx.num_rows, ctx.dtype), None, None
+    return (
+        segment_sum_bwd(
+            dout,
+            order,
+            starts,
+            ctx.num_rows,
+            ctx.dtype,
+        ),
+        None,
+        None,
+    )
 
 
 segment_sum_fwd.register_autograd(_backward, setup_context=_save)
 
 
 class _SumSorted(torch.autograd.Function):
-    """PyTorch's path, with the same gradient: a library op would cost as much again as a small sum."""
+    """PyTorch's path, with the same gradient: a library op would cost as much again as a
+    small sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_MW: Tensor, order_N: Tensor, starts_S: Tensor) -> Tensor:

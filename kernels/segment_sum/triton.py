@@ -1,19 +1,23 @@
-"""Segment sums of rows in a known order: each row is read once, where it lies, and each sum is written once.
+"""Segment sums of rows in a known order: each row is read once, where it lies, and each sum is
+written once.
 
-A row of W values takes 2 W bytes and 8 of its place, a sum 4 W: bound by bytes, one addition a value. No atomics.
+A row of W values takes 2 W bytes and 8 of its place, a sum 4 W: bound by bytes, one addition a
+value. No atomics.
 
-Most segments are short (n-grams are Zipfian: 2.4 rows a segment where 42 % of ids are distinct), some are very long. A
-segment of fewer than UNIT rows is summed by one program, which does so for a block of segments at once, row after row.
-A longer one is cut from its own start into whole units and a rest. Parts of as many units as it takes to have at most
-MAX_PARTS of them are summed in programs of their own, and one more program adds the parts and the rest. So all rows in
-one segment is no cliff, and a segment's sum depends on its own rows only, not on its neighbours or the card.
+Most segments are short (n-grams are Zipfian: 2.4 rows a segment where 42 % of ids are distinct),
+some are very long. A segment of fewer than UNIT rows is summed by one program, which does so for a
+block of segments at once, row after row. A longer one is cut from its own start into whole units
+and a rest. Parts of as many units as it takes to have at most MAX_PARTS of them are summed in
+programs of their own, and one more program adds the parts and the rest. So all rows in one segment
+is no cliff, and a segment's sum depends on its own rows only, not on its neighbours or the card.
 
-How many units there are is not known on the host, nor waited for: there is one program for each UNIT positions of the
-order. Each whole unit has exactly one position that is a multiple of UNIT, and the program of that position looks up by
-a search in ``starts`` which unit of which segment is its own; programs without one end there.
+How many units there are is not known on the host, nor waited for: there is one program for each
+UNIT positions of the order. Each whole unit has exactly one position that is a multiple of UNIT,
+and the program of that position looks up by a search in ``starts`` which unit of which segment is
+its own; programs without one end there.
 
-A position that is no row's makes its segment NaN; starts that do not rise give sums without meaning. Nothing is read
-outside the tensors.
+A position that is no row's makes its segment NaN; starts that do not rise give sums without
+meaning. Nothing is read outside the tensors.
 
 Legend: M rows, W row width, N positions, S segments.
 """
@@ -26,7 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNIT = 128  # rows; fewer make the programs for short segments wait less for their longest one, and the parts more
+# rows; fewer make the programs for short segments wait less for their longest one, and the parts
+# more
+UNIT = 128
 MAX_PARTS = 512  # of one segment: the program that adds them takes 16 rounds for a width of 64
 TILE = 2048  # values: 16 a thread at 4 warps
 AHEAD = 4  # rows of each short segment that are loaded before one is added
@@ -34,7 +40,9 @@ AHEAD = 4  # rows of each short segment that are loaded before one is added
 
 @triton.jit
 def _segment_of(position, starts_ptr, S, WAYS: tl.constexpr):
-    """The last segment that begins at or before ``position``; -1 if none does. Looks at WAYS starts a round."""
+    """The last segment that begins at or before ``position``; -1 if none does. Looks at WAYS starts
+    a round.
+    """
     low = tl.zeros((), tl.int64) - 1
     high = low + 1 + S
     while high - low > 1:
@@ -42,7 +50,8 @@ def _segment_of(position, starts_ptr, S, WAYS: tl.constexpr):
         at = low + 1 + tl.arange(0, WAYS) * step
         starts = tl.load(starts_ptr + at, mask=at < high, other=0)
         before = tl.sum(((at < high) & (starts <= position)).to(tl.int64), 0)
-        # `before` starts are not beyond the position: the last of these is the new low, the next one the new high
+        # `before` starts are not beyond the position: the last of these is the new low, the next
+        # one the new high
         high = tl.minimum(high, low + 1 + before * step)
         low = tl.where(before > 0, low + 1 + (before - 1) * step, low)
     return low
@@ -53,7 +62,9 @@ def _load_rows(rows_ptr, place, summed, w, M, W, stride_m):
     """The rows at the places that are ``summed``, in fp32; NaN for a place that is no row's."""
     exists = (place >= 0) & (place < M)
     mask = (summed & exists)[:, None] & (w < W)[None, :]
-    rows = tl.load(rows_ptr + place[:, None] * stride_m + w[None, :], mask=mask, other=0.0).to(tl.float32)
+    rows = tl.load(rows_ptr + place[:, None] * stride_m + w[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     return rows + tl.where(summed & ~exists, float("nan"), 0.0)[:, None]
 
 
@@ -77,10 +88,24 @@ def _sum_rows(acc, rows_ptr, order_ptr, first, end, w, M, W, stride_m, ROWS: tl.
 
 @triton.jit
 def segment_sum_part_kernel(
-    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, M, N, S, W, stride_m,
-    UNIT: tl.constexpr, MAX_PARTS: tl.constexpr, WAYS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """parts (N / UNIT, W) of long segments; owner (N / UNIT), the segment whose first unit is here, or -1.
+    rows_ptr,
+    order_ptr,
+    starts_ptr,
+    parts_ptr,
+    owner_ptr,
+    M,
+    N,
+    S,
+    W,
+    stride_m,
+    UNIT: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    WAYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """parts (N / UNIT, W) of long segments; owner (N / UNIT), the segment whose first unit is here,
+    or -1.
 
     Grid (N / UNIT, blocks of W).
     """
@@ -96,15 +121,30 @@ def segment_sum_part_kernel(
     if (number < units) & (number % units_of_part == 0):
         last = first + tl.minimum(number + units_of_part, units) * UNIT
         acc = tl.zeros((ROWS, BLOCK_W), tl.float32)
-        acc = _sum_rows(acc, rows_ptr, order_ptr, first + number * UNIT, last, w, M, W, stride_m, ROWS)
+        acc = _sum_rows(
+            acc, rows_ptr, order_ptr, first + number * UNIT, last, w, M, W, stride_m, ROWS
+        )
         tl.store(parts_ptr + unit * W + w, tl.sum(acc, 0), mask=w < W)
 
 
 @triton.jit
 def segment_sum_long_kernel(
-    rows_ptr, order_ptr, starts_ptr, parts_ptr, owner_ptr, out_ptr, M, N, S, W, stride_m,
-    UNIT: tl.constexpr, MAX_PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    order_ptr,
+    starts_ptr,
+    parts_ptr,
+    owner_ptr,
+    out_ptr,
+    M,
+    N,
+    S,
+    W,
+    stride_m,
+    UNIT: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Rows of out (S, W) that have parts: their sum, and the rest. Grid (N / UNIT, blocks of W)."""
     unit = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -117,16 +157,31 @@ def segment_sum_long_kernel(
         for start in range(0, units, ROWS * units_of_part):
             number = start + tl.arange(0, ROWS) * units_of_part
             mask = (number < units)[:, None] & (w < W)[None, :]
-            acc += tl.load(parts_ptr + (unit + number)[:, None] * W + w[None, :], mask=mask, other=0.0)
-        acc = _sum_rows(acc, rows_ptr, order_ptr, first + units * UNIT, end, w, M, W, stride_m, ROWS)
+            acc += tl.load(
+                parts_ptr + (unit + number)[:, None] * W + w[None, :], mask=mask, other=0.0
+            )
+        acc = _sum_rows(
+            acc, rows_ptr, order_ptr, first + units * UNIT, end, w, M, W, stride_m, ROWS
+        )
         tl.store(out_ptr + segment * W + w, tl.sum(acc, 0), mask=w < W)
 
 
 @triton.jit
 def segment_sum_fwd_kernel(
-    rows_ptr, order_ptr, starts_ptr, out_ptr, M, N, S, W, stride_m,
-    UNIT: tl.constexpr, AHEAD: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    order_ptr,
+    starts_ptr,
+    out_ptr,
+    M,
+    N,
+    S,
+    W,
+    stride_m,
+    UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Rows of out (S, W) of segments shorter than UNIT; grid (blocks of S, blocks of W)."""
     s = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -140,29 +195,61 @@ def segment_sum_fwd_kernel(
             at = start + ahead
             places = places + (tl.load(order_ptr + first + at, mask=at < length, other=0),)
         for ahead in tl.static_range(AHEAD):
-            acc += _load_rows(rows_ptr, places[ahead], start + ahead < length, w, M, W, stride_m)
+            acc += _load_rows(
+                rows_ptr,
+                places[ahead],
+                start + ahead < length,
+                w,
+                M,
+                W,
+                stride_m,
+            )
     tl.store(out_ptr + s[:, None] * W + w[None, :], acc, mask=short[:, None] & (w < W)[None, :])
 
 
 def forward(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     """(S, W) in fp32 of rows (M, W), order (N,), starts (S,)."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    order, starts = order.contiguous(), starts.contiguous()
-    (N,), (S,), W = order.shape, starts.shape, rows.shape[1]
+    order = order.contiguous()
+    starts = starts.contiguous()
+    (N,) = order.shape
+    (S,) = starts.shape
+    W = rows.shape[1]
     out = torch.empty((S, W), dtype=torch.float32, device=rows.device)
     if not out.numel():
         return out
     block = max(16, min(triton.next_power_of_2(W), 256))
-    tile, blocks, units = min(TILE // block, 32), triton.cdiv(W, block), N // UNIT
+    tile = min(TILE // block, 32)
+    blocks = triton.cdiv(W, block)
+    units = N // UNIT
     sizes = (rows.shape[0], N, S, W, rows.stride(0))
     if units:
         units = triton.cdiv(N, UNIT)
         parts = torch.empty((units, W), dtype=torch.float32, device=rows.device)
         owner = torch.empty(units, dtype=torch.int64, device=rows.device)
-        options = {"UNIT": UNIT, "MAX_PARTS": MAX_PARTS, "ROWS": tile, "BLOCK_W": block, "num_warps": 4}
-        segment_sum_part_kernel[(units, blocks)](rows, order, starts, parts, owner, *sizes, WAYS=256, **options)
-        segment_sum_long_kernel[(units, blocks)](rows, order, starts, parts, owner, out, *sizes, **options)
+        options = {
+            "UNIT": UNIT,
+            "MAX_PARTS": MAX_PARTS,
+            "ROWS": tile,
+            "BLOCK_W": block,
+            "num_warps": 4,
+        }
+        segment_sum_part_kernel[(units, blocks)](
+            rows, order, starts, parts, owner, *sizes, WAYS=256, **options
+        )
+        segment_sum_long_kernel[(units, blocks)](
+            rows, order, starts, parts, owner, out, *sizes, **options
+        )
     segment_sum_fwd_kernel[(triton.cdiv(S, tile), blocks)](
-        rows, order, starts, out, *sizes, UNIT=UNIT, AHEAD=AHEAD, SEGMENTS=tile, BLOCK_W=block, num_warps=4
+        rows,
+        order,
+        starts,
+        out,
+        *sizes,
+        UNIT=UNIT,
+        AHEAD=AHEAD,
+        SEGMENTS=tile,
+        BLOCK_W=block,
+        num_warps=4,
     )
     return out

@@ -1,7 +1,8 @@
-"""The selective scan in fp32 on a CPU, for autograd: compiled loops (``loops.py``) over rows and blocks of channels.
+"""The selective scan in fp32 on a CPU, for autograd: compiled loops (``loops.py``) over rows and
+blocks of channels.
 
-Beside the inputs, backward keeps the states before every 16th token: memory follows the inputs, not L·D·N. The result
-does not depend on the number of threads.
+Beside the inputs, backward keeps the states before every 16th token: memory follows the inputs, not
+L·D·N. The result does not depend on the number of threads.
 
 Shapes: B batch, L length, G groups, D channels, N state size.
 """
@@ -15,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.threads import for_each
 
-BLOCK_CHANNELS = 128  # of one call: its states and decays of 16 tokens take 270 KB at N = 16, in L2 cache
+BLOCK_CHANNELS = (
+    128  # of one call: its states and decays of 16 tokens take 270 KB at N = 16, in L2 cache
+)
 
 
 def looped_scan(
@@ -44,7 +47,8 @@ class _LoopedScan(torch.autograd.Function):
     def forward(ctx: Any, u, dt, A, B, C, state, reset):
         from kernels.selective_scan import loops  # numba: not needed where only cards are
 
-        y, state = torch.empty_like(u), state.clone()
+        y = torch.empty_like(u)
+        state = state.clone()
         starts = u.new_empty(len(u), -(-u.shape[1] // loops.CHUNK_LEN), *A.shape)
         arrays = _arrays(u, dt, A, B, C, reset, state, y, starts)
         _for_shares(B.shape[2], u, lambda block, *share: loops.scan(*arrays, *share))
@@ -57,18 +61,39 @@ class _LoopedScan(torch.autograd.Function):
         from kernels.selective_scan import loops
 
         u, dt, A, B, C, reset, starts = ctx.saved_tensors
-        du, ddt, dstate = torch.empty_like(u), torch.empty_like(dt), dstate.clone(memory_format=torch.contiguous_format)
+        du = torch.empty_like(u)
+        ddt = torch.empty_like(dt)
+        dstate = dstate.clone(memory_format=torch.contiguous_format)
         dA = A.new_empty(len(u), *A.shape)
         # each block of channels writes its part: threads do not meet, and the sum has one order
         dB, dC = B.new_empty(2, _num_blocks(u.shape[2] // B.shape[2]), *B.shape)
-        arrays = _arrays(u, dt, A, B, C, reset, starts, dy.contiguous(), dstate, du, ddt, dA)
+        arrays = _arrays(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            reset,
+            starts,
+            dy.contiguous(),
+            dstate,
+            du,
+            ddt,
+            dA,
+        )
         parts = list(zip(_arrays(*dB), _arrays(*dC), strict=True))
-        _for_shares(B.shape[2], u, lambda block, *share: loops.scan_gradients(*arrays, *parts[block], *share))
+        _for_shares(
+            B.shape[2],
+            u,
+            lambda block, *share: loops.scan_gradients(*arrays, *parts[block], *share),
+        )
         return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dstate, None
 
 
 def _for_shares(groups: int, u_BLD: Tensor, task: Callable[..., None]) -> None:
-    """``task(block, row, group, first, last)`` for each row and block of a group's channels, in torch's threads."""
+    """``task(block, row, group, first, last)`` for each row and block of a group's channels, in
+    torch's threads.
+    """
     batch, _, channels = u_BLD.shape
     width = channels // groups
     ends = [(group * width, (group + 1) * width) for group in range(groups)]

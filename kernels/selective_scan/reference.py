@@ -1,6 +1,8 @@
-"""The selective scan of Mamba-1, step by step: the oracle (Gu & Dao 2023, Algorithm 2 and section 3.3).
+"""The selective scan of Mamba-1, step by step: the oracle (Gu & Dao 2023, Algorithm 2 and section
+3.3).
 
-Shapes: B batch, D channels, L length, N state size, G groups of B and C (channel d reads group d // (D / G)).
+Shapes: B batch, D channels, L length, N state size, G groups of B and C (channel d reads group d //
+    (D / G)).
 """
 
 import torch
@@ -22,7 +24,8 @@ def selective_scan_reference(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = (C_t · h_t + D u_t) silu(z_t), in the inputs' dtype.
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = (C_t · h_t + D u_t) silu(z_t), in the
+    inputs' dtype.
 
     Arguments and results are those of ``selective_scan``.
     """
@@ -30,13 +33,16 @@ def selective_scan_reference(
     delta = delta if delta_bias is None else delta + delta_bias[:, None]
     delta = F.softplus(delta) if delta_softplus else delta
     B_BDNL, C_BDNL = (_per_channel(x, num_channels) for x in (B, C))
-    state_BDN = u.new_zeros(batch, num_channels, A.shape[1]) if initial_state is None else initial_state
+    state_BDN = (
+        u.new_zeros(batch, num_channels, A.shape[1]) if initial_state is None else initial_state
+    )
     outputs = []
     for t in range(length):
         if seq_idx is not None and t > 0:
             starts = seq_idx[:, t] != seq_idx[:, t - 1]
             state_BDN = torch.where(starts[:, None, None], torch.zeros_like(state_BDN), state_BDN)
-        delta_BD1, u_BD1 = delta[:, :, t, None], u[:, :, t, None]
+        delta_BD1 = delta[:, :, t, None]
+        u_BD1 = u[:, :, t, None]
         state_BDN = torch.exp(delta_BD1 * A) * state_BDN + delta_BD1 * B_BDNL[..., t] * u_BD1
         outputs.append((state_BDN * C_BDNL[..., t]).sum(-1))
     y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(u)

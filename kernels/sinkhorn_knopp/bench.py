@@ -1,8 +1,9 @@
-"""Sinkhorn-Knopp beside its plain formula: ``python -m kernels.sinkhorn_knopp.bench`` sweeps on a card.
+"""Sinkhorn-Knopp beside its plain formula: ``python -m kernels.sinkhorn_knopp.bench`` sweeps on a
+card.
 
-On a GPU a matrix of N x N takes 8 N^2 bytes forward and 12 N^2 backward: nothing beside the chain of normalisations,
-39 at 20 iterations, that every matrix goes through in turn. 20 registers a thread forward, 96 backward (20 warps an
-SM).
+On a GPU a matrix of N x N takes 8 N^2 bytes forward and 12 N^2 backward: nothing beside the chain
+of normalisations, 39 at 20 iterations, that every matrix goes through in turn. 20 registers a
+thread forward, 96 backward (20 warps an SM).
 """
 
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from kernels.cases import Case, Size, leaves, of_sizes, sweep_constants
 from kernels.sinkhorn_knopp import sinkhorn_knopp
 from kernels.sinkhorn_knopp.reference import reference_sinkhorn_knopp
 
-STREAMS, ITERS = 4, 20
+STREAMS = 4
+ITERS = 20
 
 
 def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
     """One matrix a token, in fp32."""
-    tokens, values, steps = size.tokens, STREAMS**2, 2 * ITERS - 1
+    tokens = size.tokens
+    values = STREAMS**2
+    steps = 2 * ITERS - 1
     yield Case(
         op="sinkhorn_knopp",
         shapes=f"{size.name}: {tokens} x {STREAMS} x {STREAMS}, {ITERS} iterations",
@@ -49,7 +53,12 @@ def sweep() -> None:
     """Time the launchers' constants on a card."""
     from kernels.sinkhorn_knopp import triton
 
-    sweep_constants(triton, of_sizes(cases), TILE=(256, 512, 1024), BACKWARD_TILE=(64, 128, 256))
+    sweep_constants(
+        triton,
+        of_sizes(cases),
+        TILE=(256, 512, 1024),
+        BACKWARD_TILE=(64, 128, 256),
+    )
 
 
 if __name__ == "__main__":

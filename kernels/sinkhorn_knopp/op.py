@@ -1,4 +1,5 @@
-"""Sinkhorn-Knopp: the mixing matrix of manifold-constrained hyper-connections (mHC, arXiv 2512.24880 eq. 9).
+"""Sinkhorn-Knopp: the mixing matrix of manifold-constrained hyper-connections (mHC, arXiv
+2512.24880 eq. 9).
 
 Legend: N residual streams, ... any leading dims (tokens).
 Determinism: bitwise from run to run.
@@ -12,16 +13,20 @@ from kernels.backend import Backend, use_triton
 from kernels.checks import check_floats
 from kernels.sinkhorn_knopp.cpu import SinkhornKnopp
 
-MAX_STREAMS, MAX_ITERS = 16, 32  # backward holds a matrix of every step in registers
+# backward holds a matrix of every step in registers
+MAX_STREAMS = 16
+MAX_ITERS = 32
 
 
 def sinkhorn_knopp(
     logits_NN: torch.Tensor, num_iters: int = 20, eps: float = 1e-6, backend: Backend | None = None
 ) -> torch.Tensor:
-    """comb[..., j, k], nearly doubly stochastic, with exact columns: stream j goes to stream k with this weight.
+    """comb[..., j, k], nearly doubly stochastic, with exact columns: stream j goes to stream k with
+    this weight.
 
-    Softmax of the rows + eps, columns normalised, then rows and columns ``num_iters - 1`` times, eps in every divisor
-    (DeepSeek TileKernels). comb is the *transpose* of the paper's H_res: out_k = sum_j comb[j, k] * stream_j.
+    Softmax of the rows + eps, columns normalised, then rows and columns ``num_iters - 1`` times,
+    eps in every divisor (DeepSeek TileKernels). comb is the *transpose* of the paper's H_res: out_k
+    = sum_j comb[j, k] * stream_j.
 
     Args:
         logits_NN: (..., N, N), any floating dtype; 16-bit is computed in fp32.
@@ -30,13 +35,20 @@ def sinkhorn_knopp(
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
-        (..., N, N) in fp32 (fp64 for fp64), differentiable in the logits; the backward pass computes all steps again.
+        (..., N, N) in fp32 (fp64 for fp64), differentiable in the logits; the backward pass
+        computes all steps again.
 
     Raises:
         ValueError: not square, not floating, out of range, or the backend cannot.
     """
-    if logits_NN.dim() < 2 or logits_NN.shape[-1] != logits_NN.shape[-2] or logits_NN.shape[-1] == 0:
-        raise ValueError(f"logits_NN: got {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1")
+    if (
+        logits_NN.dim() < 2
+        or logits_NN.shape[-1] != logits_NN.shape[-2]
+        or logits_NN.shape[-1] == 0
+    ):
+        raise ValueError(
+            f"logits_NN: got {tuple(logits_NN.shape)}, expected (..., N, N) with N at least 1"
+        )
     check_floats(logits_NN=logits_NN)
     if num_iters < 1:
         raise ValueError(f"num_iters: got {num_iters}, expected at least 1")
@@ -44,9 +56,13 @@ def sinkhorn_knopp(
         raise ValueError(f"eps: got {eps}, expected a positive number")
     streams = logits_NN.shape[-1]
     if use_triton(backend, logits_NN, _unserved(streams, num_iters)):
-        return sinkhorn_knopp_fwd(logits_NN.reshape(-1, streams, streams), num_iters, eps).view(logits_NN.shape)
+        return sinkhorn_knopp_fwd(logits_NN.reshape(-1, streams, streams), num_iters, eps).view(
+            logits_NN.shape
+        )
     logits_NN = logits_NN.to(torch.promote_types(logits_NN.dtype, torch.float32))
-    return SinkhornKnopp.apply(logits_NN.reshape(-1, streams, streams), num_iters, eps).view_as(logits_NN)
+    return SinkhornKnopp.apply(logits_NN.reshape(-1, streams, streams), num_iters, eps).view_as(
+        logits_NN
+    )
 
 
 def _unserved(streams: int, num_iters: int) -> str:
@@ -65,7 +81,9 @@ def sinkhorn_knopp_fwd(logits: torch.Tensor, num_iters: int, eps: float) -> torc
 
 
 @torch.library.custom_op("engramba::sinkhorn_knopp_bwd", mutates_args=())
-def sinkhorn_knopp_bwd(dcomb: torch.Tensor, logits: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
+def sinkhorn_knopp_bwd(
+    dcomb: torch.Tensor, logits: torch.Tensor, num_iters: int, eps: float
+) -> torch.Tensor:
     """dlogits (T, N, N)."""
     from kernels.sinkhorn_knopp import triton
 

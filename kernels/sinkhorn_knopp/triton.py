@@ -1,10 +1,12 @@
-"""Sinkhorn-Knopp of many small matrices at once: a program holds a block of them in registers through all iterations.
+"""Sinkhorn-Knopp of many small matrices at once: a program holds a block of them in registers
+through all iterations.
 
-A matrix of N x N logits is read and written once: 8 N^2 bytes forward and 12 N^2 backward, for 2 N^2 and 5 N^2 FLOPs of
-each normalisation. What takes the time is their chain (39 of them at 20 iterations, each a sum over N neighbours and a
-division), which many programs hide from each other. Backward walks the chain again and keeps every matrix of it: one
-register a value, as long as a thread has one value of a matrix. No matrix depends on another, nothing is accumulated:
-bitwise reproducible.
+A matrix of N x N logits is read and written once: 8 N^2 bytes forward and 12 N^2 backward, for 2
+N^2 and 5 N^2 FLOPs of each normalisation. What takes the time is their chain (39 of them at 20
+iterations, each a sum over N neighbours and a division), which many programs hide from each other.
+Backward walks the chain again and keeps every matrix of it: one register a value, as long as a
+thread has one value of a matrix. No matrix depends on another, nothing is accumulated: bitwise
+reproducible.
 
 Legend: T matrices, N x N; rows are dim 1, columns dim 2 of a tile.
 """
@@ -17,14 +19,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, BACKWARD_TILE = 512, 128  # values, at 4 warps: a row of four a thread, and one value a thread
+# values, at 4 warps: a row of four a thread, and one value a thread
+TILE = 512
+BACKWARD_TILE = 128
 
 
 @triton.jit
-def _start(logits_ptr, T, stride_t, stride_n, stride_m, eps, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Softmax of the rows, softmax + eps, where the values lie in a dense (T, N, N), and which exist."""
+def _start(
+    logits_ptr,
+    T,
+    stride_t,
+    stride_n,
+    stride_m,
+    eps,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Softmax of the rows, softmax + eps, where the values lie in a dense (T, N, N), and which
+    exist.
+    """
     t = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
-    n, m = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
+    n = tl.arange(0, P)[None, :, None]
+    m = tl.arange(0, P)[None, None, :]
     inside = (t < T) & (n < N) & (m < N)
     at = logits_ptr + t * stride_t + n * stride_n + m * stride_m
     logits = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -36,11 +53,30 @@ def _start(logits_ptr, T, stride_t, stride_n, stride_m, eps, N: tl.constexpr, P:
 
 @triton.jit
 def sinkhorn_knopp_fwd_kernel(
-    logits_ptr, comb_ptr, T, stride_t, stride_n, stride_m, eps, num_iters,
-    N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    comb_ptr,
+    T,
+    stride_t,
+    stride_n,
+    stride_m,
+    eps,
+    num_iters,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """comb (T, N, N); grid (blocks of T)."""
-    _, x, flat, inside = _start(logits_ptr, T, stride_t, stride_n, stride_m, eps, N, P, BLOCK)
+    _, x, flat, inside = _start(
+        logits_ptr,
+        T,
+        stride_t,
+        stride_n,
+        stride_m,
+        eps,
+        N,
+        P,
+        BLOCK,
+    )
     x = x / (tl.sum(x, 1, keep_dims=True) + eps)
     for _ in range(num_iters - 1):
         x = x / (tl.sum(x, 2, keep_dims=True) + eps)
@@ -50,11 +86,33 @@ def sinkhorn_knopp_fwd_kernel(
 
 @triton.jit
 def sinkhorn_knopp_bwd_kernel(
-    logits_ptr, dcomb_ptr, dlogits_ptr, T, stride_t, stride_n, stride_m, eps,
-    STEPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dlogits (T, N, N); grid (blocks of T). Even steps normalise columns (sums over dim 1), odd ones rows."""
-    softmax, x, flat, inside = _start(logits_ptr, T, stride_t, stride_n, stride_m, eps, N, P, BLOCK)
+    logits_ptr,
+    dcomb_ptr,
+    dlogits_ptr,
+    T,
+    stride_t,
+    stride_n,
+    stride_m,
+    eps,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dlogits (T, N, N); grid (blocks of T). Even steps normalise columns (sums over dim 1), odd
+    ones rows.
+    """
+    softmax, x, flat, inside = _start(
+        logits_ptr,
+        T,
+        stride_t,
+        stride_n,
+        stride_m,
+        eps,
+        N,
+        P,
+        BLOCK,
+    )
     dx = tl.load(dcomb_ptr + flat, mask=inside, other=0.0)
     chain = (x,)
     for step in tl.static_range(STEPS):
@@ -86,9 +144,18 @@ def backward(dcomb: Tensor, logits: Tensor, num_iters: int, eps: float) -> Tenso
     P, block = _tile(N, BACKWARD_TILE)
     if T:
         sinkhorn_knopp_bwd_kernel[(triton.cdiv(T, block),)](
-            logits, dcomb.contiguous(), dlogits, T, *logits.stride(), eps,
-            STEPS=2 * num_iters - 1, N=N, P=P, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            logits,
+            dcomb.contiguous(),
+            dlogits,
+            T,
+            *logits.stride(),
+            eps,
+            STEPS=2 * num_iters - 1,
+            N=N,
+            P=P,
+            BLOCK=block,
+            num_warps=4,
+        )
     return dlogits
 
 

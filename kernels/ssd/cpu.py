@@ -1,18 +1,23 @@
-"""The chunked, head-fused SSD scan with a hand-written backward: matrix products in the dtype of x, scalars in fp32.
+"""The chunked, head-fused SSD scan with a hand-written backward: matrix products in the dtype of x,
+scalars in fp32.
 
-Inside a chunk the scan is masked linear attention; between chunks a state is carried (Mamba-2, arXiv 2405.21060,
-section 6 and Listing 1). What makes it fast where elementwise passes and page faults cost more than products:
+Inside a chunk the scan is masked linear attention; between chunks a state is carried (Mamba-2,
+arXiv 2405.21060, section 6 and Listing 1). What makes it fast where elementwise passes and page
+faults cost more than products:
 - heads of a group share one product with B and with C;
-- the causal mask is laid on C·Bᵀ, which has no head dim, so the (chunk x chunk) decay of each head is only subtracted,
-  clamped at zero, exponentiated (base 2: four times as fast on CPU) and multiplied;
-- chunks are handled in blocks whose temporaries stay in cache and are allocated from the same memory again and again;
-- backward recomputes decays and weights; beside the inputs it keeps C·Bᵀ, the state that enters each chunk and its
-  product with C, in the dtype of x: recomputing those too costs 13 % of forward and backward in fp32 (AVX-512, 1 core);
+- the causal mask is laid on C·Bᵀ, which has no head dim, so the (chunk x chunk) decay of each head
+  is only subtracted, clamped at zero, exponentiated (base 2: four times as fast on CPU) and
+  multiplied;
+- chunks are handled in blocks whose temporaries stay in cache and are allocated from the same
+  memory again and again;
+- backward recomputes decays and weights; beside the inputs it keeps C·Bᵀ, the state that enters
+  each chunk and its product with C, in the dtype of x: recomputing those too costs 13 % of forward
+  and backward in fp32 (AVX-512, 1 core);
 - what is one scalar a token and head (step sizes, decays) is left to autograd.
 These are plain tensor operations: CUDA tensors run them as well, in one block.
 
-Shape suffixes: B batch, L length, C chunks, T tiles (chunks of all rows, B·C), Q chunk length, G groups, J heads of a
-group (H = G·J heads), P head width, N state size.
+Shape suffixes: B batch, L length, C chunks, T tiles (chunks of all rows, B·C), Q chunk length, G
+groups, J heads of a group (H = G·J heads), P head width, N state size.
 """
 
 import math
@@ -26,7 +31,9 @@ from torch.autograd.function import once_differentiable
 from kernels.compiled import piece
 from kernels.ssd.reference import step_size
 
-_BLOCK_ELEMENTS = 1 << 17  # of a temporary: 512 KiB in fp32; two of them fit in the L2 cache of one core
+_BLOCK_ELEMENTS = (
+    1 << 17
+)  # of a temporary: 512 KiB in fp32; two of them fit in the L2 cache of one core
 _BY_HEAD = (0, 2, 3, 1, 4)  # T Q G J P -> T G J Q P
 _FROM_HEAD = (0, 3, 1, 2, 4)
 _BY_GROUP = (0, 2, 1, 3, 4)  # T Q G J P <-> T G Q J P
@@ -34,16 +41,21 @@ _BY_GROUP = (0, 2, 1, 3, 4)  # T Q G J P <-> T G Q J P
 
 @piece
 def _decay_and_weights(cum_TGJQ: Tensor, scores_TGQQ: Tensor) -> tuple[Tensor, Tensor]:
-    """The decay from token j to i in fp32, and the attention-like weights decay · C_i·B_j in the dtype of scores."""
+    """The decay from token j to i in fp32, and the attention-like weights decay · C_i·B_j in the
+    dtype of scores.
+    """
     decay = (cum_TGJQ[..., :, None] - cum_TGJQ[..., None, :]).clamp_(max=0).exp2_()
     return decay, (decay * scores_TGQQ.to(decay.dtype)[:, :, None]).to(scores_TGQQ.dtype)
 
 
 @piece
-def _decay_and_score_grads(dweights: Tensor, decay: Tensor, scores_TGQQ: Tensor) -> tuple[Tensor, Tensor]:
+def _decay_and_score_grads(
+    dweights: Tensor, decay: Tensor, scores_TGQQ: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of the cumulative log2-decay (T, G, J, Q) and of the scores, not yet masked.
 
-    The diagonal cannot reach the log-decay; leaving it out keeps the row and column sums from cancelling badly.
+    The diagonal cannot reach the log-decay; leaving it out keeps the row and column sums from
+    cancelling badly.
     """
     dscores_TGJQQ = dweights.to(decay.dtype) * decay
     through_decay = dscores_TGJQQ * scores_TGQQ.to(decay.dtype).tril(-1)[:, :, None]
@@ -52,8 +64,12 @@ def _decay_and_score_grads(dweights: Tensor, decay: Tensor, scores_TGQQ: Tensor)
 
 
 @piece
-def _combine(y_diag_TGJQP: Tensor, y_off_TGQJP: Tensor, out_decay_TQGJ: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
-    """y (T, Q, G, J, P) from its part inside the chunk, its part from the carried state, and D x."""
+def _combine(
+    y_diag_TGJQP: Tensor, y_off_TGQJP: Tensor, out_decay_TQGJ: Tensor, x: Tensor, D: Tensor | None
+) -> Tensor:
+    """y (T, Q, G, J, P) from its part inside the chunk, its part from the carried state,
+    and D x.
+    """
     y_TQGJP = y_off_TGQJP.to(out_decay_TQGJ.dtype).permute(_BY_GROUP) * out_decay_TQGJ[..., None]
     y_TQGJP += y_diag_TGJQP.permute(_FROM_HEAD)
     if D is not None:
@@ -63,12 +79,23 @@ def _combine(y_diag_TGJQP: Tensor, y_off_TGQJP: Tensor, out_decay_TQGJ: Tensor, 
 
 @piece
 def _input_grads(
-    dx_dt_TGJQP: Tensor, dx_in_TGQJP: Tensor, x: Tensor, dy: Tensor, dt: Tensor, in_scale: Tensor, D: Tensor | None
+    dx_dt_TGJQP: Tensor,
+    dx_in_TGQJP: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    dt: Tensor,
+    in_scale: Tensor,
+    D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, dt, in_scale and D; the first two arguments are those of x·dt and of x·in_scale."""
+    """Gradients of x, dt, in_scale and D; the first two arguments are those of x·dt and of
+    x·in_scale.
+    """
     real = dt.dtype
-    x_real, dx_dt, dx_in = x.to(real), dx_dt_TGJQP.to(real).permute(_FROM_HEAD), dx_in_TGQJP.to(real).permute(_BY_GROUP)
-    ddt, din_scale = torch.linalg.vecdot(dx_dt, x_real), torch.linalg.vecdot(dx_in, x_real)
+    x_real = x.to(real)
+    dx_dt = dx_dt_TGJQP.to(real).permute(_FROM_HEAD)
+    dx_in = dx_in_TGQJP.to(real).permute(_BY_GROUP)
+    ddt = torch.linalg.vecdot(dx_dt, x_real)
+    din_scale = torch.linalg.vecdot(dx_in, x_real)
     dx = (dx_dt * dt[..., None]).addcmul_(dx_in, in_scale[..., None])
     if D is None:
         return dx.to(x.dtype), ddt, din_scale, None
@@ -77,18 +104,25 @@ def _input_grads(
 
 
 def _scaled(x_TQGJP: Tensor, scale_TQGJ: Tensor, order: tuple[int, ...]) -> Tensor:
-    """x times one scalar a token and head, written contiguously with its dims permuted by ``order``."""
-    x, scale = x_TQGJP.permute(order), scale_TQGJ[..., None].to(x_TQGJP.dtype).permute(order)
+    """x times one scalar a token and head, written contiguously with its dims permuted by
+    ``order``.
+    """
+    x = x_TQGJP.permute(order)
+    scale = scale_TQGJ[..., None].to(x_TQGJP.dtype).permute(order)
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def _masked_scores(B_TGQN: Tensor, C_TGQN: Tensor, visible: Tensor) -> Tensor:
-    """C_i·B_j, zero where token i does not see token j: a product with 0 and 1 is vectorised, ``masked_fill`` not."""
+    """C_i·B_j, zero where token i does not see token j: a product with 0 and 1 is vectorised,
+    ``masked_fill`` not.
+    """
     return (C_TGQN @ B_TGQN.mT).mul_(visible)
 
 
 def _blocks(x_TQGJP: Tensor) -> list[slice]:
-    """Slices of tiles: as many as keep a block's largest temporary in cache; all of them on an accelerator."""
+    """Slices of tiles: as many as keep a block's largest temporary in cache; all of them on an
+    accelerator.
+    """
     tiles, chunk, groups, heads, width = x_TQGJP.shape
     size = max(1, _BLOCK_ELEMENTS // (groups * heads * chunk * max(chunk, width)))
     size = size if x_TQGJP.device.type == "cpu" else tiles
@@ -109,12 +143,16 @@ def _outer_sums(x: Tensor, scale: Tensor, B_TGQN: Tensor, dtype: torch.dtype) ->
     return sums
 
 
-def _carry_(updates: Tensor, decay_BCGJ: Tensor, first_BGNJP: Tensor, reverse: bool = False) -> Tensor:
-    """Run s <- decay_c s + updates_c over the chunks of each row, replacing updates_c by the s that it meets.
+def _carry_(
+    updates: Tensor, decay_BCGJ: Tensor, first_BGNJP: Tensor, reverse: bool = False
+) -> Tensor:
+    """Run s <- decay_c s + updates_c over the chunks of each row, replacing updates_c by the s that
+    it meets.
 
     Returns the s after the last chunk.
     """
-    by_row, decay = updates.view(*decay_BCGJ.shape[:2], *first_BGNJP.shape[1:]), decay_BCGJ[:, :, :, None, :, None]
+    by_row = updates.view(*decay_BCGJ.shape[:2], *first_BGNJP.shape[1:])
+    decay = decay_BCGJ[:, :, :, None, :, None]
     order = range(by_row.shape[1])
     state = first_BGNJP
     for c in reversed(order) if reverse else order:
@@ -142,7 +180,9 @@ class _ChunkedScan(torch.autograd.Function):
         initial: Tensor,
         visible: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        B_TGQN, C_TGQN, cum_TGJQ = B.transpose(1, 2), C.transpose(1, 2), cum.permute(0, 2, 3, 1).contiguous()
+        B_TGQN = B.transpose(1, 2)
+        C_TGQN = C.transpose(1, 2)
+        cum_TGJQ = cum.permute(0, 2, 3, 1).contiguous()
         states = _outer_sums(x, in_scale, B_TGQN, initial.dtype)
         final = _carry_(states, chunk_decay, initial)
         entering = states.to(x.dtype)
@@ -153,25 +193,53 @@ class _ChunkedScan(torch.autograd.Function):
             _, weights = _decay_and_weights(cum_TGJQ[t], scores[t])
             y_diag = weights @ _scaled(x[t], dt[t], _BY_HEAD)
             torch.matmul(C_TGQN[t], entering[t], out=y_off[t])
-            y[t] = _combine(y_diag, y_off[t].unflatten(-1, x.shape[-2:]), out_decay[t], x[t], D)
-        ctx.save_for_backward(x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off)
+            y[t] = _combine(
+                y_diag,
+                y_off[t].unflatten(-1, x.shape[-2:]),
+                out_decay[t],
+                x[t],
+                D,
+            )
+        ctx.save_for_backward(
+            x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off
+        )
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off = ctx.saved_tensors
-        B_TGQN, C_TGQN = B.transpose(1, 2), C.transpose(1, 2)
+        x, B, C, D, dt, cum, in_scale, out_decay, chunk_decay, visible, scores, entering, y_off = (
+            ctx.saved_tensors
+        )
+        B_TGQN = B.transpose(1, 2)
+        C_TGQN = C.transpose(1, 2)
         leaving = _outer_sums(dy, out_decay, C_TGQN, dfinal.dtype)
         dinitial = _carry_(leaving, chunk_decay, dfinal, reverse=True)
-        cum_TGJQ, dx = cum.permute(0, 2, 3, 1).contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles = (x, B_TGQN, C_TGQN, dy, dt, cum_TGJQ, in_scale, out_decay, visible, scores, entering, leaving, y_off)
+        cum_TGJQ = cum.permute(0, 2, 3, 1).contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        tiles = (
+            x,
+            B_TGQN,
+            C_TGQN,
+            dy,
+            dt,
+            cum_TGJQ,
+            in_scale,
+            out_decay,
+            visible,
+            scores,
+            entering,
+            leaving,
+            y_off,
+        )
         small: list[list[Tensor]] = []
         for t in _blocks(x):
             dx[t], *rest = _tile_grads(D, *(tensor[t] for tensor in tiles))
             small.append(rest)
         *grads, dDs = zip(*small, strict=True)
-        dB, dC, ddt, dcum, din_scale, dout_decay, dchunk_decay = (torch.cat(parts) for parts in grads)
+        dB, dC, ddt, dcum, din_scale, dout_decay, dchunk_decay = (
+            torch.cat(parts) for parts in grads
+        )
         dD = None if D is None else torch.stack(dDs).sum(0)
         dchunk_decay = dchunk_decay.view(chunk_decay.shape)
         return dx, dB, dC, dD, ddt, dcum, din_scale, dout_decay, dchunk_decay, dinitial, None
@@ -195,10 +263,12 @@ def _tile_grads(
 ) -> tuple[Any, ...]:
     """Gradients of x, B, C, dt, cum, in_scale, out_decay, chunk_decay and D for a block of tiles.
 
-    ``leaving`` (T, G, N, J·P) is the gradient of the state after each chunk, ``entering`` the state before it, in the
-    dtype of x, ``y_off`` (T, G, Q, J·P) the products of C with that state, ``scores`` (T, G, Q, Q) those of C with B.
+    ``leaving`` (T, G, N, J·P) is the gradient of the state after each chunk, ``entering`` the state
+    before it, in the dtype of x, ``y_off`` (T, G, Q, J·P) the products of C with that state,
+    ``scores`` (T, G, Q, Q) those of C with B.
     """
-    heads, mm = x.shape[-2:], x.dtype
+    heads = x.shape[-2:]
+    mm = x.dtype
     decay, weights = _decay_and_weights(cum_TGJQ, scores)
     dy_TGJQP = dy.permute(_BY_HEAD).contiguous()
     dweights = dy_TGJQP @ _scaled(x, dt, _BY_HEAD).mT
@@ -206,20 +276,43 @@ def _tile_grads(
     dscores = dscores.mul_(visible).to(mm)
 
     leaving_mm = leaving.to(mm)
-    x_in, dy_out = _scaled(x, in_scale, _BY_GROUP).flatten(-2), _scaled(dy, out_decay, _BY_GROUP).flatten(-2)
-    dout_decay = torch.linalg.vecdot(dy.to(dt.dtype), y_off.to(dt.dtype).unflatten(-1, heads).permute(_BY_GROUP))
+    x_in = _scaled(x, in_scale, _BY_GROUP).flatten(-2)
+    dy_out = _scaled(dy, out_decay, _BY_GROUP).flatten(-2)
+    dout_decay = torch.linalg.vecdot(
+        dy.to(dt.dtype), y_off.to(dt.dtype).unflatten(-1, heads).permute(_BY_GROUP)
+    )
     dchunk_decay = (leaving * entering.to(dt.dtype)).unflatten(-1, heads).sum((2, 4))  # (T, G, J)
 
     dx_in = (B @ leaving_mm).unflatten(-1, heads)
-    dx, ddt, din_scale, dD = _input_grads(weights.mT @ dy_TGJQP, dx_in, x, dy, dt, in_scale, D)
+    dx, ddt, din_scale, dD = _input_grads(
+        weights.mT @ dy_TGJQP,
+        dx_in,
+        x,
+        dy,
+        dt,
+        in_scale,
+        D,
+    )
     dB = dscores.mT @ C + x_in @ leaving_mm.mT
     dC = dscores @ B + dy_out @ entering.mT
     dcum = dcum.permute(0, 3, 1, 2)
-    return dx, dB.transpose(1, 2), dC.transpose(1, 2), ddt, dcum, din_scale, dout_decay, dchunk_decay, dD
+    return (
+        dx,
+        dB.transpose(1, 2),
+        dC.transpose(1, 2),
+        ddt,
+        dcum,
+        din_scale,
+        dout_decay,
+        dchunk_decay,
+        dD,
+    )
 
 
 def _tile(t: Tensor, chunks: int, chunk: int) -> Tensor:
-    """(B, L, ...) -> (T, Q, ...), the ragged end of each row filled with zeros: tokens whose step size is 0."""
+    """(B, L, ...) -> (T, Q, ...), the ragged end of each row filled with zeros: tokens whose step
+    size is 0.
+    """
     missing = chunks * chunk - t.shape[1]
     if missing:
         t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
@@ -227,10 +320,11 @@ def _tile(t: Tensor, chunks: int, chunk: int) -> Tensor:
 
 
 def _visibility(seq_idx: Tensor | None, chunks: int, chunk: int, x: Tensor) -> tuple[Tensor, ...]:
-    """Which of two tokens of a chunk see each other, and which tokens the carried state reaches or takes in.
+    """Which of two tokens of a chunk see each other, and which tokens the carried state reaches or
+    takes in.
 
-    Returns visible (T, 1, Q, Q), 0 or 1 in the dtype of x, and bool enters (T, Q), leaves (T, Q), crosses (T); without
-    seq_idx each has one tile, and the last three one token.
+    Returns visible (T, 1, Q, Q), 0 or 1 in the dtype of x, and bool enters (T, Q), leaves (T, Q),
+    crosses (T); without seq_idx each has one tile, and the last three one token.
     """
     length = x.shape[1]
     past = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril_()
@@ -240,19 +334,29 @@ def _visibility(seq_idx: Tensor | None, chunks: int, chunk: int, x: Tensor) -> t
     tail = seq_idx[:, -1:].expand(-1, chunks * chunk - length)
     seq_BCQ = torch.cat([seq_idx, tail], dim=1).unflatten(1, (chunks, chunk))
     last = seq_BCQ[..., -1:]
-    before = torch.cat([seq_BCQ[:, :1, :1], last[:, :-1]], dim=1)  # the initial state belongs to the first sequence
+    before = torch.cat(
+        [seq_BCQ[:, :1, :1], last[:, :-1]], dim=1
+    )  # the initial state belongs to the first sequence
     visible = past & (seq_BCQ[..., :, None] == seq_BCQ[..., None, :])
-    enters, leaves, crosses = seq_BCQ == before, seq_BCQ == last, last[..., 0] == before[..., 0]
-    return visible.flatten(0, 1)[:, None].to(x.dtype), enters.flatten(0, 1), leaves.flatten(0, 1), crosses.flatten()
+    enters = seq_BCQ == before
+    leaves = seq_BCQ == last
+    crosses = last[..., 0] == before[..., 0]
+    return (
+        visible.flatten(0, 1)[:, None].to(x.dtype),
+        enters.flatten(0, 1),
+        leaves.flatten(0, 1),
+        crosses.flatten(),
+    )
 
 
 def _decays(
     dt_TQH: Tensor, A: Tensor, visible: Tensor, enters: Tensor, leaves: Tensor, crosses: Tensor
 ) -> tuple[Tensor, ...]:
-    """Cumulative log2-decay, what scales x into the state, and the decay of the carried state at a token and a chunk.
+    """Cumulative log2-decay, what scales x into the state, and the decay of the carried state at a
+    token and a chunk.
 
-    The cumulative sums start anew with each document and are products with the mask: nothing of a document, not even
-    rounding, reaches the gradient of another.
+    The cumulative sums start anew with each document and are products with the mask: nothing of a
+    document, not even rounding, reaches the gradient of another.
     """
     cum_TQH = visible.squeeze(1).to(dt_TQH.dtype) @ (dt_TQH * (A * math.log2(math.e)))
     total = cum_TQH[:, -1:]
@@ -276,26 +380,51 @@ def ssd_chunked(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, H, P) in the dtype of x, and the final states (B, H, P, N) in fp32 (fp64 for fp64 inputs).
+    """y (B, L, H, P) in the dtype of x, and the final states (B, H, P, N) in fp32 (fp64 for fp64
+    inputs).
 
     Arguments as ``kernels.ssd.ssd``, already checked.
     """
-    (batch, length, heads, width), (groups, state_size) = x.shape, B.shape[2:]
+    (batch, length, heads, width) = x.shape
+    (groups, state_size) = B.shape[2:]
     chunk = max(1, min(chunk_size, length))
-    chunks, by_group = max(1, -(-length // chunk)), (groups, heads // groups)
+    chunks = max(1, -(-length // chunk))
+    by_group = (groups, heads // groups)
     real = torch.promote_types(x.dtype, torch.float32)
     dt_TQH = _tile(step_size(dt, dt_bias, dt_softplus, dt_limit).to(real), chunks, chunk)
     visible, *masks = _visibility(seq_idx, chunks, chunk, x)
-    scalars = [t.unflatten(-1, by_group) for t in (dt_TQH, *_decays(dt_TQH, A.to(real), visible, *masks))]
+    scalars = [
+        t.unflatten(-1, by_group) for t in (dt_TQH, *_decays(dt_TQH, A.to(real), visible, *masks))
+    ]
     scalars[-1] = scalars[-1].unflatten(0, (batch, chunks))
     if D is not None:
         D = (D if D.ndim == 2 else D[:, None].expand(-1, width)).to(real).unflatten(0, by_group)
     if initial_states is None:
-        initial = torch.zeros(batch, groups, state_size, by_group[1], width, dtype=real, device=x.device)
+        initial = torch.zeros(
+            batch, groups, state_size, by_group[1], width, dtype=real, device=x.device
+        )
     else:
-        initial = initial_states.to(real).unflatten(1, by_group).permute(0, 1, 4, 2, 3)
+        initial = (
+            initial_states.to(real)
+            .unflatten(1, by_group)
+            .permute(
+                0,
+                1,
+                4,
+                2,
+                3,
+            )
+        )
     x, B, C = (_tile(t, chunks, chunk) for t in (x, B, C))
     visible = visible.expand(len(x), -1, -1, -1)
-    y, final = _ChunkedScan.apply(x.unflatten(2, by_group), B, C, D, *scalars, initial, visible)
+    y, final = _ChunkedScan.apply(
+        x.unflatten(2, by_group),
+        B,
+        C,
+        D,
+        *scalars,
+        initial,
+        visible,
+    )
     y = y.view(batch, chunks * chunk, heads, width)[:, :length]
     return y if z is None else y * F.silu(z.to(y.dtype)), final.permute(0, 1, 3, 4, 2).flatten(1, 2)

@@ -1,4 +1,5 @@
-"""The public SSD scan: argument checks, the choice of the path, and the library op of the Triton kernels.
+"""The public SSD scan: argument checks, the choice of the path, and the library op of the Triton
+kernels.
 
 Shape suffixes: B batch, L length, H heads, P head width, N state size, G groups.
 """
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, use_triton
-from kernels.checks import check_decay, check_devices, check_documents, check_floats, check_states_of_documents
+from kernels.checks import (
+    check_decay,
+    check_devices,
+    check_documents,
+    check_floats,
+    check_states_of_documents,
+)
 from kernels.ssd.cpu import ssd_chunked
 from kernels.ssd.documents import add_document_states
 from kernels.ssd.reference import step_size
@@ -20,7 +27,9 @@ MAX_TRITON_STATE = 256  # a head's state lies in registers
 
 def _expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) not in shapes:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}"
+        )
 
 
 def _expect_ndim(name: str, tensor: Tensor, dims: str) -> None:
@@ -42,7 +51,8 @@ def _check_shapes(
 ) -> None:
     _expect_ndim("x", x, "batch, length, heads, head width")
     _expect_ndim("B", B, "batch, length, groups, state size")
-    (batch, length, heads, width), (groups, state_size) = x.shape, B.shape[2:]
+    (batch, length, heads, width) = x.shape
+    (groups, state_size) = B.shape[2:]
     if groups == 0 or heads % groups:
         raise ValueError(f"B: got {groups} groups, expected a divisor of the {heads} heads of x")
     _expect("dt", dt, (batch, length, heads))
@@ -56,11 +66,14 @@ def _check_shapes(
     _check_initial(initial_states, (batch, heads, width, state_size), seq_idx)
 
 
-def _check_initial(initial_states: Tensor | None, of_row: tuple[int, ...], seq_idx: Tensor | None) -> None:
+def _check_initial(
+    initial_states: Tensor | None, of_row: tuple[int, ...], seq_idx: Tensor | None
+) -> None:
     """A state of each row, or with seq_idx of each document."""
     if initial_states is None or initial_states.shape == of_row:
         return
-    got, (batch, *of_head) = tuple(initial_states.shape), of_row
+    got = tuple(initial_states.shape)
+    (batch, *of_head) = of_row
     if seq_idx is None:
         hint = "; one for each document needs seq_idx" if len(got) == 5 else ""
         raise ValueError(f"initial_states: got shape {got}, expected {of_row}{hint}")
@@ -70,7 +83,13 @@ def _check_initial(initial_states: Tensor | None, of_row: tuple[int, ...], seq_i
 
 
 def _check_values(
-    x: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, chunk_size: int, dt_limit: tuple[float, float]
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+    dt_limit: tuple[float, float],
 ) -> None:
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
@@ -102,39 +121,56 @@ def ssd(
     return_final_states: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's scan h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_tᵀ, y_t = C_t h_t + D x_t (arXiv 2405.21060, section 6).
+    """Mamba-2's scan h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_tᵀ, y_t = C_t h_t + D x_t (arXiv
+    2405.21060, section 6).
 
-    Names and shapes are those of mamba_ssm's ``mamba_chunk_scan_combined``. Products run in the dtype of x (fp32,
-    fp16, bf16, fp64), step sizes, decays and carried states in fp32 at least. Deterministic from run to run.
+    Names and shapes are those of mamba_ssm's ``mamba_chunk_scan_combined``. Products run in the
+    dtype of x (fp32, fp16, bf16, fp64), step sizes, decays and carried states in fp32 at least.
+    Deterministic from run to run.
 
     Args:
         x: (B, L, H, P). Views into a wider tensor are fine, here and below.
         dt: (B, L, H), step sizes before bias, softplus and limit; any float dtype.
         A: (H,), negative.
         B, C: (B, L, G, N), dtype of x; G divides H, head h uses group h // (H / G).
-        chunk_size: tokens that are handled as one matrix, on a GPU 64 at most; no effect on the result.
+        chunk_size: tokens that are handled as one matrix, on a GPU 64 at most; no effect on the
+            result.
         D: (H,) or (H, P), skip connection.
         z: (B, L, H, P), gate: y becomes y silu(z).
         dt_bias: (H,), added to dt before softplus.
-        initial_states: (B, H, P, N), state before the first token; belongs to the first sequence of its row. Or
-            (B, S, H, P, N) with ``seq_idx``, S above its values: sequence s of row b starts from [b, s], and a number
-            that the row does not have leaves its state unused. What these states add is summed with y in fp32, which
-            rounds y twice where x has 16 bits: without them, and with them.
-        seq_idx: (B, L) int32 from 0, never decreasing along a row: the state is zeroed, or set to that sequence's
-            initial state, where it changes.
+        initial_states: (B, H, P, N), state before the first token; belongs to the first sequence of
+            its row. Or (B, S, H, P, N) with ``seq_idx``, S above its values: sequence s of row b
+            starts from [b, s], and a number that the row does not have leaves its state unused.
+            What these states add is summed with y in fp32, which rounds y twice where x has 16
+            bits: without them, and with them.
+        seq_idx: (B, L) int32 from 0, never decreasing along a row: the state is zeroed, or set to
+            that sequence's initial state, where it changes.
         dt_softplus: apply softplus (linear past 20) to dt.
         dt_limit: clamp for Δ, after softplus.
         return_final_states: also return the state after the last token.
         backend: "torch" or "triton"; None for what suits the device.
 
     Returns:
-        y (B, L, H, P) in the dtype of x; with ``return_final_states`` also (B, H, P, N) in fp32 (fp64 for fp64),
-        the state of each row's last sequence. Both carry gradient, to every float argument.
+        y (B, L, H, P) in the dtype of x; with ``return_final_states`` also (B, H, P, N) in fp32
+        (fp64 for fp64), the state of each row's last sequence. Both carry gradient, to every float
+        argument.
 
     Raises:
-        ValueError: a shape, dtype or value does not fit; names the argument, what it got and what is expected.
+        ValueError: a shape, dtype or value does not fit; names the argument, what it got and what
+            is expected.
     """
-    _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    _check_shapes(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+    )
     floats = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     floats["initial_states"] = initial_states
     check_floats(**floats)
@@ -142,13 +178,41 @@ def ssd(
     _check_values(x, A, B, C, seq_idx, chunk_size, dt_limit)
     how = (dt_softplus, dt_limit, backend)
     if initial_states is None or initial_states.ndim == 4:
-        y, final = _scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, *how)
+        y, final = _scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            *how,
+        )
     else:
         assert seq_idx is not None
         check_states_of_documents("initial_states", initial_states, seq_idx)
-        y, final = _scan(x, dt, A, B, C, chunk_size, D, None, dt_bias, None, seq_idx, *how)
+        y, final = _scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            None,
+            dt_bias,
+            None,
+            seq_idx,
+            *how,
+        )
         step_BLH = step_size(dt, dt_bias, dt_softplus, dt_limit).to(final.dtype)
-        y, final = add_document_states(y, final, C, step_BLH, A.to(final.dtype), z, initial_states, seq_idx, backend)
+        y, final = add_document_states(
+            y, final, C, step_BLH, A.to(final.dtype), z, initial_states, seq_idx, backend
+        )
     return (y, final) if return_final_states else y
 
 
@@ -169,36 +233,90 @@ def _scan(
     backend: Backend | None,
 ) -> tuple[Tensor, Tensor]:
     """y and final states, from checked arguments; initial states (B, H, P, N)."""
-    if not use_triton(backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""):
-        return ssd_chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit)
+    if not use_triton(
+        backend, x, f"a state size of {B.shape[-1]}" if B.shape[-1] > MAX_TRITON_STATE else ""
+    ):
+        return ssd_chunked(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            dt_softplus,
+            dt_limit,
+        )
     D_HP = D if D is None or D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])
     fp32 = [t if t is None else t.float() for t in (D_HP, dt_bias, initial_states)]
     limit = [float(bound) for bound in dt_limit]
-    y, final = ssd_fwd(x, dt, A.float(), B, C, *fp32, seq_idx, dt_softplus, limit, chunk_size)
+    y, final = ssd_fwd(
+        x,
+        dt,
+        A.float(),
+        B,
+        C,
+        *fp32,
+        seq_idx,
+        dt_softplus,
+        limit,
+        chunk_size,
+    )
     return y if z is None else (y * F.silu(z.float())).to(x.dtype), final
 
 
 @torch.library.custom_op("engramba::ssd_fwd", mutates_args=())
 def ssd_fwd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: list[float], chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: list[float],
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """y and final states; D is (H, P), and A, D, dt_bias and initial states are fp32."""
     from kernels.ssd import triton
 
-    return triton.forward(x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size)
+    return triton.forward(
+        x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size
+    )
 
 
 @torch.library.custom_op("engramba::ssd_bwd", mutates_args=())
 def ssd_bwd(
-    dy: Tensor, dfinal: Tensor | None,
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    initial: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, dt_limit: list[float], chunk_size: int,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, and of D, dt_bias and the initial states as far as they exist."""
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: list[float],
+    chunk_size: int,
+) -> list[Tensor]:
+    """Gradients of x, dt, A, B, C, and of D, dt_bias and the initial states as far as they
+    exist.
+    """
     from kernels.ssd import triton
 
-    return triton.backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size)
+    return triton.backward(
+        dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, seq_idx, dt_softplus, dt_limit, chunk_size
+    )
 
 
 @ssd_fwd.register_fake
@@ -221,7 +339,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    found = iter(ssd_bwd(dy, dfinal, *tensors, ctx.dt_softplus, ctx.dt_limit, ctx.chunk_size))
+    found = iter(
+        ssd_bwd(
+            dy,
+            dfinal,
+            *tensors,
+            ctx.dt_softplus,
+            ctx.dt_limit,
+            ctx.chunk_size,
+        )
+    )
     return *(None if t is None else next(found) for t in tensors[:-1]), None, None, None, None
 
 

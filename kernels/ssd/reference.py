@@ -1,6 +1,8 @@
-"""The SSD recurrence, one token after the other: the oracle for every faster form. Works in float64.
+"""The SSD recurrence, one token after the other: the oracle for every faster form. Works in
+float64.
 
-Shape suffixes: B batch, L length, H heads, P head width, N state size, G groups of heads that share B and C.
+Shape suffixes: B batch, L length, H heads, P head width, N state size, G groups of heads that share
+B and C.
 """
 
 import torch
@@ -9,9 +11,14 @@ from torch import Tensor
 
 
 def step_size(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] = (0.0, float("inf"))
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:
-    """Δ = clamp(softplus(dt + bias)), in at least fp32; softplus is linear past 20. ``dt_bias`` broadcasts."""
+    """Δ = clamp(softplus(dt + bias)), in at least fp32; softplus is linear past 20. ``dt_bias``
+    broadcasts.
+    """
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     dt = dt if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt, threshold=20.0) if dt_softplus else dt
@@ -36,8 +43,8 @@ def ssd_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_tᵀ, y_t = C_t h_t + D x_t, gated by silu(z_t).
 
-    Arguments, shapes and results are those of ``kernels.ssd.ssd``; ``chunk_size`` has no effect here. Source:
-    Mamba-2, arXiv 2405.21060, eq. 1 with the scalar decay of section 6.
+    Arguments, shapes and results are those of ``kernels.ssd.ssd``; ``chunk_size`` has no effect
+    here. Source: Mamba-2, arXiv 2405.21060, eq. 1 with the scalar decay of section 6.
     """
     batch, length, heads, width = x.shape
     groups, state_size = B.shape[2:]
@@ -47,12 +54,17 @@ def ssd_reference(
     x_BLHP = x.to(real)
     zeros = x_BLHP.new_zeros(batch, heads, width, state_size)
     initial = zeros if initial_states is None else initial_states.to(real)
-    by_document, rows = initial.ndim == 5, torch.arange(batch, device=x.device)
+    by_document = initial.ndim == 5
+    rows = torch.arange(batch, device=x.device)
     state = zeros if by_document else initial
     outputs = []
     for t in range(length):
         if seq_idx is not None:
-            starts = seq_idx[:, t] != seq_idx[:, t - 1] if t else torch.full_like(rows, by_document, dtype=torch.bool)
+            starts = (
+                seq_idx[:, t] != seq_idx[:, t - 1]
+                if t
+                else torch.full_like(rows, by_document, dtype=torch.bool)
+            )
             first = initial[rows, seq_idx[:, t].long()] if by_document else zeros
             state = torch.where(starts[:, None, None, None], first, state)
         update = (dt_BLH[:, t, :, None] * x_BLHP[:, t])[..., None] * B_BLHN[:, t, :, None]

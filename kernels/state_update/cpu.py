@@ -1,8 +1,11 @@
-"""The step in three passes over the state, all in place: decay, add the outer product, multiply with C.
+"""The step in three passes over the state, all in place: decay, add the outer product, multiply
+with C.
 
-Decays that are equal within a head stay one number a head. Plain tensor operations: CUDA tensors run it as well.
+Decays that are equal within a head stay one number a head. Plain tensor operations: CUDA tensors
+run it as well.
 
-Shape suffixes: B batch, H heads, P head width, N state size, G groups, J heads of a group (H = G·J heads).
+Shape suffixes: B batch, H heads, P head width, N state size, G groups, J heads of a group (H = G·J
+heads).
 """
 
 import torch.nn.functional as F
@@ -12,7 +15,9 @@ from kernels.ssd.reference import step_size
 
 
 def _untied(t: Tensor, first: int) -> Tensor:
-    """Shrink dims from ``first`` on that are mere repetitions (stride 0, as ``expand`` makes them) to size 1."""
+    """Shrink dims from ``first`` on that are mere repetitions (stride 0, as ``expand`` makes them)
+    to size 1.
+    """
     for dim in range(first, t.ndim):
         if t.stride(dim) == 0 and t.shape[dim] > 1:
             t = t.narrow(dim, 0, 1)
@@ -35,9 +40,15 @@ def step_in_place(
 
     dt is (B, H, P) or (B, H, 1), A (H, P, N) or (H, 1, 1), D and dt_bias (H, P) or (H, 1).
     """
-    real, by_group = state_BHPN.dtype, (B_BGN.shape[1], -1)
+    real = state_BHPN.dtype
+    by_group = (B_BGN.shape[1], -1)
     dt_bias = None if dt_bias is None else _untied(dt_bias, 1)
-    dt = step_size(_untied(dt, 2), dt_bias, dt_softplus, (-float("inf"), float("inf"))).to(real)
+    dt = step_size(
+        _untied(dt, 2),
+        dt_bias,
+        dt_softplus,
+        (-float("inf"), float("inf")),
+    ).to(real)
     x_real = x_BHP.to(real)
     state_BHPN *= (dt[..., None] * _untied(A, 1).to(real)).exp_()
     state_BGJPN = state_BHPN.unflatten(1, by_group)

@@ -1,8 +1,9 @@
 """SwiGLU of packed gate and up beside PyTorch's operations.
 
-``python -m kernels.swiglu.bench`` tries launch options on a card. Bound by bytes: a value of the activation, forward
-reads 2 and writes 1, backward reads 3 and writes 2 values. Compiled for sm_90, forward takes 38 registers a thread (48
-warps an SM), backward up to 62 (32 warps), without shared memory.
+``python -m kernels.swiglu.bench`` tries launch options on a card. Bound by bytes: a value of the
+activation, forward reads 2 and writes 1, backward reads 3 and writes 2 values. Compiled for sm_90,
+forward takes 38 registers a thread (48 warps an SM), backward up to 62 (32 warps), without shared
+memory.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ def liger() -> Op:
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     """The experts' inner width, a row for every routed copy."""
-    rows, inner, w = size.tokens * size.top_k, size.expert_dim, dtype.itemsize
+    rows = size.tokens * size.top_k
+    inner = size.expert_dim
+    w = dtype.itemsize
     yield Case(
         op="swiglu",
         shapes=f"{size.name}: {rows} x {inner}",
@@ -50,7 +53,9 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _rows(inner: int, rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    return leaves(torch.randn(rows, 2 * inner, device=device, dtype=dtype), dtype=dtype, device=device)
+    return leaves(
+        torch.randn(rows, 2 * inner, device=device, dtype=dtype), dtype=dtype, device=device
+    )
 
 
 def sweep() -> None:

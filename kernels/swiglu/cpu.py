@@ -14,7 +14,9 @@ def swiglu(h_M2F: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(h_M2F: torch.Tensor, da_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation once more, and the gradient of gate and up from that of the activation (which it overwrites)."""
+    """The activation once more, and the gradient of gate and up from that of the activation (which
+    it overwrites).
+    """
     gate_MF, up_MF = h_M2F.chunk(2, -1)
     dh_M2F = torch.empty_like(h_M2F)
     dgate_MF, dup_MF = dh_M2F.chunk(2, -1)

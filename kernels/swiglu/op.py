@@ -16,7 +16,8 @@ from kernels.checks import check_floats
 
 
 def swiglu(h: Tensor, backend: Backend | None = None) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202, eq. 5 and 6). The Triton path keeps h alone for the backward pass.
+    """silu(gate) * up (arXiv 2002.05202, eq. 5 and 6). The Triton path keeps h alone for the
+    backward pass.
 
     Args:
         h: (..., 2F), any float dtype; gate is [..., :F], up is [..., F:].

@@ -5,6 +5,8 @@ from torch import Tensor
 
 
 def reference_swiglu(h: Tensor) -> Tensor:
-    """silu(gate) * up of h (..., 2F), gate in the first F columns (arXiv 2002.05202 eq. 5 and 6)."""
+    """silu(gate) * up of h (..., 2F), gate in the first F columns (arXiv 2002.05202 eq. 5
+    and 6).
+    """
     gate, up = h.chunk(2, -1)
     return gate / (1 + torch.exp(-gate)) * up

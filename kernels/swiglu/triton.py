@@ -1,7 +1,8 @@
-"""SwiGLU in one pass each way, so it is bound by bytes: values of a row of 2F are read once and results written once.
+"""SwiGLU in one pass each way, so it is bound by bytes: values of a row of 2F are read once and
+results written once.
 
-16-bit, a row: forward reads 4F and writes 2F bytes; backward reads 6F, writes 4F, and 2F more where the activation is
-wanted again. No sums, no atomics: runs repeat bitwise.
+16-bit, a row: forward reads 4F and writes 2F bytes; backward reads 6F, writes 4F, and 2F more where
+the activation is wanted again. No sums, no atomics: runs repeat bitwise.
 
 Legend: M rows, F inner width; 2F is gate then up.
 """
@@ -30,10 +31,21 @@ def swiglu_fwd_kernel(h_ptr, a_ptr, M, F, stride_hm, ROWS: tl.constexpr, BLOCK_F
 
 @triton.jit
 def swiglu_bwd_kernel(
-    h_ptr, da_ptr, dh_ptr, a_ptr, M, F, stride_hm, stride_dm,
-    WRITE_A: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """dh (M, 2F) of h (M, 2F) and da (M, F), and a (M, F) if asked; grid (blocks of M, blocks of F)."""
+    h_ptr,
+    da_ptr,
+    dh_ptr,
+    a_ptr,
+    M,
+    F,
+    stride_hm,
+    stride_dm,
+    WRITE_A: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """dh (M, 2F) of h (M, 2F) and da (M, F), and a (M, F) if asked; grid (blocks of M, blocks of
+    F).
+    """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (m < M)[:, None] & (f < F)[None, :]
@@ -56,7 +68,14 @@ def forward(h_M2F: Tensor) -> Tensor:
     a_MF = torch.empty((M, F), dtype=h_M2F.dtype, device=h_M2F.device)
     if a_MF.numel():
         grid, blocks = _blocks(M, F)
-        swiglu_fwd_kernel[grid](h_M2F, a_MF, M, F, h_M2F.stride(0), **blocks)
+        swiglu_fwd_kernel[grid](
+            h_M2F,
+            a_MF,
+            M,
+            F,
+            h_M2F.stride(0),
+            **blocks,
+        )
     return a_MF
 
 
@@ -68,7 +87,16 @@ def backward(h_M2F: Tensor, da_MF: Tensor, write_a: bool) -> list[Tensor]:
     if da_MF.numel():
         grid, blocks = _blocks(M, F)
         swiglu_bwd_kernel[grid](
-            h_M2F, da_MF, dh_M2F, a_MF, M, F, h_M2F.stride(0), da_MF.stride(0), WRITE_A=write_a, **blocks
+            h_M2F,
+            da_MF,
+            dh_M2F,
+            a_MF,
+            M,
+            F,
+            h_M2F.stride(0),
+            da_MF.stride(0),
+            WRITE_A=write_a,
+            **blocks,
         )
     return [dh_M2F] if a_MF is None else [dh_M2F, a_MF]
 

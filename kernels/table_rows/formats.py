@@ -1,8 +1,9 @@
 """How a row is written down: fp32; bf16; fp8 e4m3 with one power-of-two scale for 32 values.
 
-The short formats have no master copy, so they are rounded stochastically: up or down at random, so that the mean is the
-value itself and updates below half a unit are not lost. The random bits are a hash of (seed, row, number of the row's
-update, column): the same on every layout and after a resume, with no generator to save.
+The short formats have no master copy, so they are rounded stochastically: up or down at random, so
+that the mean is the value itself and updates below half a unit are not lost. The random bits are a
+hash of (seed, row, number of the row's update, column): the same on every layout and after a
+resume, with no generator to save.
 
 Shape suffixes: U rows, W row width, K blocks of 32 values.
 """
@@ -17,7 +18,8 @@ _BF16_MAX_BITS = 0x7F7FFFFF
 
 
 def random_bits(keys_U: Tensor, width: int) -> Tensor:
-    """(U, W) int64 in 0 .. 65535: the mixer lowbias32 (C. Wellons, "Prospecting for hash functions") of key + column.
+    """(U, W) int64 in 0 .. 65535: the mixer lowbias32 (C. Wellons, "Prospecting for hash
+    functions") of key + column.
 
     Args:
         keys_U: (U,) int64 in 0 .. 2^32 - 1, from ``row_keys``.
@@ -28,7 +30,8 @@ def random_bits(keys_U: Tensor, width: int) -> Tensor:
 
 def row_keys(rows_U: Tensor, updates_U: Tensor, seed: int) -> Tensor:
     """(U,) int64 in 0 .. 2^32 - 1: one key for each (global row, number of its update, seed)."""
-    low, high = rows_U & _MASK, rows_U >> 32
+    low = rows_U & _MASK
+    high = rows_U >> 32
     return _mix32(_mix32(_mix32((low + seed) & _MASK) ^ high) ^ (updates_U.long() & _MASK))
 
 
@@ -39,7 +42,9 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def to_bf16(values_UW: Tensor, keys_U: Tensor) -> Tensor:
-    """(U, W) bf16 of fp32 values, stochastically rounded; never to infinity. NaN and infinity stay what they are."""
+    """(U, W) bf16 of fp32 values, stochastically rounded; never to infinity. NaN and infinity stay
+    what they are.
+    """
     bits = values_UW.view(torch.int32).long() & _MASK
     magnitude = (bits & 0x7FFFFFFF) + random_bits(keys_U, values_UW.shape[1])
     rounded = (bits & 0x80000000) | magnitude.clamp_max(_BF16_MAX_BITS)
@@ -48,7 +53,8 @@ def to_bf16(values_UW: Tensor, keys_U: Tensor) -> Tensor:
 
 
 def to_fp8(values_UW: Tensor, keys_U: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, W) uint8, the bits of e4m3, and (U, K) uint8, the exponents of the blocks' scales 2^(exponent - 127).
+    """(U, W) uint8, the bits of e4m3, and (U, K) uint8, the exponents of the blocks' scales
+    2^(exponent - 127).
 
     The scale is the smallest power of two that brings a block's largest value to 448 or below.
     """

@@ -19,7 +19,8 @@ def find(kept_SV, rows_U, places_U):
     """places[u] = where rows[u] is kept, -1 where it is not."""
     sets, ways = kept_SV.shape
     for u in range(rows_U.size):
-        s, places_U[u] = rows_U[u] % sets, -1
+        s = rows_U[u] % sets
+        places_U[u] = -1
         for v in range(ways):
             if kept_SV[s, v] == rows_U[u]:
                 places_U[u] = s * ways + v
@@ -27,7 +28,8 @@ def find(kept_SV, rows_U, places_U):
 
 @_compile
 def count_uses(kept_SV, heat_SV, heat_R, rows_U, now):
-    """Heat each row by a use that counts 2^now; one that is hotter than the coldest of its set takes that one's place.
+    """Heat each row by a use that counts 2^now; one that is hotter than the coldest of its set
+    takes that one's place.
 
     ``heat_SV`` has the heat of the rows that are kept, ``heat_R`` that of all others.
     """
@@ -35,7 +37,9 @@ def count_uses(kept_SV, heat_SV, heat_R, rows_U, now):
     for u in range(rows_U.size):
         prefetch_row(heat_R, rows_U[min(u + AHEAD, rows_U.size - 1)])
         row = rows_U[u]
-        s, way, coldest = row % sets, -1, 0
+        s = row % sets
+        way = -1
+        coldest = 0
         for v in range(ways):
             if kept_SV[s, v] == row:
                 way = v
@@ -48,7 +52,8 @@ def count_uses(kept_SV, heat_SV, heat_R, rows_U, now):
         if heat_R[row] > heat_SV[s, coldest]:
             if kept_SV[s, coldest] >= 0:
                 heat_R[kept_SV[s, coldest]] = heat_SV[s, coldest]
-            kept_SV[s, coldest], heat_SV[s, coldest] = row, heat_R[row]
+            kept_SV[s, coldest] = row
+            heat_SV[s, coldest] = heat_R[row]
 
 
 @_compile

@@ -1,7 +1,8 @@
 """Loops over rows in host memory, compiled by numba: decode, Adam, encode, one row after the other.
 
-``host_kernels`` and ``grouping`` call them. The arithmetic is that of ``LazyAdam.update_block`` to the last bit; equal
-values are stored as the same bits as by ``formats.py``. All of it runs without the interpreter lock.
+``host_kernels`` and ``grouping`` call them. The arithmetic is that of ``LazyAdam.update_block`` to
+the last bit; equal values are stored as the same bits as by ``formats.py``. All of it runs without
+the interpreter lock.
 """
 
 # numba has types of its own
@@ -19,7 +20,8 @@ FP32, BF16, FP8 = range(3)
 _SUM_ROWS = 256
 _u32 = numba.uint32
 _compile = compile_loop(error_model="numpy")
-# Parts of a row's work. A call passes seven numbers for each array: of a row of 64 values that is most of the time.
+# Parts of a row's work. A call passes seven numbers for each array: of a row of 64 values that is
+# most of the time.
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
@@ -32,7 +34,8 @@ def _mix32(x):
 
 @_inline
 def row_key(row, update, seed):
-    low, high = _u32(row & 0xFFFFFFFF), _u32(row >> 32)
+    low = _u32(row & 0xFFFFFFFF)
+    high = _u32(row >> 32)
     return _mix32(_u32(_mix32(_u32(_mix32(_u32(low + _u32(seed))) ^ high)) ^ _u32(update)))
 
 
@@ -45,7 +48,9 @@ def _draw(key, noise):
 
 @_inline
 def encode_bf16(bits, key, codes, r, noise):
-    """Row r of ``codes`` = bf16's bits of those of fp32 values (1, W); ``noise`` (W,) uint32 is scratch."""
+    """Row r of ``codes`` = bf16's bits of those of fp32 values (1, W); ``noise`` (W,) uint32 is
+    scratch.
+    """
     _draw(key, noise)
     for c in range(bits.shape[1]):
         magnitude = bits[0, c] & _u32(0x7FFFFFFF)
@@ -65,35 +70,44 @@ def decode_bf16(codes, r, bits):
 
 @_inline
 def scratch_of(width, num_blocks):
-    """Room for a row: its fp32 values (1, W), the same memory by blocks (1, K, X), and two more (K, X), all three with
-    their bits; and 16 random bits a column (W,).
+    """Room for a row: its fp32 values (1, W), the same memory by blocks (1, K, X), and two more (K,
+    X), all three with their bits; and 16 random bits a column (W,).
 
     Views that are made inside a loop over columns would keep it from being vectorised.
     """
     shape = (num_blocks, width // num_blocks)
-    w, noise = np.empty((1, width), np.float32), np.empty(width, np.uint32)
-    scaled, inverse = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    bits, scaled_bits, inverse_bits = w.view(np.uint32), scaled.view(np.uint32), inverse.view(np.uint32)
-    blocks, blocks_bits = w.reshape((1, *shape)), bits.reshape((1, *shape))
+    w = np.empty((1, width), np.float32)
+    noise = np.empty(width, np.uint32)
+    scaled = np.empty(shape, np.float32)
+    inverse = np.empty(shape, np.float32)
+    bits = w.view(np.uint32)
+    scaled_bits = scaled.view(np.uint32)
+    inverse_bits = inverse.view(np.uint32)
+    blocks = w.reshape((1, *shape))
+    blocks_bits = bits.reshape((1, *shape))
     return w, bits, blocks, blocks_bits, scaled, scaled_bits, inverse, inverse_bits, noise
 
 
 @_inline
 def encode_fp8(scratch, key, codes, exponents, powers, r):
-    """Row r of ``codes`` (R, K, X), e4m3's bits, and ``exponents`` (R, K), of the blocks' scales, from the values in
-    ``scratch``; ``powers`` is 2^(i - 127) for i of 0 to 255.
+    """Row r of ``codes`` (R, K, X), e4m3's bits, and ``exponents`` (R, K), of the blocks' scales,
+    from the values in ``scratch``; ``powers`` is 2^(i - 127) for i of 0 to 255.
     """
     _, _, w, w_bits, scaled, scaled_bits, inverse, inverse_bits, noise = scratch
     _draw(key, noise)
     blocks, size = scaled.shape
     for k in range(blocks):
-        largest = _u32(0)  # fp32's bits: above 0 they have the numbers' order, and integers' maximum is vectorised
+        largest = _u32(
+            0
+        )  # fp32's bits: above 0 they have the numbers' order, and integers' maximum is vectorised
         for j in range(size):
             magnitude = _u32(w_bits[0, k, j] & _u32(0x7FFFFFFF))
             largest = magnitude if magnitude > largest else largest
         inverse_bits[k, 0] = largest
         inverse[k, 0] = max(inverse[k, 0] / np.float32(448), np.float32(1e-30))
-        exponent = min(max(_u32(inverse_bits[k, 0] + _u32(0x7FFFFF)) >> _u32(23), _u32(1)), _u32(253))
+        exponent = min(
+            max(_u32(inverse_bits[k, 0] + _u32(0x7FFFFF)) >> _u32(23), _u32(1)), _u32(253)
+        )
         exponents[r, k] = exponent
         scale = powers[_u32(254) - exponent]
         for j in range(size):
@@ -107,10 +121,13 @@ def encode_fp8(scratch, key, codes, exponents, powers, r):
             power = power if power > _u32(121) else _u32(121)
             random = np.float32(np.int32(noise[k * size + j])) * np.float32(2.0**-16)
             steps = _u32(np.int32(abs(scaled[k, j]) * inverse[k, j] + random))
-            # 8 to 15 steps are a mantissa of 3 bits, 16 are 8 of the next power, fewer than 8 have no power
+            # 8 to 15 steps are a mantissa of 3 bits, 16 are 8 of the next power, fewer than 8 have
+            # no power
             code = _u32(_u32(_u32(power - _u32(121)) << _u32(3)) + steps)
             sign = _u32(_u32(scaled_bits[k, j] >> _u32(24)) & _u32(0x80))
-            codes[r, k, j] = _u32(code | sign) if abs(scaled[k, j]) <= np.float32(448) else _u32(0x7F)
+            codes[r, k, j] = (
+                _u32(code | sign) if abs(scaled[k, j]) <= np.float32(448) else _u32(0x7F)
+            )
 
 
 @_inline
@@ -121,7 +138,9 @@ def decode_fp8(codes, exponents, powers, r, w, u, number, number_bits):
     """
     blocks, size = number.shape
     for k in range(blocks):
-        for j in range(size):  # e4m3's bits in fp32's places; without a power, as if it were 1, which is 2^-6 too much
+        for j in range(
+            size
+        ):  # e4m3's bits in fp32's places; without a power, as if it were 1, which is 2^-6 too much
             magnitude = _u32(codes[r, k, j]) & _u32(0x7F)
             power = magnitude if magnitude > _u32(7) else _u32(8)
             finite = _u32(_u32(_u32(magnitude | power) << _u32(20)) + _u32(120 << 23))
@@ -144,13 +163,25 @@ def _read(form, weight, exponents, powers, r, scratch):
     elif form == BF16:
         decode_bf16(weight, r, bits)
     else:
-        decode_fp8(weight, exponents, powers, r, blocks, 0, scaled, scaled_bits)
+        decode_fp8(
+            weight,
+            exponents,
+            powers,
+            r,
+            blocks,
+            0,
+            scaled,
+            scaled_bits,
+        )
 
 
 @_inline
 def _write(form, scratch, key, weight, exponents, powers, r):
-    """Row r = the values in ``scratch``; ``key`` is that of the random bits by which a short format rounds."""
-    w, bits = scratch[0], scratch[1]
+    """Row r = the values in ``scratch``; ``key`` is that of the random bits by which a short format
+    rounds.
+    """
+    w = scratch[0]
+    bits = scratch[1]
     if form == FP32:
         for c in range(w.shape[1]):
             weight[r, c] = w[0, c]
@@ -170,18 +201,23 @@ def _square_sum(g, u, grad_scale):
 
 @_inline
 def _adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
-    """Row 0 of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised, on views not."""
+    """Row 0 of ``w``, r of the moments, u of the gradients: with indices the loops are vectorised,
+    on views not.
+    """
     for c in range(w.shape[1]):
         x = g[u, c] * grad_scale
         mean = m[r, c] + (x - m[r, c]) * new1
         square = v[r, c] * beta2 + x * x * new2
-        m[r, c], v[r, c] = mean, square
+        m[r, c] = mean
+        v[r, c] = square
         w[0, c] = w[0, c] * keep - mean * factor / (np.sqrt(square) + floor)
 
 
 @_compile
 def _rowwise_adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, new2, keep):
-    """As ``_adam_row``, with one second moment for the row: ``v`` has one column. Inlined it takes 45 ns, called 30."""
+    """As ``_adam_row``, with one second moment for the row: ``v`` has one column. Inlined it takes
+    45 ns, called 30.
+    """
     width = w.shape[1]
     v[r, 0] = v[r, 0] * beta2 + _square_sum(g, u, grad_scale) / np.float32(width) * new2
     denominator = np.sqrt(v[r, 0]) + floor
@@ -193,18 +229,36 @@ def _rowwise_adam_row(w, m, v, r, g, u, factor, floor, grad_scale, new1, beta2, 
 
 @lru_cache
 def adam_rows(form, row_wise):
-    """The loop of one step, for a format, and one second moment a value or one a row; see ``LazyAdam``.
+    """The loop of one step, for a format, and one second moment a value or one a row; see
+    ``LazyAdam``.
 
-    Each is compiled by itself: a loop that asks at every row which of them it is was not vectorised (rows of 64 fp32
-    values that lie in the cache: 22 ns each, not 64).
+    Each is compiled by itself: a loop that asks at every row which of them it is was not vectorised
+    (rows of 64 fp32 values that lie in the cache: 22 ns each, not 64).
     """
 
     @_compile
     def loop(
-        weight, exponents, powers, mean, square, step, rows, ids, grads,
-        corrections, rate, grad_scale, new1, beta2, new2, eps, keep, seed,
-    ):  # fmt: skip
-        width, last = mean.shape[1], corrections.shape[1] - 1
+        weight,
+        exponents,
+        powers,
+        mean,
+        square,
+        step,
+        rows,
+        ids,
+        grads,
+        corrections,
+        rate,
+        grad_scale,
+        new1,
+        beta2,
+        new2,
+        eps,
+        keep,
+        seed,
+    ):
+        width = mean.shape[1]
+        last = corrections.shape[1] - 1
         scratch = scratch_of(width, max(1, exponents.shape[1]))
         w = scratch[0]
         for u in range(rows.size):
@@ -222,17 +276,31 @@ def adam_rows(form, row_wise):
             floor = np.float32(eps * corrections[1, t])
             _read(form, weight, exponents, powers, r, scratch)
             if row_wise:
-                _rowwise_adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
+                _rowwise_adam_row(
+                    w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep
+                )
             else:
-                _adam_row(w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep)
-            _write(form, scratch, row_key(ids[u], step[r], seed), weight, exponents, powers, r)
+                _adam_row(
+                    w, mean, square, r, grads, u, factor, floor, grad_scale, new1, beta2, new2, keep
+                )
+            _write(
+                form,
+                scratch,
+                row_key(ids[u], step[r], seed),
+                weight,
+                exponents,
+                powers,
+                r,
+            )
 
     return loop
 
 
 @compile_loop(error_model="numpy", fastmath={"reassoc"})
 def sinkhorn_sums(g, norm, c2, r2, sums):
-    """r2[a] = 1 / sum_w (g / norm)^2 c2, and the sums over rows of r2 (g / norm)^2: one pass. ``sums`` is fp64."""
+    """r2[a] = 1 / sum_w (g / norm)^2 c2, and the sums over rows of r2 (g / norm)^2: one pass.
+    ``sums`` is fp64.
+    """
     width = g.shape[1]
     part = np.empty(width, np.float32)  # of few rows, so that fp32 does
     for first in range(0, g.shape[0], _SUM_ROWS):
@@ -253,7 +321,9 @@ def sinkhorn_sums(g, norm, c2, r2, sums):
 
 @lru_cache
 def move_rows(form):
-    """The loop rows -= diag(scale_rows) g diag(scale_columns) for a format; ``update`` numbers the update."""
+    """The loop rows -= diag(scale_rows) g diag(scale_columns) for a format; ``update`` numbers the
+    update.
+    """
 
     @_compile
     def loop(weight, exponents, powers, rows, ids, g, scale_rows, scale_columns, update, seed):
@@ -261,14 +331,23 @@ def move_rows(form):
         scratch = scratch_of(width, max(1, exponents.shape[1]))
         w = scratch[0]
         for u in range(rows.size):
-            r, ahead = rows[u], rows[min(u + AHEAD, rows.size - 1)]
+            r = rows[u]
+            ahead = rows[min(u + AHEAD, rows.size - 1)]
             prefetch_row(weight, ahead)
             if form == FP8:
                 prefetch_row(exponents, ahead)
             _read(form, weight, exponents, powers, r, scratch)
             for c in range(width):
                 w[0, c] -= g[u, c] * scale_rows[u] * scale_columns[c]
-            _write(form, scratch, row_key(ids[u], update, seed), weight, exponents, powers, r)
+            _write(
+                form,
+                scratch,
+                row_key(ids[u], update, seed),
+                weight,
+                exponents,
+                powers,
+                r,
+            )
 
     return loop
 
@@ -282,17 +361,34 @@ def read_fp8(codes, exponents, powers, rows, out):
         ahead = rows[min(u + AHEAD, rows.size - 1)]
         prefetch_row(codes, ahead)
         prefetch_row(exponents, ahead)
-        decode_fp8(codes, exponents, powers, rows[u], out, u, number, number_bits)
+        decode_fp8(
+            codes,
+            exponents,
+            powers,
+            rows[u],
+            out,
+            u,
+            number,
+            number_bits,
+        )
 
 
 @_compile
 def split_keys(keys, bits, rows, order, starts, inverse):
-    """Sorted keys, row << bits | position, to ``Groups``' arrays; returns the number of distinct rows."""
-    last, count, mask = np.int64(-1), 0, (np.int64(1) << bits) - 1
+    """Sorted keys, row << bits | position, to ``Groups``' arrays; returns the number of distinct
+    rows.
+    """
+    last = np.int64(-1)
+    count = 0
+    mask = (np.int64(1) << bits) - 1
     for j in range(keys.size):
-        row, position = keys[j] >> bits, keys[j] & mask
+        row = keys[j] >> bits
+        position = keys[j] & mask
         if row != last:
-            rows[count], starts[count], last = row, j, row
+            rows[count] = row
+            starts[count] = j
+            last = row
             count += 1
-        order[j], inverse[position] = position, count - 1
+        order[j] = position
+        inverse[position] = count - 1
     return count

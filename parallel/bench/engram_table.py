@@ -1,13 +1,14 @@
 """Speed of a table's step in host memory: ``python -m parallel.bench.engram_table``.
 
-A step: look rows up, backward, gradient norm, update the touched rows. Ids follow Zipf's law, scattered over the rows
-as a hash would; id sets rotate.
+A step: look rows up, backward, gradient norm, update the touched rows. Ids follow Zipf's law,
+scattered over the rows as a hash would; id sets rotate.
 
 First beside PyTorch's own sparse path, ``nn.EmbeddingBag(sparse=True)`` (one row a bag) with
-``torch.optim.SparseAdam``, for each row format and optimizer; where ``fbgemm_gpu`` is installed (1.8.0 loads beside
-torch 2.13), beside its tables too, with what it has on CPUs: Adagrad with one value of state a row. Then at growing
-numbers of rows beside the memory itself: loops that only read, or only read and write, the very bytes that a gather or
-an update must touch, as many at a time, on the same memory in the same run.
+``torch.optim.SparseAdam``, for each row format and optimizer; where ``fbgemm_gpu`` is installed
+(1.8.0 loads beside torch 2.13), beside its tables too, with what it has on CPUs: Adagrad with one
+value of state a row. Then at growing numbers of rows beside the memory itself: loops that only
+read, or only read and write, the very bytes that a gather or an update must touch, as many at a
+time, on the same memory in the same run.
 """
 
 import argparse
@@ -32,10 +33,18 @@ from parallel.mesh import single_mesh
 from parallel.table_config import TableConfig, row_bytes, state_bytes
 
 LEARNING_RATE = 1e-3
-EPS = 1e-15  # SparseAdam adds epsilon before bias correction, we add it after: kept out of the comparison
-TOKENS, HEADS, ID_SETS = 4096, 16, 6
+# SparseAdam adds epsilon before bias correction, we add it after: kept out of the comparison
+EPS = 1e-15
+TOKENS = 4096
+HEADS = 16
+ID_SETS = 6
 CANDIDATES = {
-    "Adam, fp32": TableConfig(prefetch=0, learning_rate_multiple=1.0, betas=(0.9, 0.999), eps=EPS),
+    "Adam, fp32": TableConfig(
+        prefetch=0,
+        learning_rate_multiple=1.0,
+        betas=(0.9, 0.999),
+        eps=EPS,
+    ),
     "Adam, bf16": TableConfig(prefetch=0, rows="bf16"),
     "Adam, fp8": TableConfig(prefetch=0, rows="fp8"),
     "row-wise Adam, fp32": TableConfig(prefetch=0, optimizer="rowwise_adam"),
@@ -45,8 +54,12 @@ CANDIDATES = {
 
 
 def zipf_ids(num_rows: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
-    """(tokens, heads) int64: rank r has probability proportional to 1 / r; ranks are scattered by an odd multiplier."""
-    uniform = torch.rand(tokens, heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """(tokens, heads) int64: rank r has probability proportional to 1 / r; ranks are scattered by
+    an odd multiplier.
+    """
+    uniform = torch.rand(
+        tokens, heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     ranks = (num_rows**uniform).long().clamp_max(num_rows) - 1
     return (ranks * 1_540_483_477) % num_rows
 
@@ -55,8 +68,16 @@ class Ours:
     """Steps of the table."""
 
     def __init__(self, num_rows: int, width: int, config: TableConfig) -> None:
-        shapes, cpu = {0: TableShape(num_rows, width)}, torch.device("cpu")
-        self.tables = EngramTables(shapes, single_mesh(), config, init_std=0.02, seed=0, device=cpu)
+        shapes = {0: TableShape(num_rows, width)}
+        cpu = torch.device("cpu")
+        self.tables = EngramTables(
+            shapes,
+            single_mesh(),
+            config,
+            init_std=0.02,
+            seed=0,
+            device=cpu,
+        )
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
         """One whole step."""
@@ -76,7 +97,9 @@ class Peer:
     """PyTorch's own sparse embedding and optimizer."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.bag = nn.EmbeddingBag.from_pretrained(weight.clone(), freeze=False, mode="sum", sparse=True)
+        self.bag = nn.EmbeddingBag.from_pretrained(
+            weight.clone(), freeze=False, mode="sum", sparse=True
+        )
         self.adam = torch.optim.SparseAdam(self.bag.parameters(), lr=LEARNING_RATE, eps=EPS)
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
@@ -87,7 +110,9 @@ class Peer:
 
 
 class Fbgemm:
-    """FBGEMM's table-batched embedding, one row a bag; the update is part of backward. Holds R rows and R values."""
+    """FBGEMM's table-batched embedding, one row a bag; the update is part of backward. Holds R rows
+    and R values.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -110,13 +135,16 @@ class Fbgemm:
 
 
 def rounds_of(calls: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first ID_SETS rounds warm up.
+    """Milliseconds of each call in each round, in turn: neighbours' load hits all. The first
+    ID_SETS rounds warm up.
 
-    Calls of a round take different id sets: none finds rows in the caches that the call before it has brought there.
-    Each round has an order of its own: a call that follows a whole step finds less of its own there than another.
+    Calls of a round take different id sets: none finds rows in the caches that the call before it
+    has brought there. Each round has an order of its own: a call that follows a whole step finds
+    less of its own there than another.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    turns, order = list(calls.items()), random.Random(0)
+    turns = list(calls.items())
+    order = random.Random(0)
     for index in range(ID_SETS + rounds):
         order.shuffle(turns)
         for turn, (name, call) in enumerate(turns):
@@ -133,7 +161,10 @@ def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
     Raises:
         AssertionError: the rows after one step differ; nothing is timed.
     """
-    batches = [(zipf_ids(num_rows, TOKENS, HEADS, s), torch.randn(TOKENS, HEADS * width)) for s in range(ID_SETS)]
+    batches = [
+        (zipf_ids(num_rows, TOKENS, HEADS, s), torch.randn(TOKENS, HEADS * width))
+        for s in range(ID_SETS)
+    ]
     ours = {name: Ours(num_rows, width, config) for name, config in CANDIDATES.items()}
     exact = ours["Adam, fp32"]
     peer = Peer(exact.weight)
@@ -144,16 +175,28 @@ def beside_sparse_adam(num_rows: int, width: int, rounds: int) -> None:
     sides: dict[str, Ours | Peer | Fbgemm] = {**ours, "EmbeddingBag + SparseAdam": peer}
     if find_spec("fbgemm_gpu"):
         sides["fbgemm, row-wise Adagrad"] = Fbgemm(exact.weight)
-    calls = {name: partial(lambda side, i: side.step(*batches[i]), side) for name, side in sides.items()}
+    calls = {
+        name: partial(lambda side, i: side.step(*batches[i]), side) for name, side in sides.items()
+    }
     times = rounds_of(calls, rounds)
     distinct = statistics.mean(len(ids.unique()) / ids.numel() for ids, _ in batches)
-    print(f"{num_rows:,} rows x {width}, {TOKENS * HEADS:,} ids a step, {distinct:.0%} distinct", flush=True)
+    print(
+        f"{num_rows:,} rows x {width}, {TOKENS * HEADS:,} ids a step, {distinct:.0%} distinct",
+        flush=True,
+    )
     table = [["", "B a row, with state", "ms: median (best)", "faster than SparseAdam"]]
     for name, milliseconds in times.items():
         config = CANDIDATES.get(name, TableConfig())
-        state = state_bytes(config.optimizer, width) if name in ours else {"f": 4}.get(name[0], 8 * width)
+        state = (
+            state_bytes(config.optimizer, width)
+            if name in ours
+            else {"f": 4}.get(name[0], 8 * width)
+        )
         size = row_bytes(config.rows, width) + state
-        ratios = [theirs / mine for theirs, mine in zip(times["EmbeddingBag + SparseAdam"], milliseconds, strict=True)]
+        ratios = [
+            theirs / mine
+            for theirs, mine in zip(times["EmbeddingBag + SparseAdam"], milliseconds, strict=True)
+        ]
         row = [name, str(size), f"{statistics.median(milliseconds):.1f} ({min(milliseconds):.1f})"]
         table.append([*row, f"{statistics.median(ratios):.1f}x"])
     print_table(table)
@@ -180,9 +223,24 @@ def read_write(table_RX, rows_U):
 
 
 def beside_memory(sizes: list[int], width: int, config: TableConfig, rounds: int) -> None:
-    """Gather and update of the distinct rows of a step, at growing numbers of rows, over the memory's own time."""
-    print(f"{config.optimizer}, {config.rows} rows of {width}, {TOKENS * HEADS:,} ids a step; ms", flush=True)
-    head = ["rows", "distinct", "whole step", "gather", "reads alone", "x", "update", "reads and writes alone", "x"]
+    """Gather and update of the distinct rows of a step, at growing numbers of rows, over the
+    memory's own time.
+    """
+    print(
+        f"{config.optimizer}, {config.rows} rows of {width}, {TOKENS * HEADS:,} ids a step; ms",
+        flush=True,
+    )
+    head = [
+        "rows",
+        "distinct",
+        "whole step",
+        "gather",
+        "reads alone",
+        "x",
+        "update",
+        "reads and writes alone",
+        "x",
+    ]
     stream_table(head, (_figures(num_rows, width, config, rounds) for num_rows in sizes))
 
 
@@ -198,7 +256,9 @@ def _figures(num_rows: int, width: int, config: TableConfig, rounds: int) -> lis
 
 
 class Probe:
-    """A table's step, its two parts that go to the table's memory, and the same memory traffic with nothing else."""
+    """A table's step, its two parts that go to the table's memory, and the same memory traffic with
+    nothing else.
+    """
 
     def __init__(self, num_rows: int, width: int, config: TableConfig) -> None:
         self.ours = Ours(num_rows, width, config)
@@ -206,8 +266,11 @@ class Probe:
         self.rows = [group_rows(ids, num_rows, "ids").rows_U for ids in self.ids]
         self.grads = [torch.randn(len(rows_U), width) for rows_U in self.rows]
         self.whole = torch.randn(TOKENS, HEADS * width)
-        self.store, self.optimizer = self.ours.tables._store, self.ours.tables._optimizer
-        self.words = [words_of(tensor) for tensor in (self.store.tensors | self.optimizer.state()).values()]
+        self.store = self.ours.tables._store
+        self.optimizer = self.ours.tables._optimizer
+        self.words = [
+            words_of(tensor) for tensor in (self.store.tensors | self.optimizer.state()).values()
+        ]
 
     def step(self, i: int) -> None:
         """All of a step."""
@@ -223,7 +286,13 @@ class Probe:
 
     def update(self, i: int) -> None:
         """The optimizer's step."""
-        self.optimizer.update(self.rows[i], self.grads[i], LEARNING_RATE, 1.0, 0)
+        self.optimizer.update(
+            self.rows[i],
+            self.grads[i],
+            LEARNING_RATE,
+            1.0,
+            0,
+        )
 
     def write(self, i: int) -> None:
         """What an update reads and writes; the rows are noise afterwards, small enough to go on."""
@@ -239,14 +308,23 @@ def words_of(tensor: torch.Tensor) -> np.ndarray:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m parallel.bench.engram_table")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds that count")
-    parser.add_argument("--largest", type=int, default=10**7, help="rows of the largest table: 10^8 takes 12 GB")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        help="rounds that count",
+    )
+    parser.add_argument(
+        "--largest", type=int, default=10**7, help="rows of the largest table: 10^8 takes 12 GB"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}; one thread", flush=True)
     beside_sparse_adam(num_rows=1_000_000, width=64, rounds=arguments.rounds)
     sizes = [size for size in (10**6, 10**7, 10**8) if size <= arguments.largest]
-    beside_memory(sizes, 16, TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"), arguments.rounds)
+    beside_memory(
+        sizes, 16, TableConfig(prefetch=0, rows="bf16", optimizer="rowwise_adam"), arguments.rounds
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""DeepSpeed's ZeRO 1/2 engine, driven by our mesh and placements. The only file that knows DeepSpeed's internals.
+"""DeepSpeed's ZeRO 1/2 engine, driven by our mesh and placements. The only file that knows
+DeepSpeed's internals.
 
-What DeepSpeed does here: shard master weights and optimizer state over data ranks, reduce gradients over data ranks
-(experts over ``expt_dp``), run the optimizer, gather the new weights. What it does not: the gradient norm and clipping.
-Its norm counts replicas by a flag per parameter, knows neither parts with copies nor Engram rows, and is wrong for
-experts beside tensor parallelism; ours follows from the placements (``global_grad_norm``).
+What DeepSpeed does here: shard master weights and optimizer state over data ranks, reduce gradients
+over data ranks (experts over ``expt_dp``), run the optimizer, gather the new weights. What it does
+not: the gradient norm and clipping. Its norm counts replicas by a flag per parameter, knows neither
+parts with copies nor Engram rows, and is wrong for experts beside tensor parallelism; ours follows
+from the placements (``global_grad_norm``).
 
-The model arrives in its own dtypes (bf16 with a few fp32 parameters), so DeepSpeed's own casting stays off. It then
-accumulates gradients in fp32 and uses one optimizer class for both stages and both dtypes.
+The model arrives in its own dtypes (bf16 with a few fp32 parameters), so DeepSpeed's own casting
+stays off. It then accumulates gradients in fp32 and uses one optimizer class for both stages and
+both dtypes.
 """
 
 import logging
@@ -44,7 +47,9 @@ class MeshMpu:
 
 
 class ExpertMarker(MoE):
-    """What DeepSpeed must see to treat a module's ``ep``-placed parameters as experts; a base class, no more."""
+    """What DeepSpeed must see to treat a module's ``ep``-placed parameters as experts; a base
+    class, no more.
+    """
 
     def __init__(self, num_experts: int, mesh: Mesh) -> None:
         nn.Module.__init__(self)
@@ -55,8 +60,11 @@ class ExpertMarker(MoE):
         self.expert_group_name = f"ep_size_{self.ep_size}"
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by the engine: register the mesh's groups under the name that the parameters carry."""
-        name, mesh = self.expert_group_name, self.mesh
+        """Called by the engine: register the mesh's groups under the name that the parameters
+        carry.
+        """
+        name = self.expert_group_name
+        mesh = self.mesh
         groups._EXPERT_PARALLEL_GROUP[name] = mesh.group("ep")
         groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ranks("ep"))
         groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.group("expt_dp")
@@ -80,10 +88,15 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         decay = parameter.placement.decay
         by_kind.setdefault((parameter.dtype == torch.float32, decay), []).append(parameter)
     param_groups = [
-        {"name": f"{'fp32' if fp32 else 'model'}-{'decay' if decay else 'plain'}", "params": parameters,
-         "weight_decay": weight_decay if decay else 0.0}
-        for (fp32, decay), parameters in sorted(by_kind.items(), key=lambda item: (item[0][0], not item[0][1]))
-    ]  # fmt: skip
+        {
+            "name": f"{'fp32' if fp32 else 'model'}-{'decay' if decay else 'plain'}",
+            "params": parameters,
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for (fp32, decay), parameters in sorted(
+            by_kind.items(), key=lambda item: (item[0][0], not item[0][1])
+        )
+    ]
     split = split_params_into_different_moe_groups_for_optimizer(param_groups)
     return [group for group in split if group["params"]]
 
@@ -146,10 +159,12 @@ def start_engine(
 
 
 def build_no_extensions() -> None:
-    """Keep DeepSpeed from starting a compiler in this process: training here needs none of its extensions.
+    """Keep DeepSpeed from starting a compiler in this process: training here needs none of its
+    extensions.
 
-    Its shared-memory collective serves inference, and takes a minute to build at the first start on a CPU. That it asks
-    which others could be built links a program with each one's libraries, on every start.
+    Its shared-memory collective serves inference, and takes a minute to build at the first start on
+    a CPU. That it asks which others could be built links a program with each one's libraries, on
+    every start.
     """
     import deepspeed
 
@@ -161,7 +176,9 @@ def _fingerprint(parameter: torch.Tensor) -> tuple[torch.dtype, float]:
 
 
 def check_mpu(mpu: object) -> None:
-    """Raise where an object cannot serve as DeepSpeed's ``mpu`` (megatron.core.parallel_state cannot)."""
+    """Raise where an object cannot serve as DeepSpeed's ``mpu`` (megatron.core.parallel_state
+    cannot).
+    """
     missing = [name for name in MPU_METHODS if not callable(getattr(mpu, name, None))]
     if missing:
         raise RuntimeError(f"mpu {mpu!r} lacks {', '.join(missing)}; use MeshMpu")
@@ -171,45 +188,62 @@ def check_placements(model: nn.Module, mesh: Mesh) -> None:
     """Raise before DeepSpeed sees a model whose declaration it would reduce wrongly.
 
     Raises:
-        RuntimeError: expert parameters that DeepSpeed takes for dense ones; a replica under sequence parallelism whose
-            gradient is not summed over tp.
-        TypeError: a parameter without a placement, such as an Engram table: DeepSpeed would overwrite it by rank 0's.
+        RuntimeError: expert parameters that DeepSpeed takes for dense ones; a replica under
+            sequence parallelism whose gradient is not summed over tp.
+        TypeError: a parameter without a placement, such as an Engram table: DeepSpeed would
+            overwrite it by rank 0's.
     """
     check_mpu(MeshMpu(mesh))
     for name, parameter in placed_parameters(model):
         placement = parameter.placement
         is_expert = placement.axis == "ep"
         if is_expert and (
-            getattr(parameter, "allreduce", True) or not getattr(parameter, "tensor_model_parallel", False)
+            getattr(parameter, "allreduce", True)
+            or not getattr(parameter, "tensor_model_parallel", False)
         ):
-            raise RuntimeError(f"expert parameter {name} is not tagged; its module must subclass ExpertMarker")
+            raise RuntimeError(
+                f"expert parameter {name} is not tagged; its module must subclass ExpertMarker"
+            )
         if placement.axis is None and mesh.sequence_parallel and not placement.partial:
-            raise RuntimeError(f"{name} is replicated over tp under sequence parallelism: declare it partial=True")
+            raise RuntimeError(
+                f"{name} is replicated over tp under sequence parallelism: declare it partial=True"
+            )
     for name, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and buffer.dim() > 1:
                 raise RuntimeError(
-                    f"buffer {name}.{attribute} would be broadcast from rank 0; keep tables as attributes"
+                    f"buffer {name}.{attribute} would be broadcast from rank 0; keep tables as "
+                    "attributes"
                 )
 
 
-def check_engine(engine: Any, model: nn.Module, before: dict[str, tuple[torch.dtype, float]]) -> None:
+def check_engine(
+    engine: Any, model: nn.Module, before: dict[str, tuple[torch.dtype, float]]
+) -> None:
     """Raise where the engine that DeepSpeed made does not train this model as declared.
 
     Raises:
-        RuntimeError: another optimizer class or ZeRO stage than ours is written for, clipping of its own, a parameter
-            that initialize changed or cast, or one that no optimizer group holds.
+        RuntimeError: another optimizer class or ZeRO stage than ours is written for, clipping of
+            its own, a parameter that initialize changed or cast, or one that no optimizer group
+            holds.
     """
     zero = engine.optimizer
     if type(zero).__name__ != "DeepSpeedZeroOptimizer":
         raise RuntimeError(
-            f"DeepSpeed chose {type(zero).__name__}; only ZeRO 1 and 2 (DeepSpeedZeroOptimizer) are exact here"
+            f"DeepSpeed chose {type(zero).__name__}; only ZeRO 1 and 2 (DeepSpeedZeroOptimizer) "
+            "are exact here"
         )
     if engine.gradient_clipping() or zero.compute_grad_norm:
-        raise RuntimeError("DeepSpeed would clip by its own norm; gradient_clipping must be 0, compute_grad_norm false")
+        raise RuntimeError(
+            "DeepSpeed would clip by its own norm; gradient_clipping must be 0, compute_grad_norm "
+            "false"
+        )
     for name, parameter in placed_parameters(model):
         if _fingerprint(parameter) != before[name]:
-            raise RuntimeError(f"deepspeed.initialize changed {name}: ranks disagreed about its values or it was cast")
+            raise RuntimeError(
+                f"deepspeed.initialize changed {name}: ranks disagreed about its values or it was "
+                "cast"
+            )
     held = {id(parameter) for group in zero.bit16_groups for parameter in group}
     missing = [name for name, parameter in placed_parameters(model) if id(parameter) not in held]
     if missing:
@@ -217,7 +251,9 @@ def check_engine(engine: Any, model: nn.Module, before: dict[str, tuple[torch.dt
 
 
 def owned_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, int, int]]:
-    """What this rank's ZeRO partitions hold: (parameter, group index, start in its flat values, number of values)."""
+    """What this rank's ZeRO partitions hold: (parameter, group index, start in its flat values,
+    number of values).
+    """
     zero = engine.optimizer
     for index, flat in enumerate(zero.bit16_groups_flat):
         size = zero.single_partition_of_fp32_groups[index].numel()
@@ -225,13 +261,17 @@ def owned_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, int, in
         for parameter in zero.params_in_partition[index]:
             offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
             if not 0 <= offset <= flat.numel() - parameter.numel():
-                raise RuntimeError("a parameter no longer lies in its flat ZeRO buffer; was .data reassigned?")
-            start, stop = max(low, offset), min(low + size, offset + parameter.numel())
+                raise RuntimeError(
+                    "a parameter no longer lies in its flat ZeRO buffer; was .data reassigned?"
+                )
+            start = max(low, offset)
+            stop = min(low + size, offset + parameter.numel())
             yield parameter, index, start - offset, stop - start
 
 
 def gradient_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, torch.Tensor]]:
-    """The reduced, averaged gradients that this rank owns: (parameter, start in the flat parameter, values).
+    """The reduced, averaged gradients that this rank owns: (parameter, start in the flat parameter,
+    values).
 
     Only between the last backward of a step and the step itself.
     """
@@ -243,12 +283,16 @@ def gradient_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, torc
     for parameter, index, start, size in owned_fragments(engine):
         values = next(gradients[index]).reshape(-1)
         if values.numel() != size:
-            raise RuntimeError(f"DeepSpeed holds {values.numel()} gradient values where the partition has {size}")
+            raise RuntimeError(
+                f"DeepSpeed holds {values.numel()} gradient values where the partition has {size}"
+            )
         yield parameter, start, values
 
 
 def squared_grad_norm(engine: Any, mesh: Mesh) -> torch.Tensor:
-    """This rank's share of the squared global gradient norm: each global element counts once over all ranks."""
+    """This rank's share of the squared global gradient norm: each global element counts once over
+    all ranks.
+    """
     total = torch.zeros((), device=engine.device)
     for parameter, start, values in gradient_fragments(engine):
         total += squared_norm(parameter, start, values, mesh)
@@ -256,7 +300,9 @@ def squared_grad_norm(engine: Any, mesh: Mesh) -> torch.Tensor:
 
 
 class GradientScale:
-    """A factor on all gradients of the next optimizer step, applied as the inner optimizer begins (clipping)."""
+    """A factor on all gradients of the next optimizer step, applied as the inner optimizer begins
+    (clipping).
+    """
 
     def __init__(self, engine: Any) -> None:
         self.factor = 1.0
@@ -270,22 +316,37 @@ class GradientScale:
                         parameter.grad.mul_(self.factor)
 
 
-def optimizer_groups_state(engine: Any) -> Iterator[tuple[list[PlacedParameter], dict[str, torch.Tensor]]]:
-    """Each optimizer group's parameters, and this rank's flat partition of it: live fp32, exp_avg, exp_avg_sq; step ().
+def optimizer_groups_state(
+    engine: Any,
+) -> Iterator[tuple[list[PlacedParameter], dict[str, torch.Tensor]]]:
+    """Each optimizer group's parameters, and this rank's flat partition of it: live fp32, exp_avg,
+    exp_avg_sq; step ().
 
-    AdamW's state is made here where the first step has not yet; AdamW then goes on from it as from its own.
+    AdamW's state is made here where the first step has not yet; AdamW then goes on from it as from
+    its own.
     """
     zero = engine.optimizer
-    for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for parameters, master in zip(
+        zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+    ):
         state = zero.optimizer.state[master]
         if not state:
-            state["step"] = torch.zeros((), device=master.device)  # fused AdamW counts on the device
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-        yield parameters, {"fp32": master.detach()} | {name: value.detach() for name, value in state.items()}
+            state["step"] = torch.zeros(
+                (), device=master.device
+            )  # fused AdamW counts on the device
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(master),
+                torch.zeros_like(master),
+            )
+        yield (
+            parameters,
+            {"fp32": master.detach()} | {name: value.detach() for name, value in state.items()},
+        )
 
 
 def master_fragments(engine: Any) -> Iterator[tuple[PlacedParameter, int, dict[str, torch.Tensor]]]:
-    """What this rank owns of each parameter: (parameter, start in the flat parameter, live values by name).
+    """What this rank owns of each parameter: (parameter, start in the flat parameter, live values
+    by name).
 
     Names are those of ``optimizer_groups_state``, without step.
     """

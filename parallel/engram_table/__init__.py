@@ -1,4 +1,6 @@
-"""Engram tables: rows cut over ranks, in host memory, with sparse exchange and a sparse optimizer."""
+"""Engram tables: rows cut over ranks, in host memory,
+with sparse exchange and a sparse optimizer.
+"""
 
 from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.rows import Rows

@@ -1,7 +1,8 @@
 """Ids to the owners of their rows, rows back, gradients to the owners: over the ``engram`` axis.
 
-Ids and counts travel in host memory (gloo): the exchange never waits for the device. Rows and gradients travel on the
-compute device. All layers share one exchange. On one rank nothing is communicated.
+Ids and counts travel in host memory (gloo): the exchange never waits for the device. Rows and
+gradients travel on the compute device. All layers share one exchange. On one rank nothing is
+communicated.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +33,11 @@ class Route:
     local_rows: torch.Tensor
 
 
-def open_route(groups: Sequence[Groups], layout: RowLayout, mesh: Mesh) -> tuple[Route, list[torch.Tensor]]:
-    """Ask the owners for the distinct rows of all layers. Collective over ``engram``: counts, then ids.
+def open_route(
+    groups: Sequence[Groups], layout: RowLayout, mesh: Mesh
+) -> tuple[Route, list[torch.Tensor]]:
+    """Ask the owners for the distinct rows of all layers. Collective over ``engram``: counts, then
+    ids.
 
     Args:
         groups: one a layer, in the layout's order of layers.
@@ -41,17 +45,26 @@ def open_route(groups: Sequence[Groups], layout: RowLayout, mesh: Mesh) -> tuple
     Returns:
         The route, and for each layer (U,) int64, the places of its rows among all that come back.
     """
-    counts, local_ids = [], []
+    counts = []
+    local_ids = []
     for layer, asked in zip(layout.layers, groups, strict=True):
         counts.append(torch.searchsorted(asked.rows_U, layout.bounds[layer]).diff())
         shift = layout.shift[layer]
-        local_ids.append(asked.rows_U + (shift if len(shift) == 1 else shift.repeat_interleave(counts[-1])))
+        local_ids.append(
+            asked.rows_U + (shift if len(shift) == 1 else shift.repeat_interleave(counts[-1]))
+        )
     table = torch.stack(counts, 1)
     pieces = table.tolist()
     sent = table.sum(1)
-    size, group = mesh.size("engram"), mesh.group("engram")
+    size = mesh.size("engram")
+    group = mesh.group("engram")
     received = all_to_all_rows(sent, [1] * size, [1] * size, group).tolist()
-    local_rows = all_to_all_rows(by_owner(local_ids, pieces), sent.tolist(), received, group)
+    local_rows = all_to_all_rows(
+        by_owner(local_ids, pieces),
+        sent.tolist(),
+        received,
+        group,
+    )
     places = torch.arange(int(table.sum())).split([count for owner in pieces for count in owner])
     slots = [torch.cat(places[index :: len(groups)]) for index in range(len(groups))]
     return Route(pieces, sent.tolist(), received, local_rows), slots
@@ -67,13 +80,19 @@ def by_owner(layers: Sequence[torch.Tensor], pieces: list[list[int]]) -> torch.T
 
 def return_rows(rows_MW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
     """Owners' answers to those who asked. Collective over ``engram``."""
-    return all_to_all_rows(rows_MW, route.received, route.sent, mesh.group("engram"))
+    return all_to_all_rows(
+        rows_MW,
+        route.received,
+        route.sent,
+        mesh.group("engram"),
+    )
 
 
 def resend(
     changed_U: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], route: Route, mesh: Mesh
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of an answered fetch that have changed since. Collective over ``engram``: counts, places, rows.
+    """Rows of an answered fetch that have changed since. Collective over ``engram``: counts,
+    places, rows.
 
     Args:
         changed_U: int64, ascending, local rows of this owner; host memory.
@@ -83,20 +102,33 @@ def resend(
         Places among the rows that came back, and those rows' new values.
     """
     places_M = torch.searchsorted(changed_U, route.local_rows)
-    hit_M = changed_U[places_M.clamp_max(len(changed_U) - 1)] == route.local_rows if len(changed_U) else places_M < 0
-    size, group = mesh.size("engram"), mesh.group("engram")
+    hit_M = (
+        changed_U[places_M.clamp_max(len(changed_U) - 1)] == route.local_rows
+        if len(changed_U)
+        else places_M < 0
+    )
+    size = mesh.size("engram")
+    group = mesh.group("engram")
     hits = [part.nonzero().flatten() for part in hit_M.split(route.received)]
     rows = read(route.local_rows[hit_M])
     if size == 1:
         return hits[0], rows
     counts = torch.tensor([len(hit) for hit in hits])
     coming = all_to_all_rows(counts, [1] * size, [1] * size, group)
-    given, taken = counts.tolist(), coming.tolist()
+    given = counts.tolist()
+    taken = coming.tolist()
     places = all_to_all_rows(torch.cat(hits), given, taken, group)
     begins = torch.tensor(route.sent).cumsum(0) - torch.tensor(route.sent)
     return places + begins.repeat_interleave(coming), all_to_all_rows(rows, given, taken, group)
 
 
 def send_gradients(grad_UW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
-    """Gradients to the owners, in the order of ``route.local_rows``: the transpose of ``return_rows``."""
-    return all_to_all_rows(grad_UW, route.sent, route.received, mesh.group("engram"))
+    """Gradients to the owners, in the order of ``route.local_rows``: the transpose of
+    ``return_rows``.
+    """
+    return all_to_all_rows(
+        grad_UW,
+        route.sent,
+        route.received,
+        mesh.group("engram"),
+    )

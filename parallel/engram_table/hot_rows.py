@@ -1,13 +1,15 @@
-"""The rows that are asked of this rank most, kept on the compute device beside the table in host memory.
+"""The rows that are asked of this rank most, kept on the compute device beside the table in host
+memory.
 
-The table stays the truth: whatever changes there is written through before anybody reads again, so every read gives
-the same bits with and without. Nothing of it enters a checkpoint.
+The table stays the truth: whatever changes there is written through before anybody reads again, so
+every read gives the same bits with and without. Nothing of it enters a checkpoint.
 
-How hot a row is: the logarithm of the sum of its uses, one for each rank that asks for it in a fetch. A use in fetch t
-counts 2^(t / HALF_LIFE): beside newer uses older ones count half as much every HALF_LIFE fetches, and nobody has to go
-over the table to age them. That takes 4 bytes for each of the rank's rows. (Counts of the kept rows alone would do with
-less, and hit half as often in small caches: nobody would know how hot the others are.) A row may be kept in HOT_WAYS
-places, which follow from its number; it takes that of the coldest there when it has become hotter.
+How hot a row is: the logarithm of the sum of its uses, one for each rank that asks for it in a
+fetch. A use in fetch t counts 2^(t / HALF_LIFE): beside newer uses older ones count half as much
+every HALF_LIFE fetches, and nobody has to go over the table to age them. That takes 4 bytes for
+each of the rank's rows. (Counts of the kept rows alone would do with less, and hit half as often in
+small caches: nobody would know how hot the others are.) A row may be kept in HOT_WAYS places, which
+follow from its number; it takes that of the coldest there when it has become hotter.
 
 Shape suffixes: R rows of this rank, S sets, V places of a set, U rows asked for, W row width.
 """
@@ -50,14 +52,16 @@ class HotRows:
         self._heat_SV = np.zeros(self._kept_SV.shape, np.float32)
         self._heat_R = host_zeros((num_rows,), torch.float32).numpy()
         self._values = torch.zeros((self._kept_SV.size, width), dtype=dtype, device=device)
-        self._fetches, self._stale = 0, False
+        self._fetches = 0
+        self._stale = False
 
     def read(self, rows_U: torch.Tensor) -> torch.Tensor:
         """(U, W): local rows, in any order, as the table has them now."""
         return self._read(rows_U, self._find(rows_U))
 
     def ask(self, rows_U: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """``read`` for a fetch, which counts as a use of each row: what has become hot is kept from now on.
+        """``read`` for a fetch, which counts as a use of each row: what has become hot is kept from
+        now on.
 
         Returns:
             The rows, and how many of them were hot.
@@ -66,7 +70,13 @@ class HotRows:
         values_UW = self._read(rows_U, places_U)
         now = np.float32(_BEGIN + self._fetches / HALF_LIFE)
         self._fetches += 1
-        hot_loops.count_uses(self._kept_SV, self._heat_SV, self._heat_R, rows_U.numpy(), now)
+        hot_loops.count_uses(
+            self._kept_SV,
+            self._heat_SV,
+            self._heat_R,
+            rows_U.numpy(),
+            now,
+        )
         after_U = self._find(rows_U)
         (came,) = np.nonzero((after_U >= 0) & (after_U != places_U))
         self._write(after_U[came], values_UW.index_select(0, self._index(came)))
@@ -79,7 +89,9 @@ class HotRows:
         self._write(places_U[kept], self._read_table(changed_U[torch.from_numpy(kept)]))
 
     def forget_values(self) -> None:
-        """Anything in the table may have changed until the next read: that reads all that is kept anew."""
+        """Anything in the table may have changed until the next read: that reads all that is kept
+        anew.
+        """
         self._stale = True
 
     def _find(self, rows_U: torch.Tensor) -> np.ndarray:
@@ -93,12 +105,17 @@ class HotRows:
             (places,) = np.nonzero(kept >= 0)
             self._write(places, self._read_table(torch.from_numpy(kept[places])))
             self._stale = False
-        (hot,), (cold,) = np.nonzero(places_U >= 0), np.nonzero(places_U < 0)
+        (hot,) = np.nonzero(places_U >= 0)
+        (cold,) = np.nonzero(places_U < 0)
         if not len(hot):
             return self._read_table(rows_U)
         values_UW = self._values.new_empty((len(rows_U), self._values.shape[1]))
-        values_UW.index_copy_(0, self._index(hot), self._values.index_select(0, self._index(places_U[hot])))
-        values_UW.index_copy_(0, self._index(cold), self._read_table(rows_U[torch.from_numpy(cold)]))
+        values_UW.index_copy_(
+            0, self._index(hot), self._values.index_select(0, self._index(places_U[hot]))
+        )
+        values_UW.index_copy_(
+            0, self._index(cold), self._read_table(rows_U[torch.from_numpy(cold)])
+        )
         return values_UW
 
     def _write(self, places: np.ndarray, values: torch.Tensor) -> None:

@@ -11,12 +11,15 @@ BLOCK_ROWS = 4096  # rows drawn from one seed
 
 
 @torch.no_grad()
-def fill_initial_rows(store: RowStore, local: slice, start: int, std: float, seed: int, layer: int) -> None:
-    """Fill with normal values of standard deviation ``std`` that depend only on (seed, layer, global row, width).
+def fill_initial_rows(
+    store: RowStore, local: slice, start: int, std: float, seed: int, layer: int
+) -> None:
+    """Fill with normal values of standard deviation ``std`` that depend only on (seed, layer,
+    global row, width).
 
-    Each block of global rows has a generator of its own, so any owner draws the same rows. Blocks are filled by as
-    many threads as PyTorch uses (numpy draws without the interpreter lock); this is the first touch of the memory, by
-    the process that will read it.
+    Each block of global rows has a generator of its own, so any owner draws the same rows. Blocks
+    are filled by as many threads as PyTorch uses (numpy draws without the interpreter lock); this
+    is the first touch of the memory, by the process that will read it.
 
     Args:
         local: the local rows of the layer.
@@ -27,11 +30,14 @@ def fill_initial_rows(store: RowStore, local: slice, start: int, std: float, see
 
     @torch.no_grad()
     def fill(block: int) -> None:
-        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, layer, block))))
+        generator = np.random.Generator(
+            np.random.SFC64(np.random.SeedSequence((seed, layer, block)))
+        )
         values = generator.standard_normal((BLOCK_ROWS, store.width), dtype=np.float32)
         values *= np.float32(std)
         first = block * BLOCK_ROWS
-        low, high = max(start, first), min(stop, first + BLOCK_ROWS)
+        low = max(start, first)
+        high = min(stop, first + BLOCK_ROWS)
         rows = torch.arange(low - start + local.start, high - start + local.start, device=device)
         drawn = torch.from_numpy(values[low - first : high - first]).to(device)
         store.write(rows, drawn, torch.zeros_like(rows))

@@ -1,7 +1,8 @@
 """Which rank owns which rows. Pure arithmetic: needs no processes.
 
-Each layer's rows are cut into contiguous, nearly equal ranges over the ranks. A rank keeps its ranges of all layers
-in one block, layer after layer, so that one exchange and one gather serve all layers: a *local* row is a place there.
+Each layer's rows are cut into contiguous, nearly equal ranges over the ranks. A rank keeps its
+ranges of all layers in one block, layer after layer, so that one exchange and one gather serve all
+layers: a *local* row is a place there.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ class RowLayout:
 
     Attributes:
         layers: layers in ascending order.
-        bounds: layer -> (num_ranks + 1,) int64; rank r owns the rows bounds[r] .. bounds[r + 1] - 1.
+        bounds: layer -> (num_ranks + 1,) int64; rank r owns the rows bounds[r] .. bounds[r + 1] -
+            1.
         shift: layer -> (num_ranks,) int64; a row of rank r plus shift[r] is its local row there.
         local_rows: the number of rows that each rank keeps.
     """
@@ -38,7 +40,8 @@ class RowLayout:
         for layer in self.layers:
             num_rows = shapes[layer].num_rows
             bounds = torch.tensor([rank * num_rows // num_ranks for rank in range(num_ranks + 1)])
-            self.bounds[layer], self.shift[layer] = bounds, used - bounds[:-1]
+            self.bounds[layer] = bounds
+            self.shift[layer] = used - bounds[:-1]
             used = used + bounds.diff()
         self.local_rows: list[int] = used.tolist()
 
@@ -48,12 +51,13 @@ class RowLayout:
 
     def local(self, layer: int, rank: int) -> slice:
         """The local rows of ``rank`` that hold its part of ``layer``."""
-        rows, shift = self.owned(layer, rank), int(self.shift[layer][rank])
+        rows = self.owned(layer, rank)
+        shift = int(self.shift[layer][rank])
         return slice(rows.start + shift, rows.stop + shift)
 
     def numbering(self, rank: int) -> torch.Tensor:
-        """(2, layers) int64: where each layer's local rows begin on ``rank``, and what to add to them for a number that
-        no other row of the model has, on any layout."""
+        """(2, layers) int64: where each layer's local rows begin on ``rank``, and what to add to
+        them for a number that no other row of the model has, on any layout."""
         starts = [self.local(layer, rank).start for layer in self.layers]
         shifts = [(layer << 40) - int(self.shift[layer][rank]) for layer in self.layers]
         return torch.tensor([starts, shifts])

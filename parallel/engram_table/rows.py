@@ -1,7 +1,7 @@
 """Rows that a micro-batch fetched: where the table enters the autograd graph.
 
-Shape suffixes: N ids (flat), U distinct rows of a layer, M distinct rows of all layers, O n-gram orders x hash heads, W
-row width.
+Shape suffixes: N ids (flat), U distinct rows of a layer, M distinct rows of all layers, O n-gram
+orders x hash heads, W row width.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,17 +19,20 @@ from parallel.engram_table.grouping import Groups, sum_groups
 
 @dataclass
 class Arrival:
-    """The rows of a fetch, once its exchange is done. The table's thread may still patch ``values``.
+    """The rows of a fetch, once its exchange is done. The table's thread may still patch
+    ``values``.
 
     Attributes:
-        values: (M, W) distinct rows in the compute dtype on the compute device; one more of zeros where ids are masked.
+        values: (M, W) distinct rows in the compute dtype on the compute device; one more of zeros
+            where ids are masked.
         groups: layer -> equal ids, on the compute device.
         slots_N: layer -> (N,) int64, the place of each id's row in ``values``.
         num_rows: layer -> U.
         shapes: layer -> shape of the ids.
         masked: layer -> ``masked_positions``, on the compute device.
         route: the way of the fetch, along which gradients return.
-        num_hot: of the rows that others and this rank asked of this rank, those that were hot (``HotRows``).
+        num_hot: of the rows that others and this rank asked of this rank, those that were hot
+            (``HotRows``).
     """
 
     values: torch.Tensor
@@ -42,8 +45,12 @@ class Arrival:
     num_hot: int
 
 
-def masked_positions(ids: torch.Tensor, groups: Groups, device: torch.device) -> torch.Tensor | None:
-    """(…) bool: positions of ``ids`` (…, O) that look nothing up: all of them masked. None where there is none."""
+def masked_positions(
+    ids: torch.Tensor, groups: Groups, device: torch.device
+) -> torch.Tensor | None:
+    """(…) bool: positions of ``ids`` (…, O) that look nothing up: all of them masked. None where
+    there is none.
+    """
     if groups.order.numel() == groups.num_ids:
         return None
     masked = (ids < 0).all(-1)
@@ -54,11 +61,13 @@ class Fetch:
     """Rows of all layers for one micro-batch, on their way; ``take`` waits for them.
 
     Attributes:
-        ready: the job after which the rows are as of this moment: the fetch, later an update that patches it.
+        ready: the job after which the rows are as of this moment: the fetch, later an update that
+            patches it.
     """
 
     def __init__(self, ready: Future, wait: Callable[[Future], object]) -> None:
-        self.ready, self.taken = ready, False
+        self.ready = ready
+        self.taken = False
         self._arrival: Future[Arrival] = ready
         self._wait = wait
 
@@ -88,41 +97,59 @@ class _Expand(Function):
 
 
 class Rows:
-    """The distinct rows of one layer and one micro-batch, on the compute device. Made by ``EngramTables.fetch``."""
+    """The distinct rows of one layer and one micro-batch, on the compute device. Made by
+    ``EngramTables.fetch``.
+    """
 
     def __init__(self, fetch: Fetch, layer: int) -> None:
-        self.fetch, self._layer = fetch, layer
+        self.fetch = fetch
+        self._layer = layer
         self._leaf_UW: torch.Tensor | None = None
 
     def embed(self) -> torch.Tensor:
-        """(…, O * W) in the compute dtype: each id's row, zero for masked ids. May be called again (recomputation).
+        """(…, O * W) in the compute dtype: each id's row, zero for masked ids. May be called again
+        (recomputation).
 
         Waits for the rows where they have not arrived.
         """
-        arrival, layer = self.fetch.take(), self._layer
-        out_NW = _Expand.apply(self._leaf(), arrival.values, arrival.slots_N[layer], arrival.groups[layer])
+        arrival = self.fetch.take()
+        layer = self._layer
+        out_NW = _Expand.apply(
+            self._leaf(), arrival.values, arrival.slots_N[layer], arrival.groups[layer]
+        )
         shape = arrival.shapes[layer]
         return out_NW.reshape(*shape[:-1], shape[-1] * out_NW.shape[-1])
 
     def masked(self) -> torch.Tensor | None:
-        """(…) bool: positions that look nothing up, whose rows are zero; None where every position has a live id."""
+        """(…) bool: positions that look nothing up, whose rows are zero; None where every position
+        has a live id.
+        """
         return self.fetch.take().masked[self._layer]
 
     def _leaf(self) -> torch.Tensor:
         """(U, W) fp32 leaf whose ``.grad`` is the gradient of the rows.
 
-        It stands for a change of the rows, is zero, and takes no memory (expanded): so the gradient is fp32 even where
-        the rows are bf16.
+        It stands for a change of the rows, is zero, and takes no memory (expanded): so the gradient
+        is fp32 even where the rows are bf16.
         """
         if self._leaf_UW is None:
             arrival = self.fetch.take()
             shape = arrival.num_rows[self._layer], arrival.values.shape[1]
             with torch.inference_mode(False):
-                self._leaf_UW = torch.zeros((), device=arrival.values.device).expand(shape).requires_grad_()
+                self._leaf_UW = (
+                    torch.zeros((), device=arrival.values.device).expand(shape).requires_grad_()
+                )
         return self._leaf_UW
 
     def take_gradient(self) -> torch.Tensor:
-        """(U, W) fp32: the gradient that backward has left, which is cleared; zero if backward never came here."""
+        """(U, W) fp32: the gradient that backward has left, which is cleared; zero if backward
+        never came here.
+        """
         leaf_UW = self._leaf()
-        grad_UW, leaf_UW.grad = leaf_UW.grad, None
-        return torch.zeros_like(leaf_UW, memory_format=torch.contiguous_format) if grad_UW is None else grad_UW
+        grad_UW = leaf_UW.grad
+        leaf_UW.grad = None
+        return (
+            torch.zeros_like(leaf_UW, memory_format=torch.contiguous_format)
+            if grad_UW is None
+            else grad_UW
+        )

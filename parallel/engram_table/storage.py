@@ -1,4 +1,6 @@
-"""The kinds of memory that a rank's rows live in, and whether there is enough of it before any is taken."""
+"""The kinds of memory that a rank's rows live in, and whether there is enough of it before any is
+taken.
+"""
 
 import mmap
 import os
@@ -37,23 +39,36 @@ def open_storage(
         device: where the model computes, and hot rows are kept.
         dtype: in which they are.
         what: the size of all tables, for the message.
-        trainable: there will be optimizer state beside the rows, and hot rows if there are to be any.
+        trainable: there will be optimizer state beside the rows, and hot rows if there are to be
+            any.
 
     Raises:
-        RunError: on every rank, when a node has too little memory or disk, or the directory is not there on one.
+        RunError: on every rank, when a node has too little memory or disk, or the directory is not
+            there on one.
     """
-    pinned, card = config.placement == "pinned", device.type != "cpu"
+    pinned = config.placement == "pinned"
+    card = device.type != "cpu"
     if pinned and trainable and device.type != "cuda":
-        rule = f"needs a CUDA device, and this process computes on {device}: pages are locked for a card's copies"
+        rule = (
+            f"needs a CUDA device, and this process computes on {device}: pages are locked "
+            "for "
+            "a card's copies"
+        )
         raise RunError(_placement_problem(rule))
     state = state_bytes(config.optimizer, width) if trainable else 0
-    needed, kept = num_rows * (row_bytes(config.rows, width) + state), "rows and optimizer state" if state else "rows"
-    hot_host, hot_card = hot_bytes(config.hot_rows if trainable else 0, num_rows, width, dtype.itemsize)
+    needed = num_rows * (row_bytes(config.rows, width) + state)
+    kept = "rows and optimizer state" if state else "rows"
+    hot_host, hot_card = hot_bytes(
+        config.hot_rows if trainable else 0, num_rows, width, dtype.itemsize
+    )
     in_host = hot_host if card else hot_host + hot_card
 
     def check_hot(size: int, available: int | None, where: str) -> None:
-        value, fix = f"{config.hot_rows:,}", "keep fewer, or 0"
-        check_memory(size, available, where, value, mesh, "hot rows", field="table.hot_rows", fix=fix)
+        value = f"{config.hot_rows:,}"
+        fix = "keep fewer, or 0"
+        check_memory(
+            size, available, where, value, mesh, "hot rows", field="table.hot_rows", fix=fix
+        )
 
     if hot_card and card:
         check_hot(hot_card, _free_memory(device), f"memory of {device}")
@@ -61,29 +76,61 @@ def open_storage(
         directory = Path(config.directory)
         with refused_together(mesh):
             _check_directory(directory)
-        free, fix = shutil.disk_usage(directory).free, "use a smaller table, another table.directory, or more nodes"
-        check_memory(needed, free, f"disk at {directory}", what, mesh, kept, fix=fix)
+        free = shutil.disk_usage(directory).free
+        fix = "use a smaller table, another table.directory, or more nodes"
+        check_memory(
+            needed,
+            free,
+            f"disk at {directory}",
+            what,
+            mesh,
+            kept,
+            fix=fix,
+        )
         if hot_host:
             check_hot(in_host, available_host_bytes(), "host memory")
-        return torch.device("cpu"), lambda name, shape, dtype: file_zeros(directory, name, shape, dtype)
+        return torch.device("cpu"), lambda name, shape, dtype: file_zeros(
+            directory, name, shape, dtype
+        )
     if config.placement in ("host", "pinned"):
-        check_memory(needed + in_host, available_host_bytes(), "host memory", what, mesh, kept)
+        check_memory(
+            needed + in_host,
+            available_host_bytes(),
+            "host memory",
+            what,
+            mesh,
+            kept,
+        )
         zeros = pinned_zeros if pinned and device.type == "cuda" else host_zeros
         return torch.device("cpu"), _or_told(zeros, what)
-    check_memory(needed, _free_memory(device), f"memory of {device}", what, mesh, kept)
+    check_memory(
+        needed,
+        _free_memory(device),
+        f"memory of {device}",
+        what,
+        mesh,
+        kept,
+    )
     return device, lambda name, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what: str) -> Allocate:
-    """Memory that is free and that the process may not have (ulimit -v, no overcommit) is the user's to know, too."""
+    """Memory that is free and that the process may not have (ulimit -v, no overcommit) is the
+    user's to know, too.
+    """
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         try:
             return zeros(shape, dtype)
         except OSError as error:
-            rule = f"cannot have {prod(shape) * dtype.itemsize:,} bytes of host memory: {error.strerror}"
+            rule = (
+                f"cannot have {prod(shape) * dtype.itemsize:,} bytes of host memory: "
+                f"{error.strerror}"
+            )
             fix = "use a smaller table, or allow the process more (ulimit -v, vm.overcommit_memory)"
-            problem = Problem(field="model.engram.table_size", value=f"({what})", rule=_here(rule), fix=fix)
+            problem = Problem(
+                field="model.engram.table_size", value=f"({what})", rule=_here(rule), fix=fix
+            )
             raise RunError(problem) from error
 
     return allocate
@@ -91,7 +138,8 @@ def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what
 
 @contextmanager
 def refused_together(mesh: Mesh) -> Iterator[None]:
-    """What a rank refuses inside, every rank raises at the end: the first such rank's. Collective over ``engram``.
+    """What a rank refuses inside, every rank raises at the end: the first such rank's. Collective
+    over ``engram``.
 
     Nothing inside may be collective: a rank that refuses leaves early.
 
@@ -104,7 +152,8 @@ def refused_together(mesh: Mesh) -> Iterator[None]:
     except RunError as error:
         problems = [error.problems]
     if mesh.size("engram") > 1:
-        mine, problems = problems[0], [()] * mesh.size("engram")
+        mine = problems[0]
+        problems = [()] * mesh.size("engram")
         dist.all_gather_object(problems, mine, group=mesh.group("engram"))
     if refused := next(filter(None, problems), None):
         raise RunError(*refused)
@@ -123,18 +172,28 @@ def pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     try:
         return locked_zeros(shape, dtype)
     except RuntimeError as error:
-        raise RunError(_placement_problem(f"cannot lock {prod(shape) * dtype.itemsize:,} bytes: {error}")) from error
+        raise RunError(
+            _placement_problem(f"cannot lock {prod(shape) * dtype.itemsize:,} bytes: {error}")
+        ) from error
 
 
 def _placement_problem(rule: str) -> Problem:
-    return Problem(field="table.placement", value="pinned", rule=_here(rule), fix='use "host"')
+    return Problem(
+        field="table.placement",
+        value="pinned",
+        rule=_here(rule),
+        fix='use "host"',
+    )
 
 
-def file_zeros(directory: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def file_zeros(
+    directory: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     """Zeros in a file without a name, mapped into memory: the kernel keeps in RAM what is used.
 
-    The disk's blocks are allocated before the file is mapped: a sparse mapping would die of SIGBUS on a full disk. The
-    file vanishes with the process, however it ends; it may be written back at any time, so it is no checkpoint.
+    The disk's blocks are allocated before the file is mapped: a sparse mapping would die of SIGBUS
+    on a full disk. The file vanishes with the process, however it ends; it may be written back at
+    any time, so it is no checkpoint.
 
     Raises:
         RunError: the disk refuses.
@@ -147,19 +206,30 @@ def file_zeros(directory: Path, name: str, shape: tuple[int, ...], dtype: torch.
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             pages = mmap.mmap(file.fileno(), num_bytes)
     except OSError as error:
-        raise RunError(_directory_problem(directory, f"cannot hold {num_bytes:,} bytes: {error.strerror}")) from error
-    pages.madvise(mmap.MADV_RANDOM)  # a row is less than a page: reading ahead would fetch its neighbours
+        raise RunError(
+            _directory_problem(directory, f"cannot hold {num_bytes:,} bytes: {error.strerror}")
+        ) from error
+    pages.madvise(
+        mmap.MADV_RANDOM
+    )  # a row is less than a page: reading ahead would fetch its neighbours
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir() or not os.access(directory, os.W_OK):
-        raise RunError(_directory_problem(directory, "is not a directory that this process may write to"))
+        raise RunError(
+            _directory_problem(directory, "is not a directory that this process may write to")
+        )
 
 
 def _directory_problem(directory: Path, rule: str) -> Problem:
     fix = "name a directory on a disk with room"
-    return Problem(field="table.directory", value=str(directory), rule=_here(rule), fix=fix)
+    return Problem(
+        field="table.directory",
+        value=str(directory),
+        rule=_here(rule),
+        fix=fix,
+    )
 
 
 def _here(rule: str) -> str:

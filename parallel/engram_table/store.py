@@ -23,21 +23,32 @@ class RowStore:
     """R rows of width W. Reading decodes, writing encodes; both cost by the rows touched."""
 
     def __init__(
-        self, num_rows: int, width: int, form: RowFormat, seed: int, global_rows: torch.Tensor, allocate: Allocate
+        self,
+        num_rows: int,
+        width: int,
+        form: RowFormat,
+        seed: int,
+        global_rows: torch.Tensor,
+        allocate: Allocate,
     ) -> None:
         """Rows of zeros.
 
         Args:
             seed: of the stochastic rounding.
-            global_rows: (2, P) int64, for each contiguous part of the rows the first local row, and what to add to a
-                local row for a number that is its own on every layout.
+            global_rows: (2, P) int64, for each contiguous part of the rows the first local row, and
+                what to add to a local row for a number that is its own on every layout.
         """
-        self.width, self.form, self.seed, self.num_rows = width, form, seed, num_rows
+        self.width = width
+        self.form = form
+        self.seed = seed
+        self.num_rows = num_rows
         self._starts, self._shifts = global_rows
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}[form]
         self.tensors = {"weight": allocate("weight", (num_rows, width), dtype)}
         if form == "fp8":
-            self.tensors["weight_scale"] = allocate("weight_scale", (num_rows, width // FP8_BLOCK), torch.uint8)
+            self.tensors["weight_scale"] = allocate(
+                "weight_scale", (num_rows, width // FP8_BLOCK), torch.uint8
+            )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -55,11 +66,15 @@ class RowStore:
             return gather_rows(self.weight, rows_U).to(dtype)
         if rows_U.device.type == "cpu":
             return self._read_fp8(rows_U).to(dtype)
-        codes_UW, exponents_UK = (tensor.index_select(0, rows_U) for tensor in self.tensors.values())
+        codes_UW, exponents_UK = (
+            tensor.index_select(0, rows_U) for tensor in self.tensors.values()
+        )
         return from_fp8(codes_UW, exponents_UK, dtype)
 
     def write(self, rows_U: torch.Tensor, values_UW: torch.Tensor, updates_U: torch.Tensor) -> None:
-        """Encode fp32 values into distinct rows; ``updates_U`` numbers each row's updates and seeds its rounding."""
+        """Encode fp32 values into distinct rows; ``updates_U`` numbers each row's updates and seeds
+        its rounding.
+        """
         if self.form == "fp32":
             write_rows(self.weight, rows_U, values_UW)
             return
@@ -72,9 +87,11 @@ class RowStore:
         write_rows(self.tensors["weight_scale"], rows_U, exponents_UK)
 
     def arrays(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """For loops in host memory: the format's number; the weight (R, W), of bf16 the bits, of fp8 (R, K, 32); fp8's
-        exponents (R, K); and 2^(i - 127) for i of 0 to 255 (0 and infinity at the ends)."""
-        none, weight = np.empty((0, 0), np.uint8), self.weight
+        """For loops in host memory: the format's number; the weight (R, W), of bf16 the bits, of
+        fp8 (R, K, 32); fp8's exponents (R, K); and 2^(i - 127) for i of 0 to 255 (0 and infinity at
+        the ends)."""
+        none = np.empty((0, 0), np.uint8)
+        weight = self.weight
         if self.form == "fp32":
             return row_loops.FP32, weight.numpy(), none, _powers()
         if self.form == "bf16":  # numpy has no bf16
@@ -86,8 +103,18 @@ class RowStore:
         """(U, W) fp32: ``from_fp8`` of rows in host memory."""
         _, codes, exponents, powers = self.arrays()
         out_UKX = torch.empty((len(rows_U), *codes.shape[1:]))
-        rows, out = rows_U.numpy(), out_UKX.numpy()
-        for_ranges(lambda part: row_loops.read_fp8(codes, exponents, powers, rows[part], out[part]), len(rows))
+        rows = rows_U.numpy()
+        out = out_UKX.numpy()
+        for_ranges(
+            lambda part: row_loops.read_fp8(
+                codes,
+                exponents,
+                powers,
+                rows[part],
+                out[part],
+            ),
+            len(rows),
+        )
         return out_UKX.flatten(1)
 
 
@@ -99,11 +126,13 @@ def _powers() -> np.ndarray:
 def write_rows(table_RW: torch.Tensor, rows_U: torch.Tensor, values_UW: torch.Tensor) -> None:
     """``table[rows] = values`` for distinct rows.
 
-    ``index_copy_`` moves element by element; seen as elements of up to 16 bytes a row takes a fraction of the moves
-    (64 wide fp32 rows: 1.2 ms against 1.6 ms for 27,000; advanced indexing 2.0 ms).
+    ``index_copy_`` moves element by element; seen as elements of up to 16 bytes a row takes a
+    fraction of the moves (64 wide fp32 rows: 1.2 ms against 1.6 ms for 27,000; advanced indexing
+    2.0 ms).
     """
     for wide in (torch.complex128, torch.int64, torch.int32):
         if table_RW.ndim == 2 and table_RW.shape[1] * table_RW.dtype.itemsize % wide.itemsize == 0:
-            table_RW, values_UW = table_RW.view(wide), values_UW.contiguous().view(wide)
+            table_RW = table_RW.view(wide)
+            values_UW = values_UW.contiguous().view(wide)
             break
     table_RW.index_copy_(0, rows_U, values_UW)

@@ -1,7 +1,7 @@
 """The sharded Engram tables of a model.
 
-Owners keep rows and optimizer state as plain attributes: as parameters or buffers of a module they would enter
-DeepSpeed's buckets, be partitioned by ZeRO, and be overwritten by rank 0's.
+Owners keep rows and optimizer state as plain attributes: as parameters or buffers of a module they
+would enter DeepSpeed's buckets, be partitioned by ZeRO, and be overwritten by rank 0's.
 
 Shape suffixes: U distinct rows, M distinct rows of all layers, W row width.
 """
@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from parallel.device import to_device, to_host
-from parallel.engram_table.exchange import Route, by_owner, open_route, resend, return_rows, send_gradients
+from parallel.engram_table.exchange import (
+    Route,
+    by_owner,
+    open_route,
+    resend,
+    return_rows,
+    send_gradients,
+)
 from parallel.engram_table.grouping import group_rows, sum_groups
 from parallel.engram_table.hot_rows import HotRows
 from parallel.engram_table.initial import fill_initial_rows
@@ -55,18 +62,23 @@ class NoOptimizer:
 
     def update(self, *arguments: object) -> torch.Tensor:
         """Always a ValueError."""
-        raise ValueError("step: expected trainable tables, got rows without an optimizer (trainable=False)")
+        raise ValueError(
+            "step: expected trainable tables, got rows without an optimizer (trainable=False)"
+        )
 
 
 class EngramTables:
-    """Rows of all Engram layers, cut over the ``engram`` axis, with the sparse optimizer of the rows owned here.
+    """Rows of all Engram layers, cut over the ``engram`` axis, with the sparse optimizer of the
+    rows owned here.
 
-    A step: ``fetch`` each micro-batch, ``Rows.embed`` in the forward, ``accumulate`` after its backward; then
-    ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``, or ``discard``. Any number of fetches may
-    be in flight. All sums run in one fixed order: the same run gives the same bits.
+    A step: ``fetch`` each micro-batch, ``Rows.embed`` in the forward, ``accumulate`` after its
+    backward; then ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``, or
+    ``discard``. Any number of fetches may be in flight. All sums run in one fixed order: the same
+    run gives the same bits.
 
-    With ``config.prefetch`` all of that is queued for one thread and runs while the model computes; only ``embed`` and
-    the norm wait. A fetch whose rows have not been taken when a step updates them is patched by that step.
+    With ``config.prefetch`` all of that is queued for one thread and runs while the model computes;
+    only ``embed`` and the norm wait. A fetch whose rows have not been taken when a step updates
+    them is patched by that step.
     """
 
     def __init__(
@@ -85,42 +97,74 @@ class EngramTables:
 
         Args:
             shapes: layer -> its row space; one width for all.
-            init_std: standard deviation of the initial rows, which depend on ``seed``, layer and row only.
+            init_std: standard deviation of the initial rows, which depend on ``seed``, layer and
+                row only.
             device: where the model computes, and rows are delivered to.
-            dtype: what the model computes in; rows travel and arrive in it. Gradients travel in fp32.
-            trainable: False is rows alone, without an optimizer, and of zeros: they are to be loaded.
+            dtype: what the model computes in; rows travel and arrive in it. Gradients travel in
+                fp32.
+            trainable: False is rows alone, without an optimizer, and of zeros: they are to be
+                loaded.
 
         Raises:
-            RunError: on every rank, when one cannot have memory or disk for its rows and their optimizer state.
+            RunError: on every rank, when one cannot have memory or disk for its rows and their
+                optimizer state.
         """
         widths = {shape.width for shape in shapes.values()}
         if len(widths) != 1:
             raise ValueError(f"shapes: all layers' rows must have one width, got {sorted(widths)}")
         (self.width,) = widths
-        self.shapes, self.mesh, self.config, self.device, self.dtype = dict(shapes), mesh, config, device, dtype
+        self.shapes = dict(shapes)
+        self.mesh = mesh
+        self.config = config
+        self.device = device
+        self.dtype = dtype
         self.layout = RowLayout(shapes, mesh.size("engram"))
-        rank, total = mesh.rank("engram"), sum(shape.num_rows for shape in shapes.values())
-        num_rows, what = self.layout.local_rows[rank], f"{total:,} rows x {self.width}"
-        self._memory, allocate = open_storage(config, num_rows, self.width, device, dtype, what, mesh, trainable)
+        rank = mesh.rank("engram")
+        total = sum(shape.num_rows for shape in shapes.values())
+        num_rows = self.layout.local_rows[rank]
+        what = f"{total:,} rows x {self.width}"
+        self._memory, allocate = open_storage(
+            config, num_rows, self.width, device, dtype, what, mesh, trainable
+        )
         self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
         self._hot: HotRows | None = None
         with refused_together(mesh):
-            self._store = RowStore(num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate)
+            self._store = RowStore(
+                num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate
+            )
             for layer in self.layout.layers if trainable else ():
                 fill_initial_rows(
-                    self._store, self.layout.local(layer, rank), self.owned(layer).start, init_std, seed, layer
+                    self._store,
+                    self.layout.local(layer, rank),
+                    self.owned(layer).start,
+                    init_std,
+                    seed,
+                    layer,
                 )
             if not trainable:
                 self._optimizer = NoOptimizer()
             elif config.optimizer == "momentum_sinkhorn":
-                parts = [(self.layout.local(layer, rank), shapes[layer].num_rows) for layer in self.layout.layers]
-                self._optimizer = MomentumSinkhorn(self._store, config, allocate, parts, mesh)
+                parts = [
+                    (self.layout.local(layer, rank), shapes[layer].num_rows)
+                    for layer in self.layout.layers
+                ]
+                self._optimizer = MomentumSinkhorn(
+                    self._store,
+                    config,
+                    allocate,
+                    parts,
+                    mesh,
+                )
             else:
                 self._optimizer = LazyAdam(self._store, config, allocate)
             if trainable and config.hot_rows:
-                self._hot = HotRows(config.hot_rows, num_rows, self.width, dtype, device, self._read_table)
+                self._hot = HotRows(
+                    config.hot_rows, num_rows, self.width, dtype, device, self._read_table
+                )
         self.hot_use = 0, 0
-        """Of the fetches accumulated since the last step: rows asked of this rank that were hot, and rows asked."""
+        """Of the fetches accumulated since the last step: rows asked of this rank that were hot,
+        and rows asked.
+        """
         self.worker = Worker(trainable and config.prefetch > 0, device)
         self._ahead: list[Fetch] = []  # whose rows nobody has taken yet
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # (local rows, their gradients)
@@ -134,12 +178,12 @@ class EngramTables:
         """Rows of a micro-batch, each distinct row once. Collective over ``engram``.
 
         Args:
-            ids: layer -> (…, O) int64, global rows, for every layer; -1 is masked: a zero row without gradient. Or a
-                function that gives them, which runs with the fetch.
+            ids: layer -> (…, O) int64, global rows, for every layer; -1 is masked: a zero row
+                without gradient. Or a function that gives them, which runs with the fetch.
 
         Raises:
-            ValueError: an id outside the layer's rows, or other layers than the table's; by ``embed`` where the fetch
-                has been queued.
+            ValueError: an id outside the layer's rows, or other layers than the table's; by
+                ``embed`` where the fetch has been queued.
         """
         coming = self.worker.submit(self._fetch, ids)
         fetch = Fetch(coming, partial(self._receive, coming))
@@ -157,9 +201,16 @@ class EngramTables:
         if set(ids) != set(self.shapes):
             raise ValueError(f"ids: expected layers {sorted(self.shapes)}, got {sorted(ids)}")
         layers = self.layout.layers
-        groups = [group_rows(ids[layer], self.shapes[layer].num_rows, f"Engram layer {layer}") for layer in layers]
+        groups = [
+            group_rows(ids[layer], self.shapes[layer].num_rows, f"Engram layer {layer}")
+            for layer in layers
+        ]
         route, slots = open_route(groups, self.layout, self.mesh)
-        answer, num_hot = self._hot.ask(route.local_rows) if self._hot else (self._read_table(route.local_rows), 0)
+        answer, num_hot = (
+            self._hot.ask(route.local_rows)
+            if self._hot
+            else (self._read_table(route.local_rows), 0)
+        )
         values = return_rows(answer, route, self.mesh)
         masked = values.shape[0]
         if any(group.order.numel() < group.num_ids for group in groups):
@@ -186,19 +237,24 @@ class EngramTables:
         return self._hot.read(local_rows) if self._hot else self._read_table(local_rows)
 
     def _read_table(self, local_rows: torch.Tensor) -> torch.Tensor:
-        return to_device(self._store.read(to_device(local_rows, self._memory), self.dtype), self.device)
+        return to_device(
+            self._store.read(to_device(local_rows, self._memory), self.dtype), self.device
+        )
 
     @torch.no_grad()
     def lookup(self, ids: Ids) -> dict[int, torch.Tensor]:
-        """(…, O * W) a layer, outside the graph: for evaluation and generation. Collective over ``engram``."""
+        """(…, O * W) a layer, outside the graph: for evaluation and generation. Collective over
+        ``engram``.
+        """
         return {layer: rows.embed() for layer, rows in self.fetch(ids).items()}
 
     @torch.no_grad()
     def accumulate(self, rows: Mapping[int, Rows], scale: float = 1.0) -> None:
-        """After backward: the gradients of one fetch, times ``scale``, to the owners. Collective over ``engram``.
+        """After backward: the gradients of one fetch, times ``scale``, to the owners. Collective
+        over ``engram``.
 
-        Rows count as touched even where their gradient is zero. The gradients are taken out of ``rows``: a second call
-        adds zero.
+        Rows count as touched even where their gradient is zero. The gradients are taken out of
+        ``rows``: a second call adds zero.
         """
         fetch = rows[self.layout.layers[0]].fetch
         if any(other.fetch is not fetch for other in rows.values()):
@@ -207,7 +263,12 @@ class EngramTables:
         arrival = fetch.take()
         hot, asked = self.hot_use
         self.hot_use = hot + arrival.num_hot, asked + len(arrival.route.local_rows)
-        self.worker.submit(self._accumulate, arrival.route, grads, scale)
+        self.worker.submit(
+            self._accumulate,
+            arrival.route,
+            grads,
+            scale,
+        )
 
     @torch.no_grad()
     def _accumulate(self, route: Route, grads: list[torch.Tensor], scale: float) -> None:
@@ -220,9 +281,13 @@ class EngramTables:
         self._pending.append((route.local_rows, received))
 
     def _merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accumulated gradients with each touched row once: local rows ascending, and (U, W) fp32."""
+        """Accumulated gradients with each touched row once: local rows ascending,
+        and (U, W) fp32.
+        """
         if not self._pending:
-            return torch.empty(0, dtype=torch.int64), torch.empty((0, self.width), device=self._memory)
+            return torch.empty(0, dtype=torch.int64), torch.empty(
+                (0, self.width), device=self._memory
+            )
         if not self._distinct:
             rows, grads = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
             groups = group_rows(rows, self._store.num_rows, "gradients")
@@ -231,7 +296,8 @@ class EngramTables:
         return self._pending[0]
 
     def squared_grad_norm(self) -> torch.Tensor:
-        """fp64 scalar on the compute device: of the gradients of the rows owned here, summed before they are squared.
+        """fp64 scalar on the compute device: of the gradients of the rows owned here, summed before
+        they are squared.
 
         Sum it over ``engram``: every row is owned once.
         """
@@ -240,21 +306,29 @@ class EngramTables:
     @torch.no_grad()
     def _squared_grad_norm(self) -> torch.Tensor:
         _, grad_UW = self._merged()
-        norm_U = torch.linalg.vector_norm(grad_UW, dim=1)  # fp64 only over rows: 5x faster, as exact
+        norm_U = torch.linalg.vector_norm(
+            grad_UW, dim=1
+        )  # fp64 only over rows: 5x faster, as exact
         return to_device(norm_U.double().square().sum(), self.device)
 
     def gradients(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """layer -> global rows owned here that were touched since the last step (U,), and their gradients (U, W)."""
+        """layer -> global rows owned here that were touched since the last step (U,), and their
+        gradients (U, W).
+        """
         rows_U, grad_UW = self.worker.wait(self.worker.submit(self._merged))
         gradients = {}
         for layer in self.layout.layers:
             local = self.layout.local(layer, self.mesh.rank("engram"))
             low, high = torch.searchsorted(rows_U, torch.tensor([local.start, local.stop])).tolist()
-            gradients[layer] = (rows_U[low:high] - local.start + self.owned(layer).start, grad_UW[low:high])
+            gradients[layer] = (
+                rows_U[low:high] - local.start + self.owned(layer).start,
+                grad_UW[low:high],
+            )
         return gradients
 
     def step(self, learning_rate: float, grad_scale: float = 1.0, step: int = 0) -> None:
-        """Update the touched rows by the accumulated gradients times ``grad_scale``, and clear those.
+        """Update the touched rows by the accumulated gradients times ``grad_scale``, and clear
+        those.
 
         Rows that were fetched and not yet taken are patched. Collective over ``engram``.
 
@@ -268,14 +342,24 @@ class EngramTables:
         """
         ahead = [fetch for fetch in self._ahead if not fetch.taken]
         self.hot_use = 0, 0
-        update = self.worker.submit(self._update, learning_rate, grad_scale, step, ahead)
+        update = self.worker.submit(
+            self._update,
+            learning_rate,
+            grad_scale,
+            step,
+            ahead,
+        )
         for fetch in ahead:
             fetch.ready = update
 
     @torch.no_grad()
-    def _update(self, learning_rate: float, grad_scale: float, step: int, ahead: list[Fetch]) -> None:
+    def _update(
+        self, learning_rate: float, grad_scale: float, step: int, ahead: list[Fetch]
+    ) -> None:
         rows_U, grad_UW = self._merged()
-        changed_U = self._optimizer.update(rows_U.to(self._memory), grad_UW, learning_rate, grad_scale, step).cpu()
+        changed_U = self._optimizer.update(
+            rows_U.to(self._memory), grad_UW, learning_rate, grad_scale, step
+        ).cpu()
         if self._hot:
             self._hot.write_through(changed_U)
         for fetch in ahead:
@@ -294,18 +378,22 @@ class EngramTables:
         self._distinct = True
 
     def state(self) -> dict[str, Piece]:
-        """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the state of an optimizer.
+        """This rank's rows of ``engram.<layer>.weight``, of fp8's ``.weight_scale``, and of the
+        state of an optimizer.
 
-        Waits for what is queued; the values stay as they are until the next step. Who loads into them calls ``loaded``
-        before the next fetch or step.
+        Waits for what is queued; the values stay as they are until the next step. Who loads into
+        them calls ``loaded`` before the next fetch or step.
         """
         self._settle()
         tensors = self._store.tensors | self._optimizer.state()
         pieces = {}
         for layer in self.layout.layers:
-            local, num_rows = self.layout.local(layer, self.mesh.rank("engram")), self.shapes[layer].num_rows
+            local = self.layout.local(layer, self.mesh.rank("engram"))
+            num_rows = self.shapes[layer].num_rows
             for name, tensor in tensors.items():
-                pieces[f"engram.{layer}.{name}"] = Piece(tensor[local], self.owned(layer).start, num_rows)
+                pieces[f"engram.{layer}.{name}"] = Piece(
+                    tensor[local], self.owned(layer).start, num_rows
+                )
         return pieces
 
     def _settle(self) -> None:
@@ -320,19 +408,28 @@ class EngramTables:
 
     @torch.no_grad()
     def assign(self, layer: int, first: int, values_UW: torch.Tensor) -> None:
-        """Replace owned rows, from the global row ``first`` on, by fp32 values, in this table's format.
+        """Replace owned rows, from the global row ``first`` on, by fp32 values, in this table's
+        format.
 
-        A short format rounds them stochastically, keyed by (seed, row, -1), as no update of a row has that number: the
-        mean of what is stored is the value, on every layout the same, and what the format can hold stays what it is.
+        A short format rounds them stochastically, keyed by (seed, row, -1), as no update of a row
+        has that number: the mean of what is stored is the value, on every layout the same, and what
+        the format can hold stays what it is.
         """
         self.loaded()
-        local = first - self.owned(layer).start + self.layout.local(layer, self.mesh.rank("engram")).start
+        local = (
+            first
+            - self.owned(layer).start
+            + self.layout.local(layer, self.mesh.rank("engram")).start
+        )
         rows_U = torch.arange(local, local + len(values_UW), device=self._memory)
-        for rows, values in zip(rows_U.split(ASSIGNED_ROWS), values_UW.split(ASSIGNED_ROWS), strict=True):
+        for rows, values in zip(
+            rows_U.split(ASSIGNED_ROWS), values_UW.split(ASSIGNED_ROWS), strict=True
+        ):
             self._store.write(rows, values.to(self._memory), torch.full_like(rows, -1))
 
     def load_state(self, pieces: Mapping[str, Piece]) -> None:
-        """Copy in what ``state`` gave on the same layout. (Another layout loads in place into ``state``'s tensors.)
+        """Copy in what ``state`` gave on the same layout. (Another layout loads in place into
+        ``state``'s tensors.)
 
         Raises:
             ValueError: names, shapes or ranges are not those of this rank.
@@ -342,7 +439,8 @@ class EngramTables:
             raise ValueError(f"Engram state: expected {sorted(mine)}, got {sorted(pieces)}")
         for name, (tensor, start, num_rows) in mine.items():
             other = pieces[name]
-            expected, got = (tuple(tensor.shape), start, num_rows), (tuple(other[0].shape), other[1], other[2])
+            expected = (tuple(tensor.shape), start, num_rows)
+            got = (tuple(other[0].shape), other[1], other[2])
             if got != expected:
                 raise ValueError(f"{name}: expected (shape, first row, rows) {expected}, got {got}")
             tensor.copy_(other[0])

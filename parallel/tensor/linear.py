@@ -1,7 +1,9 @@
-"""Tensor-parallel linear layers on megatron-core's functions. x_BLD: B batch, L length, D width; F output features.
+"""Tensor-parallel linear layers on megatron-core's functions. x_BLD: B batch, L length, D width; F
+output features.
 
-A column-parallel layer cuts its outputs, a row-parallel one its inputs; together they cost one sum over tp, or, under
-sequence parallelism, one gather and one reduce-scatter along L, for which megatron-core has no CPU path.
+A column-parallel layer cuts its outputs, a row-parallel one its inputs; together they cost one sum
+over tp, or, under sequence parallelism, one gather and one reduce-scatter along L, for which
+megatron-core has no CPU path.
 """
 
 import torch
@@ -17,14 +19,21 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T with W's output features cut over tp, by packed parts.
 
     Args:
-        parts: what the output features consist of, in order; the local output is each part's slice, in the same order.
+        parts: what the output features consist of, in order; the local output is each part's slice,
+            in the same order.
     """
 
     def __init__(self, in_features: int, parts: tuple[Part, ...], mesh: Mesh, init: Init) -> None:
         super().__init__()
         out_features = sum(part.size for part in parts)
-        placement = Placement(shape=(out_features, in_features), init=init, axis="tp", parts=parts)
-        self.mesh, self.weight = mesh, declare(placement, mesh)
+        placement = Placement(
+            shape=(out_features, in_features),
+            init=init,
+            axis="tp",
+            parts=parts,
+        )
+        self.mesh = mesh
+        self.weight = declare(placement, mesh)
         self.local_sizes = [piece.size for piece in placement.slices(mesh)]
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -32,7 +41,9 @@ class ColumnParallelLinear(nn.Module):
             return F.linear(x_BLD, self.weight)
         if self.mesh.sequence_parallel:
             return F.linear(gather_tokens(x_BLD, self.mesh.group("tp")), self.weight)
-        from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+        from megatron.core.tensor_parallel.layers import (
+            linear_with_grad_accumulation_and_async_allreduce,
+        )
 
         return linear_with_grad_accumulation_and_async_allreduce(
             x_BLD,
@@ -50,10 +61,12 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = sum over tp of x W^T with W's input features cut over tp; the output is replicated, or cut along L under SP.
+    """y = sum over tp of x W^T with W's input features cut over tp; the output is replicated, or
+    cut along L under SP.
 
     Args:
-        scatter: whether the output joins the residual stream (and is cut along L under SP); False replicates it.
+        scatter: whether the output joins the residual stream (and is cut along L under SP); False
+            replicates it.
     """
 
     def __init__(
@@ -68,8 +81,12 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         part = Part(size=in_features, units=units or in_features)
-        placement = Placement(shape=(out_features, in_features), init=init, axis="tp", dim=1, parts=(part,))
-        self.mesh, self.weight, self.scatter = mesh, declare(placement, mesh), scatter
+        placement = Placement(
+            shape=(out_features, in_features), init=init, axis="tp", dim=1, parts=(part,)
+        )
+        self.mesh = mesh
+        self.weight = declare(placement, mesh)
+        self.scatter = scatter
 
     def forward(self, x_BLF: torch.Tensor) -> torch.Tensor:
         y_BLD = F.linear(x_BLF, self.weight)

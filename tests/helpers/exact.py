@@ -1,7 +1,9 @@
-"""Training without DeepSpeed and processes, in fp32 or in fp64: what the runs of other tests are measured by.
+"""Training without DeepSpeed and processes, in fp32 or in fp64: what the runs of other tests are
+measured by.
 
-Two runs in fp32 differ by rounding, and by how much depends on the CPU: its vectors add in another order. So neither is
-the truth; the same run in fp64 is. What rounding may do to a run is then measured, too, not guessed.
+Two runs in fp32 differ by rounding, and by how much depends on the CPU: its vectors add in another
+order. So neither is the truth; the same run in fp64 is. What rounding may do to a run is then
+measured, too, not guessed.
 """
 
 import math
@@ -33,7 +35,9 @@ EPS = torch.finfo(torch.float32).eps
 
 def plain_model(config: RunConfig) -> HybridModel:
     """The model without processes, in fp32."""
-    return build_model(config.model, single_mesh(), seed=config.train.seed, dtype=torch.float32, device=CPU)
+    return build_model(
+        config.model, single_mesh(), seed=config.train.seed, dtype=torch.float32, device=CPU
+    )
 
 
 def move(model: nn.Module, draw: int) -> None:
@@ -45,11 +49,14 @@ def move(model: nn.Module, draw: int) -> None:
 
 def plain_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """The optimizer that DeepSpeed shards."""
-    settings, groups = config.optimizer, []
+    settings = config.optimizer
+    groups = []
     for decay in (True, False):
         members = [p for _, p in placed_parameters(model) if p.placement.decay == decay]
         groups.append({"params": members, "weight_decay": settings.weight_decay if decay else 0.0})
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
+    )
 
 
 def train_plainly(
@@ -68,9 +75,15 @@ def train_plainly(
     model = plain_model(config)
     move(model, draw)
     model.to(dtype)
-    memory = build_memory(config, single_mesh(), made_up_token_map(), CPU)
+    memory = build_memory(
+        config,
+        single_mesh(),
+        made_up_token_map(),
+        CPU,
+    )
     optimizer = plain_adamw(model, config)
-    figures, gradients = [], []
+    figures = []
+    gradients = []
     initial = {name: parameter.detach().clone() for name, parameter in placed_parameters(model)}
     with wide_floats():
         for step in range(num_steps):
@@ -85,7 +98,11 @@ def train_plainly(
         "last gradients": gradients[-1],
         "parameters": parameters,
         "updates": {name: parameters[name] - initial[name] for name in initial},
-        "rows": {name: piece.tensor for name, piece in memory.tables.state().items() if name.endswith(".weight")},
+        "rows": {
+            name: piece.tensor
+            for name, piece in memory.tables.state().items()
+            if name.endswith(".weight")
+        },
     }
 
 
@@ -95,7 +112,9 @@ def accumulate(model: HybridModel, memory: EngramMemory, config: RunConfig, step
     (batch,) = made_up_batches(step, one_batch, 0, 1)
     rows = memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
     dtype = model.embedding.weight.dtype
-    cross_entropy, auxiliary = model(batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL, recall(rows, dtype))
+    cross_entropy, auxiliary = model(
+        batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL, recall(rows, dtype)
+    )
     ((cross_entropy + auxiliary) / batch.num_targets).backward()
     memory.tables.accumulate(rows)
     return float(cross_entropy.detach()) / batch.num_targets
@@ -103,7 +122,9 @@ def accumulate(model: HybridModel, memory: EngramMemory, config: RunConfig, step
 
 def recall(rows: dict[int, Rows], dtype: torch.dtype) -> Memory:
     """Fetched rows as the model reads them."""
-    return {layer: lambda row=row: (row.embed().to(dtype), row.masked()) for layer, row in rows.items()}
+    return {
+        layer: lambda row=row: (row.embed().to(dtype), row.masked()) for layer, row in rows.items()
+    }
 
 
 def gradients_of(model: HybridModel, memory: EngramMemory) -> dict[str, torch.Tensor]:
@@ -116,7 +137,9 @@ def gradients_of(model: HybridModel, memory: EngramMemory) -> dict[str, torch.Te
     return found
 
 
-def update(model: HybridModel, memory: EngramMemory, optimizer: torch.optim.Optimizer, config: RunConfig) -> float:
+def update(
+    model: HybridModel, memory: EngramMemory, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> float:
     """Clip, step, balance the experts; the norm before clipping."""
     dense = nn.utils.get_total_norm([p.grad for p in model.parameters()])
     norm = math.hypot(float(dense), float(memory.tables.squared_grad_norm().sqrt()))

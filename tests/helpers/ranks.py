@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Seconds after which a wait in a test is taken for a hang: minutes beyond what the busiest machine needs.
+# Seconds after which a wait in a test is taken for a hang: minutes beyond what the busiest machine
+# needs.
 HANG_S = 600
 
 
@@ -27,13 +28,20 @@ def free_port() -> int:
 
 def _rank_main(fn, rank, world_size, port, args, result: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANG_S - 10)  # a rank that hangs shows where
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANG_S))
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANG_S)
+        )
         result.send((fn(*args), None))
         dist.barrier()
         dist.destroy_process_group()
@@ -43,15 +51,20 @@ def _rank_main(fn, rank, world_size, port, args, result: Connection) -> None:
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call ``fn(*args)`` on ``world_size`` processes with a gloo group; returns the results in order of rank.
+    """Call ``fn(*args)`` on ``world_size`` processes with a gloo group; returns the results in
+    order of rank.
 
-    Results are sent as numpy or plain Python (tensors are shared by file descriptor and die with their process).
-    The first rank that raises, or dies, fails the test with its traceback; a rank that hangs fails it in time.
+    Results are sent as numpy or plain Python (tensors are shared by file descriptor and die with
+    their process). The first rank that raises, or dies, fails the test with its traceback; a rank
+    that hangs fails it in time.
     """
     context = multiprocessing.get_context("fork")
-    port, pipes = free_port(), [context.Pipe(duplex=False) for _ in range(world_size)]
+    port = free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        context.Process(target=_rank_main, args=(fn, rank, world_size, port, args, pipes[rank][1]), daemon=True)
+        context.Process(
+            target=_rank_main, args=(fn, rank, world_size, port, args, pipes[rank][1]), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process, (_, sender) in zip(ranks, pipes, strict=True):
@@ -63,7 +76,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     try:
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks {sorted(waiting.values())} of {world_size} gave no result in {HANG_S} s"
+            assert ready, (
+                f"ranks {sorted(waiting.values())} of {world_size} gave no result in {HANG_S} s"
+            )
             for receiver in ready:
                 rank = waiting.pop(receiver)
                 try:

@@ -1,4 +1,6 @@
-"""Whole training runs of a very small model on a corpus of their own: on forked ranks, or started as a user does."""
+"""Whole training runs of a very small model on a corpus of their own: on forked ranks, or started
+as a user does.
+"""
 
 import json
 import multiprocessing
@@ -43,13 +45,32 @@ WORDS = [
     "key",
 ]
 MODEL = {
-    "pattern": "MEM*ME", "d_model": 32, "vocab_size": 384, "mamba2.head_dim": 16, "mamba2.state_dim": 16,
-    "mamba2.chunk_size": 16, "attention.num_heads": 2, "attention.num_kv_heads": 1, "attention.head_dim": 16,
-    "moe.num_experts": 4, "moe.expert_dim": 16, "moe.shared_dim": 16, "engram.num_heads": 2, "engram.head_dim": 8,
+    "pattern": "MEM*ME",
+    "d_model": 32,
+    "vocab_size": 384,
+    "mamba2.head_dim": 16,
+    "mamba2.state_dim": 16,
+    "mamba2.chunk_size": 16,
+    "attention.num_heads": 2,
+    "attention.num_kv_heads": 1,
+    "attention.head_dim": 16,
+    "moe.num_experts": 4,
+    "moe.expert_dim": 16,
+    "moe.shared_dim": 16,
+    "engram.num_heads": 2,
+    "engram.head_dim": 8,
     "engram.table_size": 50,
-}  # fmt: skip
-TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 2, "save_every": 4, "eval_every": 4, "eval_rows": 6,
-         "log_every": 1, "dtype": "fp32"}  # fmt: skip
+}
+TRAIN = {
+    "steps": 8,
+    "global_batch": 4,
+    "micro_batch": 2,
+    "save_every": 4,
+    "eval_every": 4,
+    "eval_rows": 6,
+    "log_every": 1,
+    "dtype": "fp32",
+}
 # Longer than a test waits: what ends such a run in time is not the end of a collective's patience.
 NO_TIME_OUT = ("--parallel.timeout_s", str(6 * HANG_S))
 ENDLESS = ("--train.steps", "100000", "--train.save_every", "100000", "--train.eval_every", "0")
@@ -62,19 +83,19 @@ GO_ON = "go on"
 LIFE_S = 2 * HANG_S
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A prepared dataset of four dozen documents, to be read only."""
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 def make_corpus(directory: Path) -> Path:
     """Four dozen documents of a few words, prepared."""
     chosen = random.Random(3)
     texts = ["def __init__(self):\n" + " ".join(chosen.choices(WORDS, k=150)) for _ in range(48)]
-    (directory / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (directory / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     out = directory / "set"
-    prepare(PrepareConfig(source=str(directory / "docs.jsonl"), out=str(out), vocab_size=320, val_fraction=0.2))
+    prepare(
+        PrepareConfig(
+            source=str(directory / "docs.jsonl"), out=str(out), vocab_size=320, val_fraction=0.2
+        )
+    )
     return out
 
 
@@ -83,8 +104,18 @@ def words(corpus: Path, name: str, *more: str) -> list[str]:
     fields = {f"model.{key}": value for key, value in MODEL.items()} | {
         f"train.{key}": value for key, value in TRAIN.items()
     }
-    fields |= {"name": name, "data.path": corpus, "data.seq_length": 32, "optimizer.warmup_steps": 2}
-    return ["train", "tiny", *(str(word) for key, value in fields.items() for word in (f"--{key}", value)), *more]
+    fields |= {
+        "name": name,
+        "data.path": corpus,
+        "data.seq_length": 32,
+        "optimizer.warmup_steps": 2,
+    }
+    return [
+        "train",
+        "tiny",
+        *(str(word) for key, value in fields.items() for word in (f"--{key}", value)),
+        *more,
+    ]
 
 
 def records(directory: Path) -> list[dict]:
@@ -108,11 +139,16 @@ def wait_until(ready: Callable[[], object], what: str) -> None:
 def wait_for_step(directory: Path, step: int) -> None:
     """Wait until a run has logged a step."""
     path = directory / "metrics.jsonl"
-    wait_until(lambda: path.exists() and any(r["step"] >= step for r in read_metrics(path)), f"step {step} of {path}")
+    wait_until(
+        lambda: path.exists() and any(r["step"] >= step for r in read_metrics(path)),
+        f"step {step} of {path}",
+    )
 
 
 def hold_after(step: int) -> Callable[[int], None]:
-    """A patch for ``forked``: after this step the ranks wait for ``go_on``, so that what a test does falls there."""
+    """A patch for ``forked``: after this step the ranks wait for ``go_on``, so that what a test
+    does falls there.
+    """
 
     def patch(rank: int) -> None:
         from training import loop
@@ -140,14 +176,21 @@ class ForkedRanks:
     Forked from the tests: nothing is imported again, which would be most of a short run's time.
     """
 
-    def __init__(self, cwd: Path, argv: list[str], world_size: int, patch: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, cwd: Path, argv: list[str], world_size: int, patch: Callable[[int], None] | None
+    ) -> None:
         import launch.train  # noqa: F401
         import training.loop  # noqa: F401
 
-        context, port = multiprocessing.get_context("fork"), free_port()
+        context = multiprocessing.get_context("fork")
+        port = free_port()
         self.outputs = [cwd / f"output.{port}.{rank}" for rank in range(world_size)]
         self.processes = [
-            context.Process(target=_rank_main, args=(cwd, argv, rank, world_size, port, output, patch), daemon=True)
+            context.Process(
+                target=_rank_main,
+                args=(cwd, argv, rank, world_size, port, output, patch),
+                daemon=True,
+            )
             for rank, output in enumerate(self.outputs)
         ]
         for process in self.processes:
@@ -163,7 +206,9 @@ class ForkedRanks:
         """A rank's exit code; fails when it does not come."""
         process = self.processes[rank]
         process.join(timeout_s)
-        assert process.exitcode is not None, f"rank {rank} still runs after {timeout_s} s: {self.text(rank)}"
+        assert process.exitcode is not None, (
+            f"rank {rank} still runs after {timeout_s} s: {self.text(rank)}"
+        )
         return process.exitcode
 
     def codes(self) -> list[int]:
@@ -188,9 +233,13 @@ def _rank_main(cwd, argv, rank, world_size, port, output, patch) -> None:
     os.environ.update(variables)
     if world_size > 1:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     torch.set_num_threads(1)
     signal.alarm(LIFE_S)
     if patch is not None:
@@ -224,7 +273,9 @@ def forked(
 def run_forked(cwd: Path, argv: list[str], world_size: int = 1) -> str:
     """A run that must succeed; what rank 0 printed."""
     with forked(cwd, argv, world_size) as ranks:
-        assert ranks.codes() == [0] * world_size, "\n".join(ranks.text(rank) for rank in range(world_size))
+        assert ranks.codes() == [0] * world_size, "\n".join(
+            ranks.text(rank) for rank in range(world_size)
+        )
         return ranks.text(0)
 
 
@@ -235,20 +286,28 @@ class Started:
         self.output = output
         with output.open("w") as stream:
             self.process = subprocess.Popen(
-                ["timeout", "-k", "60", str(LIFE_S), *command], cwd=cwd, env=environment(DS_ACCELERATOR="cpu"),
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["timeout", "-k", "60", str(LIFE_S), *command],
+                cwd=cwd,
+                env=environment(DS_ACCELERATOR="cpu"),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the living ranks of the session, by rank."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                pid, line = int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")
+                pid = int(entry.name)
+                line = (entry / "cmdline").read_bytes().split(b"\0")
                 if os.getsid(pid) != self.process.pid and not self._descends(pid):
                     continue
                 variables = dict(
-                    pair.split("=", 1) for pair in (entry / "environ").read_text().split("\0") if "=" in pair
+                    pair.split("=", 1)
+                    for pair in (entry / "environ").read_text().split("\0")
+                    if "=" in pair
                 )
             except (OSError, ValueError):
                 continue

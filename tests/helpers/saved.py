@@ -1,4 +1,6 @@
-"""Checkpoints of the tiny model for tests that read them: made on several ranks, read as plain DCP reads."""
+"""Checkpoints of the tiny model for tests that read them: made on several ranks, read as plain DCP
+reads.
+"""
 
 import json
 import warnings
@@ -22,7 +24,12 @@ from training.trainer import build_memory, memory_of
 def _train_and_save(config: RunConfig, directory: Path, steps: int) -> None:
     trainer = make_trainer(config)
     for step in range(steps):
-        batches = made_up_batches(step, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
+        batches = made_up_batches(
+            step,
+            config,
+            trainer.mesh.rank("dp"),
+            trainer.mesh.size("dp"),
+        )
         train_step(trainer, batches, 1e-2, step)
         save(directory, trainer, step + 1, {"data": "abc"})
 
@@ -31,14 +38,22 @@ def save_run(config: RunConfig, run: Path, world_size: int, steps: int = 1) -> l
     """A run with a checkpoint after each step, trained on ``world_size`` ranks."""
     run.mkdir(parents=True)
     save_run_json(run / "run.json", config, world_size)
-    run_ranks(_train_and_save, world_size, config, run / "checkpoints", steps)
+    run_ranks(
+        _train_and_save,
+        world_size,
+        config,
+        run / "checkpoints",
+        steps,
+    )
     return [run / "checkpoints" / f"step-{step + 1:08d}" for step in range(steps)]
 
 
 def read_plainly(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by DCP alone."""
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.full(tuple(md.size), -7).to(md.properties.dtype) for name, md in saved.items()}
+    state = {
+        name: torch.full(tuple(md.size), -7).to(md.properties.dtype) for name, md in saved.items()
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, checkpoint_id=path, no_dist=True)
@@ -47,12 +62,21 @@ def read_plainly(path: Path) -> dict[str, torch.Tensor]:
 
 def loaded_logits(path: Path, config: RunConfig) -> torch.Tensor:
     """(2, L, V): logits of a fresh model of one process that reads the weights."""
-    mesh, cpu = single_mesh(), torch.device("cpu")
-    model = build_model(config.model, mesh, seed=99, dtype=torch.float32, device=cpu).eval()
+    mesh = single_mesh()
+    cpu = torch.device("cpu")
+    model = build_model(
+        config.model,
+        mesh,
+        seed=99,
+        dtype=torch.float32,
+        device=cpu,
+    ).eval()
     memory = build_memory(config, mesh, made_up_token_map(), cpu)
     load_weights(path, model, mesh, memory)
     ids_BL = sample_ids()
-    return model.logits(ids_BL, None, {} if memory is None else memory_of(memory.fetch(ids_BL, None)))
+    return model.logits(
+        ids_BL, None, {} if memory is None else memory_of(memory.fetch(ids_BL, None))
+    )
 
 
 def sample_ids() -> torch.Tensor:

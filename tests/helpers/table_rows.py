@@ -15,14 +15,30 @@ def heap(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def make_store(form: str, num_rows: int = 40, width: int = 64) -> RowStore:
-    return RowStore(num_rows, width, form, 3, torch.tensor([[0, 10], [7, 1 << 40]]), heap)
+    return RowStore(
+        num_rows,
+        width,
+        form,
+        3,
+        torch.tensor([[0, 10], [7, 1 << 40]]),
+        heap,
+    )
 
 
 def make_tables(shape: TableShape, config: TableConfig, std: float = 0.5) -> EngramTables:
-    return EngramTables({2: shape}, make_mesh(), config, init_std=std, seed=3, device=CPU)
+    return EngramTables(
+        {2: shape},
+        make_mesh(),
+        config,
+        init_std=std,
+        seed=3,
+        device=CPU,
+    )
 
 
-def train(tables: EngramTables, ids: torch.Tensor, grad_NW: torch.Tensor, step: int, rate: float = 1e-2) -> None:
+def train(
+    tables: EngramTables, ids: torch.Tensor, grad_NW: torch.Tensor, step: int, rate: float = 1e-2
+) -> None:
     """One step in which row ids[i] receives the gradient grad[i]."""
     rows = tables.fetch({2: ids[:, None]})
     rows[2].embed().backward(grad_NW)

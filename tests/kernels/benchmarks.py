@@ -29,9 +29,16 @@ def broken():
 def make_case(**changed):
     """Forward moves 8 GB and does 1 TFLOP, with backward 16 GB and 8 TFLOP."""
     fields = {
-        "op": "double", "shapes": "small: 4", "make": lambda count, dtype, _: [torch.ones(count).requires_grad_()],
-        "full": 4, "tiny": 2, "ours": double, "exact": lambda x: x + x, "bytes_moved": (8 * 10**9, 16 * 10**9),
-        "flops": (10**12, 8 * 10**12), "peers": {"peer": lambda: double, "other": absent, "third": broken},
+        "op": "double",
+        "shapes": "small: 4",
+        "make": lambda count, dtype, _: [torch.ones(count).requires_grad_()],
+        "full": 4,
+        "tiny": 2,
+        "ours": double,
+        "exact": lambda x: x + x,
+        "bytes_moved": (8 * 10**9, 16 * 10**9),
+        "flops": (10**12, 8 * 10**12),
+        "peers": {"peer": lambda: double, "other": absent, "third": broken},
         "dtype": torch.bfloat16,
-    }  # fmt: skip
+    }
     return Case(**fields | changed)

@@ -1,4 +1,6 @@
-"""The CPU benchmark: its table, a run of it, and every case's result against its reference on few tokens."""
+"""The CPU benchmark: its table, a run of it, and every case's result against its reference on few
+tokens.
+"""
 
 import os
 import subprocess
@@ -19,7 +21,10 @@ class TimedProcessor(MachineWithAClock, Processor):
 
 
 CPU = TimedProcessor(
-    device="cpu", unit=("GFLOP/s", 1e9), copy_gb_s=4000.0, products={torch.bfloat16: 1e14, torch.float32: 2e14}
+    device="cpu",
+    unit=("GFLOP/s", 1e9),
+    copy_gb_s=4000.0,
+    products={torch.bfloat16: 1e14, torch.float32: 2e14},
 )
 
 
@@ -27,7 +32,12 @@ def test_rows_of_the_table():
     case = make_case(cpu_peers={"other": absent, "same": lambda: double})
     forward, both = rows_of(case, CPU)
     assert forward[:5] == ["double", "small: 4", "bfloat16", "forward", "5 (4-8)"]
-    assert forward[5:9] == ["1.6e+03", "40%", "2e+05", "100%"]  # bf16 products are slower than fp32's here
+    assert forward[5:9] == [
+        "1.6e+03",
+        "40%",
+        "2e+05",
+        "100%",
+    ]  # bf16 products are slower than fp32's here
     assert forward[9:] == ["5", "reference: 5, 1.00x; other: not installed; same: 5, 1.00x"]
     assert both[3] == "forward+backward"
 
@@ -47,7 +57,9 @@ def test_every_case_on_few_tokens(op):
     for dtype in DTYPES:
         for case in op.cases(SIZE, dtype):
             inputs = case.make(case.tiny, case.dtype, "cpu")
-            results = [case.forward_backward(each, inputs) for each in (case.ours, CPU.oracle(case))]
+            results = [
+                case.forward_backward(each, inputs) for each in (case.ours, CPU.oracle(case))
+            ]
             assert relative_error(*results) <= case.limit, (case.op, case.shapes, case.dtype)
             assert min(case.bytes_moved) > 0
 
@@ -71,11 +83,18 @@ def test_ceilings(monkeypatch):
     assert processor.limits().count("product") == 2
 
 
-@pytest.mark.parametrize("cap", [{}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["as it is", "without bf16"])
+@pytest.mark.parametrize(
+    "cap", [{}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["as it is", "without bf16"]
+)
 def test_a_run(cap):
     """In both types, or where bf16 is slow in fp32 alone, with a word."""
     command = [sys.executable, "-m", "kernels.bench_cpu", "swiglu", "rotary", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | cap)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | cap,
+    )
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| swiglu", "| rotary"))]
     is_slow = bool(cap) or choose_cpu_dtype().dtype == torch.float32
@@ -84,5 +103,7 @@ def test_a_run(cap):
     assert ("bfloat16" not in done.stdout) == is_slow
     assert all(row.count("reference: ") == 1 and "wrong" not in row for row in rows)
     assert "Copy" in done.stdout.splitlines()[0]
-    unknown = subprocess.run([sys.executable, "-m", "kernels.bench_cpu", "nothing"], capture_output=True, text=True)
+    unknown = subprocess.run(
+        [sys.executable, "-m", "kernels.bench_cpu", "nothing"], capture_output=True, text=True
+    )
     assert "unknown op nothing: use" in unknown.stderr

@@ -27,7 +27,12 @@ def card(monkeypatch):
     """4 TB/s, 800 TFLOP/s; what goes through torch.compile is not compiled."""
     monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
     products = {torch.bfloat16: 800e12, torch.float32: 50e12}
-    return TimedCard(device="cpu", unit=("TFLOP/s", 1e12), copy_gb_s=4000.0, products=products)
+    return TimedCard(
+        device="cpu",
+        unit=("TFLOP/s", 1e12),
+        copy_gb_s=4000.0,
+        products=products,
+    )
 
 
 def test_rows_of_the_table(card):
@@ -61,13 +66,17 @@ def test_a_case_in_fp32_has_fp32s_ceiling(card):
 def run(*ops):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.bench_gpu", *ops]
-    return subprocess.run(command, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
 
 
 def test_dry_run():
     done = run("swiglu", "state_update")
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("| swiglu", "| state_update"))]
+    rows = [
+        line for line in done.stdout.splitlines() if line.startswith(("| swiglu", "| state_update"))
+    ]
     assert len(rows) == 4
     assert all(row.count("not measured") == 2 for row in rows)
     assert "unknown op nothing: use" in run("nothing").stderr
@@ -81,7 +90,12 @@ def test_sweep_shows_the_best_first_and_puts_the_constants_back(monkeypatch, cap
         return abs(launchers.TILE - 8) + launchers.ROWS
 
     monkeypatch.setattr("triton.testing.do_bench", timed)
-    sweep_constants(launchers, [make_case()], TILE=(4, 8, 16), ROWS=(1, 2))
+    sweep_constants(
+        launchers,
+        [make_case()],
+        TILE=(4, 8, 16),
+        ROWS=(1, 2),
+    )
     best, second = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:4]]
     assert [*map(int, best), *map(int, second)] == [8, 1, 8, 2]
     assert vars(launchers) == {"TILE": 4, "ROWS": 1}

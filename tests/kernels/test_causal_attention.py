@@ -1,4 +1,6 @@
-"""causal_attention against its reference in fp64, over packed documents, odd sizes and grouped heads."""
+"""causal_attention against its reference in fp64, over packed documents, odd sizes and grouped
+heads.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,13 @@ from kernels.causal_attention import cpu as blocked
 from kernels.causal_attention.reference import causal_attention_reference
 from tests.helpers.compare import assert_close
 
-CASES = [(2, 63, 4, 2, 8), (1, 300, 2, 2, 16), (2, 129, 3, 1, 8), (1, 1, 2, 1, 4), (2, 128, 4, 4, 8)]
+CASES = [
+    (2, 63, 4, 2, 8),
+    (1, 300, 2, 2, 16),
+    (2, 129, 3, 1, 8),
+    (1, 1, 2, 1, 4),
+    (2, 128, 4, 4, 8),
+]
 
 
 def make_inputs(batch, length, heads, groups, width, dtype=torch.float32, seed=0):
@@ -33,13 +41,25 @@ def test_forward_and_gradients_equal_the_reference(case, dtype, packed, poison):
     seq_idx = seq_idx if packed else None
     dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = run(causal_attention_reference, exact, seq_idx, dy.double())
-    for name, got, want in zip(("y", "q", "k", "v"), run(causal_attention, inputs, seq_idx, dy), expected, strict=True):
+    expected = run(
+        causal_attention_reference,
+        exact,
+        seq_idx,
+        dy.double(),
+    )
+    for name, got, want in zip(
+        ("y", "q", "k", "v"), run(causal_attention, inputs, seq_idx, dy), expected, strict=True
+    ):
         assert got.dtype == dtype
         if name in ("q", "k") and case[1] == 1:
             assert got.abs().max() < 1e-2  # one visible token: its weight is 1 whatever its score
             continue
-        assert_close(name, got, want, kind="forward" if name == "y" else "gradient")
+        assert_close(
+            name,
+            got,
+            want,
+            kind="forward" if name == "y" else "gradient",
+        )
 
 
 def test_scores_of_any_size_stay_finite():
@@ -47,7 +67,13 @@ def test_scores_of_any_size_stay_finite():
     large = [(300 * x).detach().requires_grad_() for x in inputs]
     dy = torch.ones_like(large[0])
     exact = [x.detach().double().requires_grad_() for x in large]
-    got, want = run(causal_attention, large, seq_idx, dy), run(causal_attention_reference, exact, seq_idx, dy.double())
+    got = run(causal_attention, large, seq_idx, dy)
+    want = run(
+        causal_attention_reference,
+        exact,
+        seq_idx,
+        dy.double(),
+    )
     assert all(part.isfinite().all() for part in got)
     assert_close("y", got[0], want[0])
 
@@ -56,7 +82,10 @@ def test_packed_equals_separate():
     (q, k, v), _ = make_inputs(1, 200, 4, 2, 8)
     seq_idx = (torch.arange(200) >= 77).int()[None]
     together = causal_attention(q, k, v, seq_idx)
-    apart = [causal_attention(*(part[:, rows] for part in (q, k, v))) for rows in (slice(0, 77), slice(77, 200))]
+    apart = [
+        causal_attention(*(part[:, rows] for part in (q, k, v)))
+        for rows in (slice(0, 77), slice(77, 200))
+    ]
     assert_close("y", together, torch.cat(apart, 1))
 
 

@@ -1,4 +1,6 @@
-"""Loops by numba run right wherever their cache is not there, full, damaged, or filled by two processes at once."""
+"""Loops by numba run right wherever their cache is not there, full, damaged, or filled by two
+processes at once.
+"""
 
 import importlib.util
 import os
@@ -32,7 +34,8 @@ form(3.0)(x, y)
 form(3.0)(x, y)
 print(y.tolist())
 """
-ANEW, FIRST = "compiled at each start; set NUMBA_CACHE_DIR", "at the first start only"
+ANEW = "compiled at each start; set NUMBA_CACHE_DIR"
+FIRST = "at the first start only"
 
 
 @pytest.fixture
@@ -44,14 +47,20 @@ def source(tmp_path):
 
 
 def run(source: Path, cache: Path, factor: float, monkeypatch) -> numba.core.dispatcher.Dispatcher:
-    """As a new process would: load the module, run one form of its loop over an empty memory, check what it gives."""
+    """As a new process would: load the module, run one form of its loop over an empty memory, check
+    what it gives.
+    """
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache))
     compiled_loops.tell_once.cache_clear()
     spec = importlib.util.spec_from_file_location("some_loops", source)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "some_loops", module)  # numba imports a cached form's module by its name
+    monkeypatch.setitem(
+        sys.modules, "some_loops", module
+    )  # numba imports a cached form's module by its name
     spec.loader.exec_module(module)
-    loop, x, y = module.form(factor), np.arange(4.0), np.full(4, np.nan)
+    loop = module.form(factor)
+    x = np.arange(4.0)
+    y = np.full(4, np.nan)
     loop(x, y)
     assert np.array_equal(y, factor * x)
     return loop
@@ -130,16 +139,25 @@ def test_a_full_disk(source, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("cache", [None, "", "a file"])
 def test_no_directory_can_be_written(source, tmp_path, cache):
-    """A real process, from a tree without a place for __pycache__, whose home is no directory; also for root."""
+    """A real process, from a tree without a place for __pycache__, whose home is no directory; also
+    for root.
+    """
     for name in ("__pycache__", "home", "cache"):
         (source.parent / name).touch()
     source.write_text(LOOPS + MAIN)
     home = {"HOME": str(source.parent / "home"), "XDG_CACHE_HOME": str(source.parent / "home")}
     given = {} if cache is None else {"NUMBA_CACHE_DIR": cache and str(source.parent / "cache")}
-    rest = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", *home)}
+    rest = {
+        name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", *home)
+    }
     environment = rest | home | given | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(source)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
+        [sys.executable, str(source)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[0.0, 3.0, 6.0, 9.0]\n"

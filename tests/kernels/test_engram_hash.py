@@ -1,4 +1,6 @@
-"""Engram hashing: golden values of the official code, the reference in Python integers, and its properties."""
+"""Engram hashing: golden values of the official code, the reference in Python integers, and its
+properties.
+"""
 
 import pytest
 import sympy
@@ -11,20 +13,78 @@ from kernels.engram_hash.layout import INT64_MAX
 from kernels.engram_hash.reference import engram_hash_reference
 from kernels.primes import is_prime
 
-# Computed with the code of deepseek-ai/Engram (engram_demo_v1.py) for the V4 tokenizer, V' = 99,092, seed 0, pad 2.
-VOCAB, PAD = 99_092, 2
-DEMO = ngram_hashes((1, 15), VOCAB, (2, 3), 8, 646_400, seed=0, pad_id=PAD)
-V41 = ngram_hashes((1, 14), VOCAB, (2, 3, 4), 8, 16_000_000, seed=0, pad_id=PAD)
+# Computed with the code of deepseek-ai/Engram (engram_demo_v1.py) for the V4 tokenizer, V' =
+# 99,092, seed 0, pad 2.
+VOCAB = 99_092
+PAD = 2
+DEMO = ngram_hashes(
+    (1, 15),
+    VOCAB,
+    (2, 3),
+    8,
+    646_400,
+    seed=0,
+    pad_id=PAD,
+)
+V41 = ngram_hashes(
+    (1, 14),
+    VOCAB,
+    (2, 3, 4),
+    8,
+    16_000_000,
+    seed=0,
+    pad_id=PAD,
+)
 # "Only Alexander the Great could tame the horse Bucephalus."
 SENTENCE = [1134, 15695, 237, 2049, 1260, 85761, 237, 12071, 36, 9745, 20232, 290, 16]
-FIRST = [417228, 479277, 11032, 383138, 46642, 17954, 102944, 15908,
-         1336, 311707, 83314, 17558, 239192, 502156, 402774, 357036]  # fmt: skip
-LAST = [464747, 633777, 601279, 346799, 420185, 185224, 38915, 525798,
-        294009, 526490, 611837, 112419, 58618, 327076, 364005, 193850]  # fmt: skip
+FIRST = [
+    417228,
+    479277,
+    11032,
+    383138,
+    46642,
+    17954,
+    102944,
+    15908,
+    1336,
+    311707,
+    83314,
+    17558,
+    239192,
+    502156,
+    402774,
+    357036,
+]
+LAST = [
+    464747,
+    633777,
+    601279,
+    346799,
+    420185,
+    185224,
+    38915,
+    525798,
+    294009,
+    526490,
+    611837,
+    112419,
+    58618,
+    327076,
+    364005,
+    193850,
+]
 
 
 def small_hash(orders=(2, 3), num_heads=3, table_size=50, vocab_size=30, pad_id=0) -> NgramHash:
-    return ngram_hashes((4,), vocab_size, orders, num_heads, table_size, seed=1, pad_id=pad_id)[4]
+    return ngram_hashes(
+        (4,),
+        vocab_size,
+        orders,
+        num_heads,
+        table_size,
+        seed=1,
+        pad_id=pad_id,
+    )[4]
 
 
 def random_case(length=23, vocab_size=30, masked_every=0):
@@ -66,21 +126,41 @@ def test_golden_sentence():
 
 def test_is_prime_agrees_with_sympy():
     numbers = [*range(3000), *range(10**12, 10**12 + 300), INT64_MAX, 2**61 - 1, 646403 * 646411]
-    numbers += [2047, 3215031751, 341550071728321, 3825123056546413051]  # strong pseudoprimes to the first bases
+    numbers += [
+        2047,
+        3215031751,
+        341550071728321,
+        3825123056546413051,
+    ]  # strong pseudoprimes to the first bases
     assert [n for n in numbers if is_prime(n) != sympy.isprime(n)] == []
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    layers=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True),
+    layers=st.lists(
+        st.integers(0, 40),
+        min_size=1,
+        max_size=3,
+        unique=True,
+    ),
     vocab_size=st.sampled_from([1, 2, 37, 99_092, 2**31]),
     num_orders=st.integers(1, 3),
     num_heads=st.integers(1, 4),
     table_size=st.integers(1, 2000),
 )
-def test_tables_are_distinct_primes_side_by_side(layers, vocab_size, num_orders, num_heads, table_size):
+def test_tables_are_distinct_primes_side_by_side(
+    layers, vocab_size, num_orders, num_heads, table_size
+):
     orders = tuple(range(2, 2 + num_orders))
-    hashes = ngram_hashes(layers, vocab_size, orders, num_heads, table_size, seed=3, pad_id=0)
+    hashes = ngram_hashes(
+        layers,
+        vocab_size,
+        orders,
+        num_heads,
+        table_size,
+        seed=3,
+        pad_id=0,
+    )
     primes = [p for layer in layers for heads in hashes[layer].primes for p in heads]
     assert list(hashes) == layers
     assert len(set(primes)) == len(primes) == len(layers) * num_orders * num_heads
@@ -88,17 +168,49 @@ def test_tables_are_distinct_primes_side_by_side(layers, vocab_size, num_orders,
     for hash in hashes.values():
         sizes = [p for heads in hash.primes for p in heads]
         assert [*hash.offsets, hash.num_rows] == [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        assert all(m % 2 == 1 and 0 < m <= INT64_MAX // max(1, vocab_size - 1) for m in hash.multipliers)
+        assert all(
+            m % 2 == 1 and 0 < m <= INT64_MAX // max(1, vocab_size - 1) for m in hash.multipliers
+        )
 
 
 def test_one_table_size_an_order_and_the_unused_prime_rule():
-    hash = ngram_hashes((0,), 100, (2, 3), 2, (10, 11), seed=0, pad_id=0)[0]
+    hash = ngram_hashes(
+        (0,),
+        100,
+        (2, 3),
+        2,
+        (10, 11),
+        seed=0,
+        pad_id=0,
+    )[0]
     assert hash.primes == ((11, 13), (17, 19))
 
 
 def test_hashes_do_not_depend_on_global_random_state():
-    assert ngram_hashes((1, 15), VOCAB, (2, 3), 8, 646_400, seed=0, pad_id=PAD) == DEMO
-    assert ngram_hashes((1,), VOCAB, (2, 3), 8, 646_400, seed=1, pad_id=PAD)[1].multipliers != DEMO[1].multipliers
+    assert (
+        ngram_hashes(
+            (1, 15),
+            VOCAB,
+            (2, 3),
+            8,
+            646_400,
+            seed=0,
+            pad_id=PAD,
+        )
+        == DEMO
+    )
+    assert (
+        ngram_hashes(
+            (1,),
+            VOCAB,
+            (2, 3),
+            8,
+            646_400,
+            seed=1,
+            pad_id=PAD,
+        )[1].multipliers
+        != DEMO[1].multipliers
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,7 +224,15 @@ def test_hashes_do_not_depend_on_global_random_state():
 )
 def test_equals_the_reference(seed, length, orders, vocab_size, documents, history):
     torch.manual_seed(seed)
-    hash = ngram_hashes((4,), vocab_size, orders, 3, 97, seed=seed, pad_id=seed % vocab_size)[4]
+    hash = ngram_hashes(
+        (4,),
+        vocab_size,
+        orders,
+        3,
+        97,
+        seed=seed,
+        pad_id=seed % vocab_size,
+    )[4]
     ids_BL, seq_idx = random_case(length, vocab_size, masked_every=seed % 5)
     past = torch.randint(-1, vocab_size, (2, hash.max_order - 1)) if history else None
     args = (ids_BL, hash, seq_idx if documents else None, past)
@@ -161,7 +281,9 @@ def test_masked_positions_block_their_windows_and_no_other():
     assert blocked[0, :, 3:].all(1).tolist() == [False, False, True, True, True, False]
     assert torch.equal(blocked.any(-1), blocked[..., 3:].any(-1))
     ids_BL[0, 2] = 7
-    assert torch.equal(engram_hash(ids_BL, hash)[0, 5], engram_hash(torch.tensor([[8, 9, 10]]), hash)[0, 2])
+    assert torch.equal(
+        engram_hash(ids_BL, hash)[0, 5], engram_hash(torch.tensor([[8, 9, 10]]), hash)[0, 2]
+    )
 
 
 def test_masked_position_of_another_document_does_not_block():
@@ -174,7 +296,8 @@ def test_masked_position_of_another_document_does_not_block():
 def test_steps_with_history_equal_the_whole():
     hash = small_hash(orders=(2, 3, 4), pad_id=7)
     ids_BL, _ = random_case(masked_every=9)
-    whole, history_BK = engram_hash(ids_BL, hash), torch.full((2, 3), 7)
+    whole = engram_hash(ids_BL, hash)
+    history_BK = torch.full((2, 3), 7)
     for t in range(ids_BL.shape[1]):
         step = engram_hash(ids_BL[:, t : t + 1], hash, history_BK=history_BK)
         assert torch.equal(step, whole[:, t : t + 1])
@@ -187,21 +310,33 @@ def test_chunks_with_history_equal_the_whole_in_packed_rows(cut):
     ids_BL, _ = random_case()
     seq_idx = torch.tensor([[0] * 11 + [1] * 12] * 2)
     padded = torch.cat([torch.full((2, 2), hash.pad_id), ids_BL], dim=1)
-    history = torch.where(seq_idx[:, cut - 1 : cut] == seq_idx[:, cut : cut + 1], padded[:, cut : cut + 2], hash.pad_id)
-    rest = engram_hash(ids_BL[:, cut:], hash, seq_idx[:, cut:], history)
+    history = torch.where(
+        seq_idx[:, cut - 1 : cut] == seq_idx[:, cut : cut + 1],
+        padded[:, cut : cut + 2],
+        hash.pad_id,
+    )
+    rest = engram_hash(
+        ids_BL[:, cut:],
+        hash,
+        seq_idx[:, cut:],
+        history,
+    )
     assert torch.equal(rest, engram_hash(ids_BL, hash, seq_idx)[:, cut:])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint16, torch.uint8])
 def test_any_integer_dtype(dtype):
-    hash, ids_BL = small_hash(), random_case()[0]
+    hash = small_hash()
+    ids_BL = random_case()[0]
     assert torch.equal(engram_hash(ids_BL.to(dtype), hash), engram_hash(ids_BL, hash))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1), (3, 2)])
 def test_empty_and_short_rows(shape):
     hash = small_hash(orders=(2, 3, 4))
-    rows_BLO = engram_hash(torch.zeros(shape, dtype=torch.int64), hash, torch.zeros(shape, dtype=torch.int32))
+    rows_BLO = engram_hash(
+        torch.zeros(shape, dtype=torch.int64), hash, torch.zeros(shape, dtype=torch.int32)
+    )
     assert rows_BLO.shape == (*shape, 9)
     assert rows_BLO.dtype == torch.int64
 
@@ -218,7 +353,11 @@ def test_empty_and_short_rows(shape):
             {"seq_idx": torch.zeros(1, 3, dtype=torch.int64)},
             r"seq_idx: got shape \(1, 3\), expected \(1, 2\)",
         ),
-        ([[1, 2]], {"history_BK": torch.zeros(1, 1, dtype=torch.int64)}, r"history_BK: got shape \(1, 1\)"),
+        (
+            [[1, 2]],
+            {"history_BK": torch.zeros(1, 1, dtype=torch.int64)},
+            r"history_BK: got shape \(1, 1\)",
+        ),
         ([[1, 2]], {"history_BK": torch.full((1, 2), 30)}, "history_BK: got id 30"),
     ],
 )

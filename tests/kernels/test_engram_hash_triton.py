@@ -1,4 +1,6 @@
-"""The Triton kernel of engram_hash: the same bits as PyTorch's path, whatever the ids, and golden values."""
+"""The Triton kernel of engram_hash: the same bits as PyTorch's path, whatever the ids, and golden
+values.
+"""
 
 import pytest
 import torch
@@ -7,16 +9,41 @@ from hypothesis import strategies as st
 
 from kernels.engram_hash import NgramHash, engram_hash, engram_hash_layers, ngram_hashes
 from kernels.engram_hash.cpu import hash_rows
-from tests.kernels.test_engram_hash import DEMO, FIRST, LAST, SENTENCE, V41, VOCAB, random_case, small_hash
+from tests.kernels.test_engram_hash import (
+    DEMO,
+    FIRST,
+    LAST,
+    SENTENCE,
+    V41,
+    VOCAB,
+    random_case,
+    small_hash,
+)
 
 
 def assert_same_bits(device, ids_BL, hash, seq_idx=None, history_BK=None):
     arguments = [x if x is None else x.to(device) for x in (seq_idx, history_BK)]
-    rows = engram_hash(ids_BL.to(device), hash, *arguments, backend="triton").cpu()
-    assert torch.equal(rows, engram_hash(ids_BL, hash, seq_idx, history_BK, backend="torch"))
+    rows = engram_hash(
+        ids_BL.to(device),
+        hash,
+        *arguments,
+        backend="triton",
+    ).cpu()
+    assert torch.equal(
+        rows,
+        engram_hash(
+            ids_BL,
+            hash,
+            seq_idx,
+            history_BK,
+            backend="torch",
+        ),
+    )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 10**6),
     length=st.integers(1, 90),
@@ -28,10 +55,18 @@ def assert_same_bits(device, ids_BL, hash, seq_idx=None, history_BK=None):
 )
 def test_same_bits(device, seed, length, orders, vocab_size, table_size, documents, history):
     torch.manual_seed(seed)
-    hash = ngram_hashes((4,), vocab_size, orders, 3, table_size, seed=seed, pad_id=seed % vocab_size)[4]
+    hash = ngram_hashes(
+        (4,), vocab_size, orders, 3, table_size, seed=seed, pad_id=seed % vocab_size
+    )[4]
     ids_BL, seq_idx = random_case(length, vocab_size, masked_every=seed % 5)
     past = torch.randint(-1, vocab_size, (2, hash.max_order - 1)) if history else None
-    assert_same_bits(device, ids_BL, hash, seq_idx if documents else None, past)
+    assert_same_bits(
+        device,
+        ids_BL,
+        hash,
+        seq_idx if documents else None,
+        past,
+    )
 
 
 def test_golden_sentence(device):
@@ -49,35 +84,68 @@ def test_both_ends_of_the_vocabulary(device):
 
 def test_all_layers_in_one_launch(device):
     ids_BL, seq_idx = random_case(33, VOCAB, masked_every=7)
-    hashes = list(ngram_hashes((0, 3, 9), VOCAB, (2, 3, 4), 5, 1000, seed=0, pad_id=2).values())
+    hashes = list(
+        ngram_hashes(
+            (0, 3, 9),
+            VOCAB,
+            (2, 3, 4),
+            5,
+            1000,
+            seed=0,
+            pad_id=2,
+        ).values()
+    )
     for backend in ("triton", "torch"):
-        rows = engram_hash_layers(ids_BL.to(device), hashes, seq_idx.to(device), backend=backend).cpu()
+        rows = engram_hash_layers(
+            ids_BL.to(device), hashes, seq_idx.to(device), backend=backend
+        ).cpu()
         assert rows.shape == (3, 2, 33, 15)
         for layer, hash in zip(rows, hashes, strict=True):
             assert torch.equal(layer, engram_hash(ids_BL, hash, seq_idx))
 
 
 def test_different_numbers_of_heads_an_order(device):
-    hash = NgramHash(multipliers=(3, 5, 7), primes=((11,), (13, 17, 19)), orders=(2, 3), vocab_size=30, pad_id=29)
+    hash = NgramHash(
+        multipliers=(3, 5, 7), primes=((11,), (13, 17, 19)), orders=(2, 3), vocab_size=30, pad_id=29
+    )
     assert_same_bits(device, random_case()[0], hash)
 
 
 def launch(device, ids_BL, multipliers, primes):
     """Without the checks, of one order and one head for each of the primes."""
     arguments = ([1], [len(primes)], list(multipliers), list(primes), 0)
-    return torch.ops.engramba.engram_hash_fwd(ids_BL.to(device), None, None, *arguments).cpu()[0]
+    return torch.ops.engramba.engram_hash_fwd(
+        ids_BL.to(device),
+        None,
+        None,
+        *arguments,
+    ).cpu()[0]
 
 
 def test_products_that_wrap_and_mixes_below_zero(device):
     """Remainders are Python's, and never negative, at both ends of 64 bits and of the primes."""
     edges = [1, 2, 3, 2**31, 2**32 - 1, 2**62, 2**63 - 25, 2**63 - 2, 2**63 - 1]
     ids_BL = torch.tensor([[*edges, 0, 12345678901234567]])
-    primes = [2, 3, 5, 646_403, 16_000_057, 2**31 - 1, 2**32 + 15, 2**61 - 1, 2**62 - 57, 2**63 - 25]
+    primes = [
+        2,
+        3,
+        5,
+        646_403,
+        16_000_057,
+        2**31 - 1,
+        2**32 + 15,
+        2**61 - 1,
+        2**62 - 57,
+        2**63 - 25,
+    ]
     for multiplier in (1, 2**63 - 1, -1, -(2**63), 76632096046245):
         rows = launch(device, ids_BL, [multiplier], primes)
         starts = [sum(primes[:i]) for i in range(len(primes))]
         expected = [
-            [((x * multiplier + 2**63) % 2**64 - 2**63) % p + s for p, s in zip(primes, starts, strict=True)]
+            [
+                ((x * multiplier + 2**63) % 2**64 - 2**63) % p + s
+                for p, s in zip(primes, starts, strict=True)
+            ]
             for x in ids_BL[0].tolist()
         ]
         wrapped = [[(y + 2**63) % 2**64 - 2**63 for y in row] for row in expected]
@@ -96,46 +164,78 @@ def test_ids_outside_the_vocabulary_stay_inside_the_tables(device):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint16, torch.uint8, torch.int8])
 def test_any_integer_dtype(device, dtype):
-    hash, (ids_BL, seq_idx) = small_hash(vocab_size=1000, pad_id=999), random_case()
+    hash = small_hash(vocab_size=1000, pad_id=999)
+    (ids_BL, seq_idx) = random_case()
     history_BK = torch.randint(0, 30, (2, 2)).to(dtype)
     assert_same_bits(device, ids_BL.to(dtype), hash)
-    assert_same_bits(device, ids_BL.to(dtype), hash, seq_idx.to(torch.int32), history_BK)
+    assert_same_bits(
+        device,
+        ids_BL.to(dtype),
+        hash,
+        seq_idx.to(torch.int32),
+        history_BK,
+    )
 
 
 def test_views(device):
-    hash, wide = small_hash(), torch.randint(-1, 30, (40, 6))
+    hash = small_hash()
+    wide = torch.randint(-1, 30, (40, 6))
     documents = (torch.rand(6, 40) < 0.2).cumsum(1)
-    assert_same_bits(device, wide.T[1:4, 3:30], hash, documents[::2, 5:32], wide[:3, 2:4])
+    assert_same_bits(
+        device,
+        wide.T[1:4, 3:30],
+        hash,
+        documents[::2, 5:32],
+        wide[:3, 2:4],
+    )
     assert_same_bits(device, wide[:1].expand(5, 6), hash)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1), (3, 2)])
 def test_empty_and_short_rows(device, shape):
     hash = small_hash(orders=(2, 3, 4))
-    assert_same_bits(device, torch.zeros(shape, dtype=torch.int64), hash, torch.zeros(shape, dtype=torch.int32))
+    assert_same_bits(
+        device, torch.zeros(shape, dtype=torch.int64), hash, torch.zeros(shape, dtype=torch.int32)
+    )
 
 
 def test_steps_with_history_equal_the_whole(device):
     hash = small_hash(orders=(2, 3, 4), pad_id=7)
-    ids_BL, history_BK = random_case(9, masked_every=9)[0].to(device), torch.full((2, 3), 7, device=device)
+    ids_BL = random_case(9, masked_every=9)[0].to(device)
+    history_BK = torch.full((2, 3), 7, device=device)
     whole = engram_hash(ids_BL, hash, backend="triton")
     for t in range(ids_BL.shape[1]):
-        step = engram_hash(ids_BL[:, t : t + 1], hash, history_BK=history_BK, backend="triton")
+        step = engram_hash(
+            ids_BL[:, t : t + 1],
+            hash,
+            history_BK=history_BK,
+            backend="triton",
+        )
         assert torch.equal(step, whole[:, t : t + 1])
         history_BK = torch.cat([history_BK, ids_BL[:, t : t + 1]], dim=1)[:, 1:]
 
 
 def test_under_compilation(device):
-    hash, (ids_BL, seq_idx) = small_hash(), random_case(7, masked_every=4)
-    ids_BL, seq_idx = ids_BL.to(device), seq_idx.to(device)
+    hash = small_hash()
+    (ids_BL, seq_idx) = random_case(7, masked_every=4)
+    ids_BL = ids_BL.to(device)
+    seq_idx = seq_idx.to(device)
 
     def add_one(ids_BL, seq_idx):
         return engram_hash(ids_BL, hash, seq_idx, backend="triton") + 1
 
     compiled = torch.compile(add_one, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(ids_BL, seq_idx), add_one(ids_BL, seq_idx))
-    functions = (list(hash.orders), [3, 3], list(hash.multipliers), [p for heads in hash.primes for p in heads], 0)
-    torch.library.opcheck(torch.ops.engramba.engram_hash_fwd.default, (ids_BL, seq_idx, None, *functions))
+    functions = (
+        list(hash.orders),
+        [3, 3],
+        list(hash.multipliers),
+        [p for heads in hash.primes for p in heads],
+        0,
+    )
+    torch.library.opcheck(
+        torch.ops.engramba.engram_hash_fwd.default, (ids_BL, seq_idx, None, *functions)
+    )
 
 
 def test_hashes_that_do_not_fit_together_are_named():
@@ -153,7 +253,8 @@ def test_hashes_that_do_not_fit_together_are_named():
 
 
 def test_wrong_input_is_named(device):
-    hash, ids_BL = small_hash(), torch.zeros((1, 2), dtype=torch.int64)
+    hash = small_hash()
+    ids_BL = torch.zeros((1, 2), dtype=torch.int64)
     with pytest.raises(ValueError, match=r"seq_idx: got dtype torch.float32"):
         engram_hash(ids_BL, hash, torch.zeros(1, 2))
     with pytest.raises(ValueError, match="history_BK: got a tensor on meta, expected cpu"):
@@ -167,7 +268,13 @@ def test_wrong_input_is_named(device):
 def test_offsets_beyond_two_to_the_31():
     """2^31 + ids, a step from which the rows' places overflow 32 bits many times."""
     hash = small_hash(orders=(1, 2), num_heads=1)
-    ids_BL = torch.randint(0, 30, (2, 2**30 + 5), device="cuda", dtype=torch.uint8)
+    ids_BL = torch.randint(
+        0,
+        30,
+        (2, 2**30 + 5),
+        device="cuda",
+        dtype=torch.uint8,
+    )
     rows = engram_hash(ids_BL, hash)
     last = ids_BL[1:, -8:].to(torch.int64)
     assert torch.equal(rows[1:, -7:], hash_rows(last[:, 1:], hash, None, last[:, :1]))

@@ -1,4 +1,6 @@
-"""Experts over sorted rows: against plain autograd in fp64, padded and not, by products an expert and by grouped_mm."""
+"""Experts over sorted rows: against plain autograd in fp64, padded and not, by products an expert
+and by grouped_mm.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,12 @@ def with_grads(fn, *inputs):
 
 def check(names, got, expected, dtype):
     for name, a, b in zip(names, got, expected, strict=True):
-        assert_close(name, a, b, TOLERANCE["forward" if name == "y" else "gradient"][dtype])
+        assert_close(
+            name,
+            a,
+            b,
+            TOLERANCE["forward" if name == "y" else "gradient"][dtype],
+        )
         assert a.dtype == dtype
 
 
@@ -51,7 +58,8 @@ def test_grouped_mlp_equals_fp64_autograd(poison, name, dtype):
     inputs = [tensor.to(dtype) for tensor in mlp_case(COUNTS[name])]
     got = with_grads(lambda x, gate_up, down: grouped_mlp(x, counts, gate_up, down), *inputs)
     expected = with_grads(
-        lambda x, gate_up, down: reference_grouped_mlp(x, counts, gate_up, down), *(t.double() for t in inputs)
+        lambda x, gate_up, down: reference_grouped_mlp(x, counts, gate_up, down),
+        *(t.double() for t in inputs),
     )
     check(NAMES, got, expected, dtype)
 
@@ -62,16 +70,27 @@ def test_grouped_matmul_equals_fp64_autograd(poison, name, dtype):
     counts = torch.tensor(COUNTS[name])
     x_MD, weight_EDF, _ = (tensor.to(dtype) for tensor in mlp_case(COUNTS[name], width=23, inner=7))
     got = with_grads(lambda x, w: grouped_matmul(x, w, counts), x_MD, weight_EDF)
-    expected = with_grads(lambda x, w: reference_grouped_matmul(x, w, counts), x_MD.double(), weight_EDF.double())
+    expected = with_grads(
+        lambda x, w: reference_grouped_matmul(x, w, counts), x_MD.double(), weight_EDF.double()
+    )
     check(("y", "dx_MD", "dweight_EDF"), got, expected, dtype)
 
 
 def test_rows_and_gradients_that_do_not_lie_in_order():
     counts = torch.tensor([5, 12])
     x_MD, gate_up, down = mlp_case([5, 12])
-    y = with_grads(lambda x, g, d: grouped_mlp(x, counts, g, d), x_MD, gate_up, down)
-    strided = with_grads(lambda x, g, d: grouped_mlp(x.t().contiguous().t(), counts, g, d).t(), x_MD, gate_up, down)
-    expected = with_grads(lambda x, g, d: reference_grouped_mlp(x, counts, g, d).t(), x_MD, gate_up, down)
+    y = with_grads(
+        lambda x, g, d: grouped_mlp(x, counts, g, d),
+        x_MD,
+        gate_up,
+        down,
+    )
+    strided = with_grads(
+        lambda x, g, d: grouped_mlp(x.t().contiguous().t(), counts, g, d).t(), x_MD, gate_up, down
+    )
+    expected = with_grads(
+        lambda x, g, d: reference_grouped_mlp(x, counts, g, d).t(), x_MD, gate_up, down
+    )
     assert_close("y", strided[0], y[0].t(), 1e-12)
     check(NAMES, strided, expected, torch.float64)
 
@@ -89,7 +108,12 @@ def test_grouped_mm_path_equals_fp64_autograd(poison, name):
     check(NAMES, got, expected, torch.bfloat16)
     got = with_grads(lambda x, g: grouped_matmul_fwd(x, g, ends, True), *inputs[:2])
     expected = with_grads(lambda x, g: reference_grouped_matmul(x, g, counts), *wide[:2])
-    check(("y", "dx_MD", "dweight_EDF"), got, expected, torch.bfloat16)
+    check(
+        ("y", "dx_MD", "dweight_EDF"),
+        got,
+        expected,
+        torch.bfloat16,
+    )
 
 
 def test_grouped_mm_path_declines_what_it_cannot_take():
@@ -107,7 +131,12 @@ def test_experts_in_another_order_give_the_same_rows(counts, seed):
     order = torch.randperm(len(counts))
     y = grouped_mlp(x_MD, torch.tensor(counts), gate_up, down).split(counts)
     shuffled = torch.cat([x_MD.split(counts)[expert] for expert in order])
-    got = grouped_mlp(shuffled, torch.tensor(counts)[order], gate_up[order], down[order])
+    got = grouped_mlp(
+        shuffled,
+        torch.tensor(counts)[order],
+        gate_up[order],
+        down[order],
+    )
     assert_close("y", got, torch.cat([y[expert] for expert in order]))
 
 

@@ -1,4 +1,6 @@
-"""linear_cross_entropy: loss and both gradients against fp64, padding, ignored targets and bad input."""
+"""linear_cross_entropy: loss and both gradients against fp64, padding, ignored targets and bad
+input.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from tests.helpers.compare import assert_close
 
 def make_inputs(T, V, D, dtype, ignored=0.2, vocab_size=None):
     """hidden, weight and targets, some of them ignored."""
-    hidden, weight = torch.randn(T, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    hidden = torch.randn(T, D).to(dtype).requires_grad_()
+    weight = torch.randn(V, D).to(dtype).requires_grad_()
     targets = torch.randint(vocab_size or V, (T,))
     return hidden, weight, targets.masked_fill(torch.rand(T) < ignored, -100)
 
@@ -26,10 +29,19 @@ def check(hidden, weight, targets, scale=1.0, **options):
     loss = linear_cross_entropy(hidden, weight, targets, **options)
     assert loss.shape == ()
     assert loss.dtype == torch.promote_types(hidden.dtype, torch.float32)
-    assert_close("loss", loss, expected, 1e-3 if hidden.dtype == torch.bfloat16 else None)
+    assert_close(
+        "loss",
+        loss,
+        expected,
+        1e-3 if hidden.dtype == torch.bfloat16 else None,
+    )
     got = torch.autograd.grad(loss * scale, (hidden, weight))
     for name, a, b, tensor in zip(
-        ("dhidden", "dweight"), got, torch.autograd.grad(expected * scale, exact), (hidden, weight), strict=True
+        ("dhidden", "dweight"),
+        got,
+        torch.autograd.grad(expected * scale, exact),
+        (hidden, weight),
+        strict=True,
     ):
         assert a.dtype == tensor.dtype
         assert_close(name, a, b, kind="gradient")
@@ -51,7 +63,12 @@ def test_loss_and_gradients(poison, T, V, D, dtype, chunk_size):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 150), st.integers(1, 90), st.integers(1, 40), st.integers(0, 2**31))
+@given(
+    st.integers(1, 150),
+    st.integers(1, 90),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
 def test_chunk_size_does_not_matter(T, chunk_size, vocab_size, seed):
     torch.manual_seed(seed)
     inputs = make_inputs(T, 40, 6, torch.float64, vocab_size=vocab_size)
@@ -59,18 +76,35 @@ def test_chunk_size_does_not_matter(T, chunk_size, vocab_size, seed):
 
 
 def test_padded_rows_are_no_tokens():
-    """Whatever stands in the padding of the weight, even NaN, changes nothing and gets no gradient."""
+    """Whatever stands in the padding of the weight, even NaN,
+    changes nothing and gets no gradient.
+    """
     hidden, weight, targets = make_inputs(70, 64, 8, torch.float64, vocab_size=61)
     with torch.no_grad():
         weight[61:] = float("nan")
-    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=61)
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        vocab_size=61,
+    )
     dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     short = weight.detach()[:61].requires_grad_()
     expected = linear_cross_entropy(hidden, short, targets)
     dhidden_short, dshort = torch.autograd.grad(expected, (hidden, short))
     assert_close("loss", loss, expected)
-    assert_close("dhidden", dhidden, dhidden_short, kind="gradient")
-    assert_close("dweight", dweight[:61], dshort, kind="gradient")
+    assert_close(
+        "dhidden",
+        dhidden,
+        dhidden_short,
+        kind="gradient",
+    )
+    assert_close(
+        "dweight",
+        dweight[:61],
+        dshort,
+        kind="gradient",
+    )
     assert not dweight[61:].any()
 
 
@@ -94,7 +128,8 @@ def test_incoming_gradient_is_not_rounded():
 
 def test_large_logits():
     """Probabilities that underflow: the loss is the distance of the logits, not infinity."""
-    hidden, weight = torch.tensor([[300.0], [300.0]]), torch.tensor([[1.0], [-1.0], [0.0]])
+    hidden = torch.tensor([[300.0], [300.0]])
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 0]))
     assert_close("loss", loss, torch.tensor(600.0))
     check(hidden.requires_grad_(), weight.requires_grad_(), torch.tensor([1, 0]))
@@ -139,10 +174,19 @@ def test_backward_twice():
 
 
 def test_few_shapes():
-    """Over all lengths a chunk has at most chunk_size / 64 different shapes, and never more than chunk_size tokens."""
+    """Over all lengths a chunk has at most chunk_size / 64 different shapes, and never more than
+    chunk_size tokens.
+    """
     shapes = set()
     for T in range(1, 700):
-        parts = list(chunks(torch.zeros(T, 1), torch.zeros(T, dtype=torch.int64), -100, 256))
+        parts = list(
+            chunks(
+                torch.zeros(T, 1),
+                torch.zeros(T, dtype=torch.int64),
+                -100,
+                256,
+            )
+        )
         assert sum(int((targets != -100).sum()) for _, _, targets in parts) == T
         shapes |= {len(hidden) for _, hidden, _ in parts}
     assert shapes == {64, 128, 192, 256}

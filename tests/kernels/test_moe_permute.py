@@ -1,4 +1,6 @@
-"""Sorting by expert and back: against token-by-token loops in fp64, with dropped slots, empty experts and no tokens."""
+"""Sorting by expert and back: against token-by-token loops in fp64, with dropped slots, empty
+experts and no tokens.
+"""
 
 import dataclasses
 
@@ -20,14 +22,22 @@ def case(num_tokens, top_k, num_experts, width=5, drop=False, dtype=torch.float6
 
 
 def run(x_TD, ids_TK, weights_TK, num_experts, ours):
-    """A round trip with a function of the rows in between; its output and the gradients of x and the weights."""
-    x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    """A round trip with a function of the rows in between; its output and the gradients of x and
+    the weights.
+    """
+    x_TD = x_TD.clone().requires_grad_()
+    weights_TK = weights_TK.clone().requires_grad_()
     if ours:
         x_MD, permutation = permute(x_TD, ids_TK, num_experts)
         y_TD = unpermute(torch.tanh(x_MD), permutation, weights_TK)
     else:
         x_MD = reference_permute(x_TD, ids_TK, num_experts)
-        y_TD = reference_unpermute(torch.tanh(x_MD), ids_TK, num_experts, weights_TK)
+        y_TD = reference_unpermute(
+            torch.tanh(x_MD),
+            ids_TK,
+            num_experts,
+            weights_TK,
+        )
     probe = torch.linspace(-1, 2, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
     zeros = x_TD.sum() * 0 + weights_TK.sum() * 0
     grads = torch.autograd.grad((y_TD * probe).sum() + zeros, (x_TD, weights_TK))
@@ -35,11 +45,18 @@ def run(x_TD, ids_TK, weights_TK, num_experts, ours):
 
 
 @pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(63, 2, 4), (17, 1, 3), (40, 3, 64), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"), [(63, 2, 4), (17, 1, 3), (40, 3, 64), (1, 2, 2)]
+)
 def test_equals_token_by_token_loops(poison, num_tokens, top_k, num_experts, drop):
     args = case(num_tokens, top_k, num_experts, drop=drop)
     got, expected = (run(*args, num_experts, ours) for ours in (True, False))
-    for name, a, b in zip(("x_MD", "y_TD", "dx_TD", "dweights_TK"), got, expected, strict=True):
+    for name, a, b in zip(
+        ("x_MD", "y_TD", "dx_TD", "dweights_TK"),
+        got,
+        expected,
+        strict=True,
+    ):
         assert_close(name, a, b, 1e-12)
 
 
@@ -55,7 +72,12 @@ def test_more_tokens_than_a_block(poison):
     dx, dweights = torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)
     assert_close("dx_TD", dx, dy_TD * share_T, kind="gradient")
     expected = (x_TD * dy_TD).sum(1, keepdim=True) * (ids_TK >= 0)
-    assert_close("dweights_TK", dweights, expected, kind="gradient")
+    assert_close(
+        "dweights_TK",
+        dweights,
+        expected,
+        kind="gradient",
+    )
 
 
 def test_hand_computed_example():
@@ -68,7 +90,9 @@ def test_hand_computed_example():
     assert permutation.counts_E.tolist() == [2, 0, 2, 1]
     assert permutation.top_k == 2
     weights_TK = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 2.0]])
-    y_TD = unpermute(torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]), permutation, weights_TK)
+    y_TD = unpermute(
+        torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]), permutation, weights_TK
+    )
     assert y_TD.flatten().tolist() == [0.25 * 30 + 0.75 * 10, 0.5 * 20, 40 + 2 * 50]
 
 
@@ -95,7 +119,11 @@ def test_no_routed_rows(poison, num_tokens, ids):
     assert permutation.counts_E.tolist() == [0, 0, 0]
     y_TD = unpermute(x_MD, permutation, weights_TK)
     dx, dweights = torch.autograd.grad(y_TD.sum(), (x_TD, weights_TK))
-    for tensor, shape in ((y_TD, (num_tokens, 4)), (dx, (num_tokens, 4)), (dweights, (num_tokens, 2))):
+    for tensor, shape in (
+        (y_TD, (num_tokens, 4)),
+        (dx, (num_tokens, 4)),
+        (dweights, (num_tokens, 2)),
+    ):
         assert tuple(tensor.shape) == shape
         assert torch.equal(tensor, torch.zeros(shape))
 
@@ -123,7 +151,12 @@ def test_bf16_sums_in_fp32():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 30), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**16))
+@given(
+    st.integers(0, 30),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(0, 2**16),
+)
 def test_rows_are_sorted_stably_and_invertible(num_tokens, top_k, num_experts, seed):
     torch.manual_seed(seed)
     ids_TK = torch.randint(-1, num_experts, (num_tokens, top_k))

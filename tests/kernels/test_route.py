@@ -1,25 +1,55 @@
-"""Routing: DeepSeek-V3's formulas by hand, token by token in fp64, and a toy stream whose load becomes even."""
+"""Routing: DeepSeek-V3's formulas by hand, token by token in fp64, and a toy stream whose load
+becomes even.
+"""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.route import choose_experts, drop_over_capacity, route, sequence_aux_loss, update_bias, z_loss
-from kernels.route.reference import reference_drop_over_capacity, reference_route, reference_sequence_aux_loss
+from kernels.route import (
+    choose_experts,
+    drop_over_capacity,
+    route,
+    sequence_aux_loss,
+    update_bias,
+    z_loss,
+)
+from kernels.route.reference import (
+    reference_drop_over_capacity,
+    reference_route,
+    reference_sequence_aux_loss,
+)
 from tests.helpers.compare import assert_close
 
 
 def test_hand_computed_example():
-    """sigmoid(ln x) = x / (1 + x): scores 0.5, 0.75, 0.8, 0.9. The bias lets expert 0 in; weights stay unbiased."""
+    """sigmoid(ln x) = x / (1 + x): scores 0.5, 0.75, 0.8, 0.9. The bias lets expert 0 in; weights
+    stay unbiased.
+    """
     logits_TE = torch.log(torch.tensor([[1.0, 3.0, 4.0, 9.0]]))
     ids_TK, weights_TK, scores_TE = route(logits_TE, 2, route_scale=2.5)
     assert ids_TK.tolist() == [[3, 2]]
-    assert_close("scores", scores_TE, torch.tensor([[0.5, 0.75, 0.8, 0.9]]), 1e-6)
-    assert_close("weights", weights_TK, torch.tensor([[2.5 * 0.9 / 1.7, 2.5 * 0.8 / 1.7]]), 1e-6)
+    assert_close(
+        "scores",
+        scores_TE,
+        torch.tensor([[0.5, 0.75, 0.8, 0.9]]),
+        1e-6,
+    )
+    assert_close(
+        "weights",
+        weights_TK,
+        torch.tensor([[2.5 * 0.9 / 1.7, 2.5 * 0.8 / 1.7]]),
+        1e-6,
+    )
     ids_TK, weights_TK, _ = route(logits_TE, 2, bias_E=torch.tensor([0.35, 0.0, 0.0, 0.0]))
     assert ids_TK.tolist() == [[3, 0]]
-    assert_close("weights", weights_TK, torch.tensor([[0.9 / 1.4, 0.5 / 1.4]]), 1e-6)
+    assert_close(
+        "weights",
+        weights_TK,
+        torch.tensor([[0.9 / 1.4, 0.5 / 1.4]]),
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
@@ -28,7 +58,8 @@ def test_hand_computed_example():
 def test_equals_fp64_oracle_with_gradient(scores, biased, num_tokens, num_experts, top_k):
     logits_TE = torch.randn(num_tokens, num_experts)
     bias_E = torch.randn(num_experts) * 0.2 if biased else None
-    ours, oracle = logits_TE.clone().requires_grad_(), logits_TE.double().requires_grad_()
+    ours = logits_TE.clone().requires_grad_()
+    oracle = logits_TE.double().requires_grad_()
     ids_TK, weights_TK, _ = route(ours, top_k, scores, bias_E, route_scale=2.5)
     expected_ids, expected_weights = reference_route(oracle, top_k, scores, bias_E, 2.5)
     assert torch.equal(ids_TK, expected_ids)
@@ -58,7 +89,8 @@ def test_the_bias_gets_no_gradient():
 @given(st.integers(1, 20), st.integers(2, 8), st.integers(0, 2**16))
 def test_experts_in_another_order_are_chosen_alike(num_tokens, num_experts, seed):
     torch.manual_seed(seed)
-    logits_TE, bias_E = torch.randn(num_tokens, num_experts), torch.randn(num_experts)
+    logits_TE = torch.randn(num_tokens, num_experts)
+    bias_E = torch.randn(num_experts)
     order = torch.randperm(num_experts)
     ids, weights, _ = route(logits_TE, 2, bias_E=bias_E)
     shuffled_ids, shuffled_weights, _ = route(logits_TE[:, order], 2, bias_E=bias_E[order])
@@ -69,12 +101,19 @@ def test_experts_in_another_order_are_chosen_alike(num_tokens, num_experts, seed
 def test_ties_go_to_the_lower_expert():
     ids_TK, weights_TK, _ = route(torch.zeros(300, 64), 5)
     assert torch.equal(ids_TK, torch.arange(5).expand(300, 5))
-    assert_close("weights", weights_TK, torch.full((300, 5), 0.2), 1e-6)
+    assert_close(
+        "weights",
+        weights_TK,
+        torch.full((300, 5), 0.2),
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("max_passes", [0, 10])
 def test_choice_orders_every_kind_of_number(max_passes, monkeypatch):
-    """Ties of both signs, both zeros, infinities, by passes of max and by keys: as a stable sort would."""
+    """Ties of both signs, both zeros, infinities, by passes of max and by keys: as a stable sort
+    would.
+    """
     monkeypatch.setattr("kernels.route.op.MAX_PASSES", max_passes)
     inf = float("inf")
     scores_TE = torch.tensor([[0.0, -0.0, 1.0, 1.0, -1.0, -1.0, inf, -inf, -1e-40, 1e-40]])
@@ -135,7 +174,12 @@ def test_update_bias_by_hand():
     """Mean 2: two experts below, one above, one at the mean. Deltas +, +, -, 0 have mean +1/4."""
     bias_E = torch.tensor([0.5, -0.5, 0.0, 0.0])
     assert update_bias(bias_E, torch.tensor([1, 0, 5, 2]), 0.1) is bias_E
-    assert_close("bias", bias_E, torch.tensor([0.575, -0.425, -0.125, -0.025]), 1e-6)
+    assert_close(
+        "bias",
+        bias_E,
+        torch.tensor([0.575, -0.425, -0.125, -0.025]),
+        1e-6,
+    )
 
 
 def test_update_bias_compares_counts_exactly():
@@ -148,9 +192,13 @@ def test_update_bias_compares_counts_exactly():
 
 
 def test_bias_evens_out_a_skewed_stream():
-    """The worst expert's load over the mean, first and last: without bias it would stay near the first."""
+    """The worst expert's load over the mean, first and last: without bias it would stay near the
+    first.
+    """
     generator = torch.Generator().manual_seed(0)
-    skew_E, bias_E, overload = torch.linspace(-1.5, 1.5, 8), torch.zeros(8), []
+    skew_E = torch.linspace(-1.5, 1.5, 8)
+    bias_E = torch.zeros(8)
+    overload = []
     for _ in range(150):
         logits_TE = torch.randn(512, 8, generator=generator) + skew_E
         ids_TK, _, _ = route(logits_TE, 2, bias_E=bias_E)
@@ -163,17 +211,26 @@ def test_bias_evens_out_a_skewed_stream():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9), st.integers(0, 2**16))
+@given(
+    st.integers(0, 20),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.integers(0, 2**16),
+)
 def test_capacity_equals_oracle(num_tokens, top_k, num_experts, capacity, seed):
     torch.manual_seed(seed)
     ids_TK = torch.randint(-1, num_experts, (num_tokens, top_k))
     before = ids_TK.clone()
-    assert torch.equal(drop_over_capacity(ids_TK, capacity), reference_drop_over_capacity(ids_TK, capacity))
+    assert torch.equal(
+        drop_over_capacity(ids_TK, capacity), reference_drop_over_capacity(ids_TK, capacity)
+    )
     assert torch.equal(ids_TK, before)
 
 
 def test_bad_input():
-    logits_TE, bias_E = torch.zeros(4, 3), torch.zeros(3)
+    logits_TE = torch.zeros(4, 3)
+    bias_E = torch.zeros(3)
     with pytest.raises(ValueError, match=r"logits_TE: got .*bfloat16"):
         route(logits_TE.bfloat16(), 2)
     with pytest.raises(ValueError, match=r"logits_TE: got \(3,\)"):
@@ -188,7 +245,10 @@ def test_bad_input():
             route(logits_TE, 2, bias_E=bad)
     ids_TK = torch.zeros(4, 2, dtype=torch.int64)
     for num_sequences in (0, 3):
-        with pytest.raises(ValueError, match=f"num_sequences: got {num_sequences}, expected a divisor of the 4 tokens"):
+        with pytest.raises(
+            ValueError,
+            match=f"num_sequences: got {num_sequences}, expected a divisor of the 4 tokens",
+        ):
             sequence_aux_loss(logits_TE, ids_TK, num_sequences)
     with pytest.raises(ValueError, match=r"expert_ids_TK: got \("):
         sequence_aux_loss(logits_TE, ids_TK[:3], 1)

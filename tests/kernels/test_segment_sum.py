@@ -14,7 +14,9 @@ def sum_by_index(rows_MW, index_M, num_segments, backend=None):
     """As the reference has it: rows of -1 are in no segment."""
     index_M = index_M.to(torch.int64)
     order_M = index_M.argsort(stable=True)[(index_M < 0).sum() :]
-    starts_S = torch.searchsorted(index_M[order_M], torch.arange(num_segments, device=index_M.device))
+    starts_S = torch.searchsorted(
+        index_M[order_M], torch.arange(num_segments, device=index_M.device)
+    )
     return sum_sorted(rows_MW, order_M, starts_S, backend)
 
 
@@ -22,9 +24,11 @@ def sum_by_index(rows_MW, index_M, num_segments, backend=None):
 @given(st.lists(st.integers(-1, 9), max_size=40), st.integers(1, 5), st.integers(0, 2**16))
 def test_equals_the_reference(index, width, seed):
     torch.manual_seed(seed)
-    index_M, rows_MW = torch.tensor(index, dtype=torch.int64), torch.randn(len(index), width).requires_grad_()
+    index_M = torch.tensor(index, dtype=torch.int64)
+    rows_MW = torch.randn(len(index), width).requires_grad_()
     exact = rows_MW.detach().double().requires_grad_()
-    out, expected = sum_by_index(rows_MW, index_M, 10), segment_sum_reference(exact, index_M, 10)
+    out = sum_by_index(rows_MW, index_M, 10)
+    expected = segment_sum_reference(exact, index_M, 10)
     assert_close("out", out, expected)
     dout = torch.randn(10, width)
     (drows,) = torch.autograd.grad(out, rows_MW, dout)
@@ -47,21 +51,27 @@ def test_dtypes(dtype):
 
 @pytest.mark.parametrize(("num_rows", "num_segments", "width"), [(0, 3, 2), (0, 0, 2), (3, 2, 0)])
 def test_nothing_to_sum(num_rows, num_segments, width):
-    out = sum_by_index(torch.ones(num_rows, width), torch.zeros(num_rows, dtype=torch.int64), num_segments)
+    out = sum_by_index(
+        torch.ones(num_rows, width), torch.zeros(num_rows, dtype=torch.int64), num_segments
+    )
     assert torch.equal(out, torch.zeros(num_segments, width))
 
 
 @pytest.mark.parametrize("num_places", [0, 2, 3])
 def test_rows_of_no_segment_have_no_gradient(num_places):
     rows_MW = torch.randn(3, 2, requires_grad=True)
-    order_N, starts_S = torch.arange(num_places), torch.empty(0, dtype=torch.int64)
+    order_N = torch.arange(num_places)
+    starts_S = torch.empty(0, dtype=torch.int64)
     (drows,) = torch.autograd.grad(sum_sorted(rows_MW, order_N, starts_S).sum(), rows_MW)
     assert torch.equal(drows, torch.zeros(3, 2))
 
 
 def test_wrong_order_is_named():
-    rows_MW, order_N = torch.ones(2, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"order_N: got torch.int32 \(2,\), expected int64 of one dim"):
+    rows_MW = torch.ones(2, 3)
+    order_N = torch.tensor([0, 1])
+    with pytest.raises(
+        ValueError, match=r"order_N: got torch.int32 \(2,\), expected int64 of one dim"
+    ):
         sum_sorted(rows_MW, order_N.int(), order_N)
     with pytest.raises(ValueError, match=r"starts_S: got torch.int64 \(2, 1\)"):
         sum_sorted(rows_MW, order_N, order_N[:, None])

@@ -1,4 +1,6 @@
-"""Sinkhorn-Knopp: measured golden values, fp64 autograd through all iterations, sums of rows and columns."""
+"""Sinkhorn-Knopp: measured golden values, fp64 autograd through all iterations, sums of rows and
+columns.
+"""
 
 import pytest
 import torch
@@ -27,13 +29,22 @@ def test_golden_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "num_iters"), [((63, 4, 4), 20), ((2, 3, 4, 4), 3), ((2, 2), 1), ((2100, 2, 2), 5)])
+@pytest.mark.parametrize(
+    ("shape", "num_iters"), [((63, 4, 4), 20), ((2, 3, 4, 4), 3), ((2, 2), 1), ((2100, 2, 2), 5)]
+)
 def test_equals_fp64_autograd(poison, shape, num_iters, dtype):
     logits = (2 * torch.randn(shape)).to(dtype)
-    ours, oracle = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got, expected = sinkhorn_knopp(ours, num_iters), reference_sinkhorn_knopp(oracle, num_iters)
+    ours = logits.clone().requires_grad_()
+    oracle = logits.double().requires_grad_()
+    got = sinkhorn_knopp(ours, num_iters)
+    expected = reference_sinkhorn_knopp(oracle, num_iters)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_close("comb", got, expected, TOLERANCE["forward"][got.dtype])
+    assert_close(
+        "comb",
+        got,
+        expected,
+        TOLERANCE["forward"][got.dtype],
+    )
     probe = torch.randn(shape)
     (dgot,) = torch.autograd.grad((got * probe).sum(), ours)
     (dexpected,) = torch.autograd.grad((expected * probe).sum(), oracle)
@@ -41,7 +52,13 @@ def test_equals_fp64_autograd(poison, shape, num_iters, dtype):
 
 
 def test_gradcheck():
-    logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(
+        2,
+        3,
+        3,
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     assert torch.autograd.gradcheck(lambda x: sinkhorn_knopp(x, 4, 1e-3), (logits,))
 
 
@@ -55,13 +72,19 @@ def test_columns_are_exact_and_rows_nearly_so(streams, seed):
 
 
 def test_streams_in_another_order_give_the_same_weights():
-    logits, order = torch.randn(5, 4, 4, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    logits = torch.randn(5, 4, 4, dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
     shuffled = sinkhorn_knopp(logits[:, order][:, :, order])
     assert_close("comb", shuffled, sinkhorn_knopp(logits)[:, order][:, :, order])
 
 
 def test_one_stream_and_no_token():
-    assert_close("comb", sinkhorn_knopp(torch.randn(9, 1, 1)), torch.ones(9, 1, 1), 2e-6)
+    assert_close(
+        "comb",
+        sinkhorn_knopp(torch.randn(9, 1, 1)),
+        torch.ones(9, 1, 1),
+        2e-6,
+    )
     logits = torch.zeros(0, 4, 4, requires_grad=True)
     sinkhorn_knopp(logits).sum().backward()
     assert logits.grad.shape == (0, 4, 4)

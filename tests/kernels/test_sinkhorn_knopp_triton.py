@@ -27,15 +27,31 @@ def test_golden_values(device):
 
 @pytest.mark.parametrize(("shape", "num_iters"), SHAPES)
 def test_forward_and_gradient(poison, device, shape, num_iters):
-    ours = partial(sinkhorn_knopp, num_iters=num_iters, eps=1e-4, backend="triton")
+    ours = partial(
+        sinkhorn_knopp,
+        num_iters=num_iters,
+        eps=1e-4,
+        backend="triton",
+    )
     reference = partial(reference_sinkhorn_knopp, num_iters=num_iters, eps=1e-4)
-    assert_equals_fp64(ours, reference, {"logits_NN": 2 * torch.randn(shape)}, device)
+    assert_equals_fp64(
+        ours,
+        reference,
+        {"logits_NN": 2 * torch.randn(shape)},
+        device,
+    )
 
 
 def test_half_precision(poison, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    logits, ours = torch.randn(5, 4, 4).to(dtype), partial(sinkhorn_knopp, backend="triton")
-    assert_equals_fp64(ours, reference_sinkhorn_knopp, {"logits_NN": logits}, device)
+    logits = torch.randn(5, 4, 4).to(dtype)
+    ours = partial(sinkhorn_knopp, backend="triton")
+    assert_equals_fp64(
+        ours,
+        reference_sinkhorn_knopp,
+        {"logits_NN": logits},
+        device,
+    )
     assert ours(logits.to(device)).dtype == torch.float32
 
 
@@ -46,7 +62,10 @@ def test_views(device):
         combs = [sinkhorn_knopp(leaf, 3, backend="triton") for leaf in leaves]
         assert torch.equal(*combs)
         dcomb = wide[..., :16].unflatten(-1, (4, 4)).mT
-        grads = [torch.autograd.grad(comb, leaf, dcomb)[0] for comb, leaf in zip(combs, leaves, strict=True)]
+        grads = [
+            torch.autograd.grad(comb, leaf, dcomb)[0]
+            for comb, leaf in zip(combs, leaves, strict=True)
+        ]
         assert torch.equal(*grads)
 
 
@@ -85,12 +104,20 @@ def test_what_triton_cannot_is_an_error_where_it_is_asked_for_by_name(device):
         ((2, 2), 1, torch.float64, r"dtype torch\.float64"),
     ):
         with pytest.raises(ValueError, match=f"do not serve {message}"):
-            sinkhorn_knopp(torch.zeros(shape, dtype=dtype, device=device), num_iters, backend="triton")
+            sinkhorn_knopp(
+                torch.zeros(shape, dtype=dtype, device=device), num_iters, backend="triton"
+            )
 
 
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31():
-    logits = torch.randn(2**27 + 9, 4, 4, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    logits = torch.randn(
+        2**27 + 9,
+        4,
+        4,
+        device="cuda",
+        dtype=torch.bfloat16,
+    ).requires_grad_()
     comb = sinkhorn_knopp(logits, 2)
     (grad,) = torch.autograd.grad(comb, logits, comb.detach())
     last = logits[-5:].detach().requires_grad_()

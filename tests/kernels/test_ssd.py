@@ -1,4 +1,6 @@
-"""The chunked SSD scan: forward and every gradient against the sequential fp64 recurrence, and its invariances."""
+"""The chunked SSD scan: forward and every gradient against the sequential fp64 recurrence, and its
+invariances.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ import kernels.ssd.cpu
 from kernels.ssd import ssd, ssd_reference
 from tests.helpers.compare import TOLERANCE, assert_close
 
-HEADS, WIDTH, STATE, BATCH = 4, 5, 7, 2
+HEADS = 4
+WIDTH = 5
+STATE = 7
+BATCH = 2
 
 
 def make_inputs(length, groups=2, heads=HEADS, width=WIDTH, state=STATE, batch=BATCH):
@@ -35,22 +40,42 @@ def make_inputs(length, groups=2, heads=HEADS, width=WIDTH, state=STATE, batch=B
 def run(fn, inputs, dtype, dy=None, dfinal=None, **options):
     """y, final states and the gradient of every input through both."""
     leaves = {name: t.to(dtype).detach().clone().requires_grad_() for name, t in inputs.items()}
-    y, final = fn(**leaves, dt_softplus=True, return_final_states=True, **options)
+    y, final = fn(
+        **leaves,
+        dt_softplus=True,
+        return_final_states=True,
+        **options,
+    )
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=generator, dtype=torch.float64) if dy is None else dy
-    dfinal = torch.randn(final.shape, generator=generator, dtype=torch.float64) if dfinal is None else dfinal
+    dfinal = (
+        torch.randn(final.shape, generator=generator, dtype=torch.float64)
+        if dfinal is None
+        else dfinal
+    )
     grads = torch.autograd.grad(
-        [y, final], list(leaves.values()), [dy.to(y.dtype), dfinal.to(final.dtype)], materialize_grads=True
+        [y, final],
+        list(leaves.values()),
+        [dy.to(y.dtype), dfinal.to(final.dtype)],
+        materialize_grads=True,
     )
     return {"y": y, "final": final} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
 def compare(got, want, tolerance=None, plain=None):
-    """Every tensor, under the table's tolerance for the dtype of y: states stay fp32, products do not."""
+    """Every tensor, under the table's tolerance for the dtype of y: states stay fp32, products do
+    not.
+    """
     plain = plain or dict.fromkeys(want)
     for name, expected in want.items():
         kind = "gradient" if name.startswith("d") else "forward"
-        assert_close(name, got[name], expected, tolerance or TOLERANCE[kind][got["y"].dtype], plain=plain[name])
+        assert_close(
+            name,
+            got[name],
+            expected,
+            tolerance or TOLERANCE[kind][got["y"].dtype],
+            plain=plain[name],
+        )
 
 
 def check(inputs, dtype=torch.float32, tolerance=None, **options):
@@ -66,10 +91,14 @@ def check(inputs, dtype=torch.float32, tolerance=None, **options):
 
 def documents(*lengths):
     """seq_idx of rows that hold documents of these lengths; the first index need not be 0."""
-    return torch.tensor([[3 + i for i, n in enumerate(row) for _ in range(n)] for row in lengths], dtype=torch.int32)
+    return torch.tensor(
+        [[3 + i for i, n in enumerate(row) for _ in range(n)] for row in lengths], dtype=torch.int32
+    )
 
 
-PACKED = documents([1, 2, 3, 59, 30, 35], [64, 1, 65])  # within a chunk, ending with a chunk, across chunks
+PACKED = documents(
+    [1, 2, 3, 59, 30, 35], [64, 1, 65]
+)  # within a chunk, ending with a chunk, across chunks
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
@@ -82,7 +111,9 @@ def test_groups(groups, poison):
     check(make_inputs(65, groups))
 
 
-@pytest.mark.parametrize(("width", "state", "chunk_size"), [(1, 1, 64), (3, 33, 16), (17, 2, 50), (8, 16, 1)])
+@pytest.mark.parametrize(
+    ("width", "state", "chunk_size"), [(1, 1, 64), (3, 33, 16), (17, 2, 50), (8, 16, 1)]
+)
 def test_odd_sizes(width, state, chunk_size, poison):
     check(make_inputs(67, 1, width=width, state=state), chunk_size=chunk_size)
 
@@ -151,11 +182,21 @@ def test_packed_equals_separate(lengths, chunk_size, initial):
         return_final_states=True,
         dt_softplus=True,
     )
-    start, parts = 0, []
+    start = 0
+    parts = []
     for i, n in enumerate(lengths):
-        own = {name: t[:, start : start + n] if name in per_token else t for name, t in inputs.items()}
+        own = {
+            name: t[:, start : start + n] if name in per_token else t for name, t in inputs.items()
+        }
         state = first if i == 0 else None
-        parts.append(ssd(**own, initial_states=state, return_final_states=True, dt_softplus=True))
+        parts.append(
+            ssd(
+                **own,
+                initial_states=state,
+                return_final_states=True,
+                dt_softplus=True,
+            )
+        )
         start += n
     assert_close("y", y, torch.cat([part[0] for part in parts], 1))
     assert_close("final", final, parts[-1][1])
@@ -174,9 +215,24 @@ def test_initial_state_reaches_the_first_sequence_only():
 @pytest.mark.parametrize("seq_idx", [None, PACKED])
 def test_chunk_size_changes_nothing(seq_idx):
     inputs = make_inputs(130)
-    want = run(ssd, inputs, torch.float64, chunk_size=64, seq_idx=seq_idx)
+    want = run(
+        ssd,
+        inputs,
+        torch.float64,
+        chunk_size=64,
+        seq_idx=seq_idx,
+    )
     for chunk_size in (1, 16, 1000):
-        compare(run(ssd, inputs, torch.float64, chunk_size=chunk_size, seq_idx=seq_idx), want)
+        compare(
+            run(
+                ssd,
+                inputs,
+                torch.float64,
+                chunk_size=chunk_size,
+                seq_idx=seq_idx,
+            ),
+            want,
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 64, 77])
@@ -202,7 +258,16 @@ def test_empty_sequence_returns_the_initial_state():
     assert got["dinitial_states"].norm() > 0
     del inputs["initial_states"]
     _, final = ssd(**inputs, return_final_states=True)
-    assert torch.equal(final, torch.zeros(BATCH, HEADS, WIDTH, STATE, dtype=torch.float64))
+    assert torch.equal(
+        final,
+        torch.zeros(
+            BATCH,
+            HEADS,
+            WIDTH,
+            STATE,
+            dtype=torch.float64,
+        ),
+    )
 
 
 def test_empty_batch():
@@ -220,9 +285,20 @@ def test_views_into_a_wide_projection():
     y = ssd(**views, **fixed, dt_softplus=True)
     dy = torch.randn_like(y)
     (dwide,) = torch.autograd.grad(y, wide, dy)
-    want = run(ssd, inputs, torch.float64, dy=dy, dfinal=torch.zeros_like(inputs["initial_states"]))
+    want = run(
+        ssd,
+        inputs,
+        torch.float64,
+        dy=dy,
+        dfinal=torch.zeros_like(inputs["initial_states"]),
+    )
     assert_close("y", y, want["y"])
-    assert_close("dwide", dwide, torch.cat([want[f"d{name}"].flatten(2) for name in sizes], -1), kind="gradient")
+    assert_close(
+        "dwide",
+        dwide,
+        torch.cat([want[f"d{name}"].flatten(2) for name in sizes], -1),
+        kind="gradient",
+    )
 
 
 def test_gradient_through_expanded_outputs():
@@ -235,14 +311,24 @@ def test_gradient_through_expanded_outputs():
 
 
 def test_no_gradient_crosses_documents():
-    """Not even rounding: a loss on the second document leaves the first exactly alone, and the other way round."""
+    """Not even rounding: a loss on the second document leaves the first exactly alone, and the
+    other way round.
+    """
     inputs = make_inputs(40, batch=1)
     del inputs["initial_states"]
-    lengths, sequences = [17, 23], ("x", "dt", "B", "C", "z")
+    lengths = [17, 23]
+    sequences = ("x", "dt", "B", "C", "z")
     leaves = {name: t.float().requires_grad_() for name, t in inputs.items()}
-    y = ssd(**leaves, seq_idx=documents(lengths), chunk_size=32, dt_softplus=True)
+    y = ssd(
+        **leaves,
+        seq_idx=documents(lengths),
+        chunk_size=32,
+        dt_softplus=True,
+    )
     for seen, other in ((0, 1), (1, 0)):
-        grads = torch.autograd.grad(y.split(lengths, 1)[seen].sum(), [leaves[n] for n in sequences], retain_graph=True)
+        grads = torch.autograd.grad(
+            y.split(lengths, 1)[seen].sum(), [leaves[n] for n in sequences], retain_graph=True
+        )
         for name, grad in zip(sequences, grads, strict=True):
             assert grad.split(lengths, 1)[seen].norm() > 0, name
             assert grad.split(lengths, 1)[other].norm() == 0, name
@@ -255,7 +341,9 @@ def test_under_activation_checkpointing(use_reentrant):
     def checkpointed(dt_softplus, return_final_states, **tensors):
         def body(*values):
             arguments = dict(zip(tensors, values, strict=True))
-            return ssd(**arguments, dt_softplus=dt_softplus, return_final_states=return_final_states)
+            return ssd(
+                **arguments, dt_softplus=dt_softplus, return_final_states=return_final_states
+            )
 
         return checkpoint(body, *tensors.values(), use_reentrant=use_reentrant)
 
@@ -280,7 +368,12 @@ def test_pieces_trace_into_one_graph_each(monkeypatch):
     want = run(ssd, inputs, torch.float32, chunk_size=16)
     for name in ("_decay_and_weights", "_decay_and_score_grads", "_combine", "_input_grads"):
         eager = getattr(kernels.ssd.cpu, name).__wrapped__
-        traced = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=False)
+        traced = torch.compile(
+            eager,
+            backend="aot_eager",
+            fullgraph=True,
+            dynamic=False,
+        )
         monkeypatch.setattr(kernels.ssd.cpu, name, traced)
     compare(run(ssd, inputs, torch.float32, chunk_size=16), want, tolerance=1e-6)
 
@@ -291,7 +384,9 @@ def test_reference_gradient_is_that_of_its_forward():
 
     def fn(*values):
         arguments = dict(zip(inputs, values, strict=True))
-        return ssd_reference(**arguments, seq_idx=seq_idx, dt_softplus=True, return_final_states=True)
+        return ssd_reference(
+            **arguments, seq_idx=seq_idx, dt_softplus=True, return_final_states=True
+        )
 
     assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in inputs.values()])
 

@@ -9,7 +9,10 @@ from kernels.ssd import ssd
 from kernels.state_update import state_update, state_update_reference
 from tests.helpers.compare import assert_close
 
-BATCH, HEADS, WIDTH, STATE = 2, 6, 5, 7
+BATCH = 2
+HEADS = 6
+WIDTH = 5
+STATE = 7
 
 
 def normal(*shape):
@@ -26,7 +29,11 @@ def mamba2_inputs(groups=2, tied_dt=False, tied_A=True, options=True):
         "C": normal(BATCH, groups, STATE),
     }
     if options:
-        inputs |= {"D": normal(*per_head), "z": normal(BATCH, HEADS, WIDTH), "dt_bias": normal(*per_head)}
+        inputs |= {
+            "D": normal(*per_head),
+            "z": normal(BATCH, HEADS, WIDTH),
+            "dt_bias": normal(*per_head),
+        }
     return normal(BATCH, HEADS, WIDTH, STATE), inputs
 
 
@@ -77,7 +84,9 @@ def test_options_left_out():
 def test_step_without_softplus():
     state, inputs = mamba2_inputs()
     inputs["dt"] = inputs["dt"].abs()
-    inputs["dt_bias"] = -2 * inputs["dt"].mean(0)  # some steps come out negative: the step clamps nothing
+    inputs["dt_bias"] = -2 * inputs["dt"].mean(
+        0
+    )  # some steps come out negative: the step clamps nothing
     want_y, want_state = state_update_reference(state, **inputs)
     assert_close("y", state_update(state, **inputs), want_y)
     assert_close("state", state, want_state)
@@ -93,7 +102,10 @@ def test_expanded_per_head_scalars_equal_full_tensors():
     }
     full = {name: t.contiguous() for name, t in tied.items()}
     states = [state.clone() for _ in range(3)]
-    ys = [state_update(s, **i, dt_softplus=True) for s, i in zip(states, (inputs, tied, full), strict=True)]
+    ys = [
+        state_update(s, **i, dt_softplus=True)
+        for s, i in zip(states, (inputs, tied, full), strict=True)
+    ]
     for other in (1, 2):
         assert_close("y", ys[other], ys[0])
         assert_close("state", states[other], states[0])
@@ -112,20 +124,47 @@ def test_state_may_be_a_view_and_its_neighbours_are_left_alone():
 def test_empty_batch():
     state, inputs = mamba1_inputs()
     empty = {
-        name: t[:0] if t.shape[0] == BATCH and name not in ("A", "D", "dt_bias") else t for name, t in inputs.items()
+        name: t[:0] if t.shape[0] == BATCH and name not in ("A", "D", "dt_bias") else t
+        for name, t in inputs.items()
     }
     assert state_update(state[:0], **empty).shape == (0, WIDTH)
 
 
 def test_mamba2_steps_equal_the_scan():
     length = 70
-    x, z = normal(BATCH, length, HEADS, WIDTH), normal(BATCH, length, HEADS, WIDTH)
-    dt, B, C = normal(BATCH, length, HEADS), normal(BATCH, length, 2, STATE), normal(BATCH, length, 2, STATE)
-    once = {"A": -normal(HEADS).exp(), "D": normal(HEADS), "dt_bias": normal(HEADS), "dt_softplus": True}
+    x = normal(BATCH, length, HEADS, WIDTH)
+    z = normal(BATCH, length, HEADS, WIDTH)
+    dt = normal(BATCH, length, HEADS)
+    B = normal(BATCH, length, 2, STATE)
+    C = normal(BATCH, length, 2, STATE)
+    once = {
+        "A": -normal(HEADS).exp(),
+        "D": normal(HEADS),
+        "dt_bias": normal(HEADS),
+        "dt_softplus": True,
+    }
     state = normal(BATCH, HEADS, WIDTH, STATE)
-    want_y, want_state = ssd(x, dt, B=B, C=C, z=z, **once, initial_states=state, return_final_states=True)
-    steps = [state_update(state, x[:, t], dt[:, t], B=B[:, t], C=C[:, t], z=z[:, t], **once) for t in range(length)]
-    assert_close("y", torch.stack(steps, 1), want_y, tolerance=1e-11)
+    want_y, want_state = ssd(
+        x, dt, B=B, C=C, z=z, **once, initial_states=state, return_final_states=True
+    )
+    steps = [
+        state_update(
+            state,
+            x[:, t],
+            dt[:, t],
+            B=B[:, t],
+            C=C[:, t],
+            z=z[:, t],
+            **once,
+        )
+        for t in range(length)
+    ]
+    assert_close(
+        "y",
+        torch.stack(steps, 1),
+        want_y,
+        tolerance=1e-11,
+    )
     assert_close("state", state, want_state, tolerance=1e-11)
 
 
@@ -133,15 +172,30 @@ def test_mamba1_steps_equal_a_sequential_scan():
     length = 33
     x, dt, z = (normal(BATCH, length, WIDTH) for _ in range(3))
     B, C = (normal(BATCH, length, STATE) for _ in range(2))
-    A, D, bias = -normal(WIDTH, STATE).exp(), normal(WIDTH), normal(WIDTH)
+    A = -normal(WIDTH, STATE).exp()
+    D = normal(WIDTH)
+    bias = normal(WIDTH)
     state = normal(BATCH, WIDTH, STATE)
-    delta, h, want = torch.log1p(torch.exp(dt + bias)), state.clone(), []
+    delta = torch.log1p(torch.exp(dt + bias))
+    h = state.clone()
+    want = []
     for t in range(length):
         decay = torch.exp(torch.einsum("bd,dn->bdn", delta[:, t], A))
-        h = decay * h + torch.einsum("bd,bn,bd->bdn", delta[:, t], B[:, t], x[:, t])
-        want.append((torch.einsum("bdn,bn->bd", h, C[:, t]) + D * x[:, t]) * z[:, t] * torch.sigmoid(z[:, t]))
+        h = decay * h + torch.einsum(
+            "bd,bn,bd->bdn",
+            delta[:, t],
+            B[:, t],
+            x[:, t],
+        )
+        want.append(
+            (torch.einsum("bdn,bn->bd", h, C[:, t]) + D * x[:, t])
+            * z[:, t]
+            * torch.sigmoid(z[:, t])
+        )
     got = [
-        state_update(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z[:, t], bias, dt_softplus=True)
+        state_update(
+            state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z[:, t], bias, dt_softplus=True
+        )
         for t in range(length)
     ]
     assert_close("y", torch.stack(got, 1), torch.stack(want, 1))
@@ -152,10 +206,22 @@ def test_mamba2_step_equals_transformers():
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
     state, inputs = mamba2_inputs(tied_A=False)
-    state, inputs = state.float(), {name: t.float() for name, t in inputs.items()}
-    peer_state, rest = state.clone(), {name: t for name, t in inputs.items() if name != "x"}
-    want = mamba2_selective_state_update(peer_state, inputs["x"], **rest, dt_softplus=True)
-    assert_close("y", state_update(state, **inputs, dt_softplus=True), want, tolerance=1e-6)
+    state = state.float()
+    inputs = {name: t.float() for name, t in inputs.items()}
+    peer_state = state.clone()
+    rest = {name: t for name, t in inputs.items() if name != "x"}
+    want = mamba2_selective_state_update(
+        peer_state,
+        inputs["x"],
+        **rest,
+        dt_softplus=True,
+    )
+    assert_close(
+        "y",
+        state_update(state, **inputs, dt_softplus=True),
+        want,
+        tolerance=1e-6,
+    )
     assert_close("state", state, peer_state, tolerance=1e-6)
 
 
@@ -163,7 +229,16 @@ def test_mamba2_step_equals_transformers():
     ("name", "value"),
     [
         ("state", torch.zeros(BATCH, STATE)),
-        ("state", torch.zeros(BATCH, HEADS, WIDTH, STATE, dtype=torch.bfloat16)),
+        (
+            "state",
+            torch.zeros(
+                BATCH,
+                HEADS,
+                WIDTH,
+                STATE,
+                dtype=torch.bfloat16,
+            ),
+        ),
         ("x", torch.zeros(BATCH, HEADS, WIDTH + 1)),
         ("dt", torch.zeros(BATCH, HEADS + 1)),
         ("A", torch.zeros(HEADS, STATE)),

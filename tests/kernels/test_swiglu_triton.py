@@ -1,4 +1,6 @@
-"""SwiGLU: the plain path and the Triton kernels against fp64, on odd shapes and views, under compilation, bad calls."""
+"""SwiGLU: the plain path and the Triton kernels against fp64, on odd shapes and views, under
+compilation, bad calls.
+"""
 
 from functools import partial
 
@@ -14,13 +16,18 @@ from tests.kernels.against import assert_equals_fp64
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", [(63, 66), (2, 5, 600), (1000, 2), (14,), (0, 6), (3, 0)])
 def test_forward_and_gradient(poison, device, shape, backend):
-    assert_equals_fp64(partial(swiglu, backend=backend), reference_swiglu, {"h": 3 * torch.randn(shape)}, device)
+    assert_equals_fp64(
+        partial(swiglu, backend=backend), reference_swiglu, {"h": 3 * torch.randn(shape)}, device
+    )
 
 
 def test_half_precision(poison, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     assert_equals_fp64(
-        partial(swiglu, backend="triton"), reference_swiglu, {"h": torch.randn(40, 96).to(dtype)}, device
+        partial(swiglu, backend="triton"),
+        reference_swiglu,
+        {"h": torch.randn(40, 96).to(dtype)},
+        device,
     )
 
 
@@ -35,9 +42,13 @@ def test_large_values_stay_finite(device):
 
 def test_views_into_a_wide_projection(device):
     wide = torch.randn(2, 9, 200, device=device)
-    assert torch.equal(swiglu(wide[..., 5:101], backend="triton"), swiglu(wide[..., 5:101].clone(), backend="triton"))
     assert torch.equal(
-        swiglu(wide[0].t()[:, :4], backend="triton"), swiglu(wide[0].t()[:, :4].clone(), backend="triton")
+        swiglu(wide[..., 5:101], backend="triton"),
+        swiglu(wide[..., 5:101].clone(), backend="triton"),
+    )
+    assert torch.equal(
+        swiglu(wide[0].t()[:, :4], backend="triton"),
+        swiglu(wide[0].t()[:, :4].clone(), backend="triton"),
     )
 
 
@@ -64,7 +75,12 @@ def test_bad_input(device):
 
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31():
-    h = torch.randn(131_072 * 2, 8192 * 2, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    h = torch.randn(
+        131_072 * 2,
+        8192 * 2,
+        device="cuda",
+        dtype=torch.bfloat16,
+    ).requires_grad_()
     y = swiglu(h)
     assert torch.equal(swiglu(h), y)
     y.backward(torch.ones_like(y))

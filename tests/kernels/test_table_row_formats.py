@@ -1,4 +1,6 @@
-"""Row formats: unbiased, to a neighbour, and the same bits from the host's loops as from tensor operations."""
+"""Row formats: unbiased, to a neighbour, and the same bits from the host's loops as from tensor
+operations.
+"""
 
 import math
 
@@ -13,7 +15,10 @@ from tests.helpers.table_rows import FORMATS, make_store
 
 def awkward_values(width: int = 64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(30, width, generator=generator) * (torch.randn(30, 1, generator=generator) * 4).exp()
+    values = (
+        torch.randn(30, width, generator=generator)
+        * (torch.randn(30, 1, generator=generator) * 4).exp()
+    )
     values[3], values[5, :32], values[6, 3] = 0, 1e-35, 3.4e38
     values[4, 5] = -0.0
     return values
@@ -21,17 +26,24 @@ def awkward_values(width: int = 64) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_the_mean_of_stored_values_is_the_value(form):
-    values, rows = awkward_values()[:3], torch.arange(3)
+    values = awkward_values()[:3]
+    rows = torch.arange(3)
     sums = {}
     for count in (400, 6400):
         total = torch.zeros(values.shape, dtype=torch.float64)
         for update in range(count):
             keys = row_keys(rows, torch.full((3,), update), seed=1)
             stored = (
-                to_bf16(values, keys).double() if form == "bf16" else from_fp8(*to_fp8(values, keys), torch.float64)
+                to_bf16(values, keys).double()
+                if form == "bf16"
+                else from_fp8(*to_fp8(values, keys), torch.float64)
             )
             total += stored - values
-        scale = values.abs() if form == "bf16" else values.unflatten(1, (2, 32)).abs().amax(-1).repeat_interleave(32, 1)
+        scale = (
+            values.abs()
+            if form == "bf16"
+            else values.unflatten(1, (2, 32)).abs().amax(-1).repeat_interleave(32, 1)
+        )
         sums[count] = (total / count / scale).square().mean().sqrt().item()
     unit = 2.0**-8 if form == "bf16" else 2.0**-4
     assert sums[400] < 2 * unit / math.sqrt(400)
@@ -40,12 +52,19 @@ def test_the_mean_of_stored_values_is_the_value(form):
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_only_neighbours_occur_and_stored_values_stay(form):
-    values, keys = awkward_values()[:3], row_keys(torch.arange(3), torch.zeros(3), seed=1)
+    values = awkward_values()[:3]
+    keys = row_keys(torch.arange(3), torch.zeros(3), seed=1)
 
     def stored(values, keys):
-        return to_bf16(values, keys).float() if form == "bf16" else from_fp8(*to_fp8(values, keys), torch.float32)
+        return (
+            to_bf16(values, keys).float()
+            if form == "bf16"
+            else from_fp8(*to_fp8(values, keys), torch.float32)
+        )
 
-    drawn = torch.stack([stored(values, row_keys(torch.arange(3), torch.full((3,), n), 1)) for n in range(60)])
+    drawn = torch.stack(
+        [stored(values, row_keys(torch.arange(3), torch.full((3,), n), 1)) for n in range(60)]
+    )
     for row, column in ((0, 0), (1, 17), (2, 63)):
         seen = drawn[:, row, column].unique()
         assert len(seen) <= 2
@@ -79,13 +98,19 @@ def test_random_bits_are_uniform_and_independent():
 
 
 def test_host_kernels_store_the_same_bits():
-    values, rows = awkward_values(), torch.arange(30) + (3 << 40)
+    values = awkward_values()
+    rows = torch.arange(30) + (3 << 40)
     keys = row_keys(rows, torch.arange(30), seed=11)
-    short, (codes, exponents) = to_bf16(values, keys).view(torch.int16), to_fp8(values, keys)
+    short = to_bf16(values, keys).view(torch.int16)
+    (codes, exponents) = to_fp8(values, keys)
     scratch = row_loops.scratch_of(64, 2)
-    w, w_bits, noise = scratch[0], scratch[1], scratch[-1]
+    w = scratch[0]
+    w_bits = scratch[1]
+    noise = scratch[-1]
     powers = np.float32(2) ** (np.arange(255) - 127)
-    bf16, fp8, scale = np.empty((1, 64), np.uint16), np.empty((1, 2, 32), np.uint8), np.empty((1, 2), np.uint8)
+    bf16 = np.empty((1, 64), np.uint16)
+    fp8 = np.empty((1, 2, 32), np.uint8)
+    scale = np.empty((1, 2), np.uint8)
     for i in range(30):
         key = row_loops.row_key(int(rows[i]), i, 11)
         assert int(key) == int(keys[i])
@@ -102,7 +127,16 @@ def test_host_kernels_store_the_same_bits():
 def test_host_kernels_read_the_same_bits(form, dtype):
     store = make_store(form, num_rows=30)
     store.write(torch.arange(30), awkward_values(), torch.arange(30))
-    rows = torch.randint(0, 30, (600,), generator=torch.Generator().manual_seed(1))
+    rows = torch.randint(
+        0,
+        30,
+        (600,),
+        generator=torch.Generator().manual_seed(1),
+    )
     weight = store.weight[rows]
-    expected = from_fp8(weight, store.tensors["weight_scale"][rows], dtype) if form == "fp8" else weight.to(dtype)
+    expected = (
+        from_fp8(weight, store.tensors["weight_scale"][rows], dtype)
+        if form == "fp8"
+        else weight.to(dtype)
+    )
     assert torch.equal(store.read(rows, dtype).view(torch.uint8), expected.view(torch.uint8))

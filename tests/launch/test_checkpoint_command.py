@@ -1,4 +1,6 @@
-"""``python -m launch checkpoint`` as a user types it: each tool on a run of two ranks, and bad input."""
+"""``python -m launch checkpoint`` as a user types it: each tool on a run of two ranks, and bad
+input.
+"""
 
 import json
 import os
@@ -14,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from launch.__main__ import main
-from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
+from tests.helpers.runs import run_forked, words
 from tests.helpers.saved import read_plainly
 from tests.launch.commands import ROOT, environment, launch, run
 from training.checkpoint.tools.reader import Reader
@@ -24,10 +26,19 @@ TOOLS = ("inspect", "verify", "diff", "average", "export", "import")
 
 
 @pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):  # noqa: F811
+def trained(corpus, tmp_path_factory):
     """A run on two ranks, with Engram and experts, that saved at steps 2 and 4."""
     directory = tmp_path_factory.mktemp("trained")
-    more = ("--parallel.ep", "2", "--train.steps", "4", "--train.save_every", "2", "--train.eval_rows", "1")
+    more = (
+        "--parallel.ep",
+        "2",
+        "--train.steps",
+        "4",
+        "--train.save_every",
+        "2",
+        "--train.eval_rows",
+        "1",
+    )
     run_forked(directory, words(corpus, "two", *more), 2)
     return directory / "runs" / "two"
 
@@ -85,7 +96,13 @@ def test_a_terminal_gets_colours_and_fits(trained):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "launch", "checkpoint", "inspect", str(trained)]
     variables = environment(TERM="xterm-256color", COLUMNS="100")
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=slave, stderr=slave)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=slave,
+        stderr=slave,
+    )
     os.close(slave)
     shown = b""
     while True:
@@ -130,8 +147,11 @@ def test_diff(trained, said):
     code, text = said("diff", older, newest, "--lines", "3")
     assert code == 0
     assert re.search(r"step +2 +4\n", text)
-    a, b = read_plainly(older), read_plainly(newest)
-    worst = {name: float((b[name] - a[name]).double().norm() / a[name].double().norm()) for name in a}
+    a = read_plainly(older)
+    b = read_plainly(newest)
+    worst = {
+        name: float((b[name] - a[name]).double().norm() / a[name].double().norm()) for name in a
+    }
     listed = re.findall(r"^(\S+/\S+|engram\S+) +\S+ +(\S+) +[\d.]+%$", text, flags=re.MULTILINE)
     # By value: which of two that differ in their last bits is named first is rounding.
     largest = sorted(worst.values(), reverse=True)[:3]
@@ -143,22 +163,58 @@ def test_diff(trained, said):
 def test_average_then_generate_and_train_on(trained, said, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent.parent)
     older, newest = (trained / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
-    code, text = said("average", older, newest, "--output", tmp_path / "mean")
+    code, text = said(
+        "average",
+        older,
+        newest,
+        "--output",
+        tmp_path / "mean",
+    )
     assert code == 0
     assert "the mean of 2 checkpoints" in text
     assert generate(tmp_path / "mean", "def ", 5, 0.0, 1.0, 0).startswith("def ")
     code, text = said("inspect", tmp_path / "mean")
     assert "weights only" in text
-    more = ("--parallel.ep", "1", "--train.steps", "5", "--train.start_from", str(tmp_path / "mean"))
-    done = launch("train", "--config", str(trained / "run.json"), "--name", "tuned", *more, cwd=trained.parent.parent)
-    assert done.returncode == 0, done.stderr
-    assert f"starts with the weights of {tmp_path}/mean/checkpoints/step-00000004\nstep 1/5 " in done.stdout
+    more = (
+        "--parallel.ep",
+        "1",
+        "--train.steps",
+        "5",
+        "--train.start_from",
+        str(tmp_path / "mean"),
+    )
     done = launch(
-        "train", "--config", "runs/tuned/run.json", "--resume", "--train.steps", "6", cwd=trained.parent.parent
+        "train",
+        "--config",
+        str(trained / "run.json"),
+        "--name",
+        "tuned",
+        *more,
+        cwd=trained.parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"starts with the weights of {tmp_path}/mean/checkpoints/step-00000004\nstep 1/5 "
+        in done.stdout
+    )
+    done = launch(
+        "train",
+        "--config",
+        "runs/tuned/run.json",
+        "--resume",
+        "--train.steps",
+        "6",
+        cwd=trained.parent.parent,
     )
     assert "starts with" not in done.stdout
     assert "resumed from runs/tuned/checkpoints/step-00000005\nstep 6/6 " in done.stdout
-    code, text = said("average", older, newest, "--output", tmp_path / "mean")
+    code, text = said(
+        "average",
+        older,
+        newest,
+        "--output",
+        tmp_path / "mean",
+    )
     assert code == 2
     assert "exists" in text
 
@@ -176,7 +232,9 @@ def test_export_then_import_then_generate(trained, said, tmp_path, monkeypatch):
     code, text = said("import", tmp_path / "out", tmp_path / "back")
     assert code == 0
     assert "from our own format" in text
-    assert generate(tmp_path / "back", "def ", 8, 0.0, 1.0, 0) == generate(trained, "def ", 8, 0.0, 1.0, 0)
+    assert generate(tmp_path / "back", "def ", 8, 0.0, 1.0, 0) == generate(
+        trained, "def ", 8, 0.0, 1.0, 0
+    )
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -190,7 +248,9 @@ def test_what_is_not_there(tool, said, tmp_path):
 
 
 def test_a_newer_format_and_an_incomplete_one(trained, said, tmp_path):
-    path = Path(shutil.copytree(trained / "checkpoints" / "step-00000004", tmp_path / "step-00000004"))
+    path = Path(
+        shutil.copytree(trained / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
+    )
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 3}))
     assert said("inspect", path)[0] == 2
@@ -208,7 +268,9 @@ def test_the_example_in_the_documentation(trained):
     names: dict = {}
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         exec(example.replace("runs/tiny/checkpoints/step-00000200", str(path)), names)
-    expected = {name: values for name, values in read_plainly(path).items() if name.startswith("fp32/")}
+    expected = {
+        name: values for name, values in read_plainly(path).items() if name.startswith("fp32/")
+    }
     assert names["weights"].keys() == expected.keys()
     assert all(torch.equal(names["weights"][name], values) for name, values in expected.items())
     assert names["dcp"] is dcp

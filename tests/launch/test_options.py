@@ -1,4 +1,6 @@
-"""Options as they are typed: other trainers' names, numbers as people write them, and all that is wrong at once."""
+"""Options as they are typed: other trainers' names, numbers as people write them, and all that is
+wrong at once.
+"""
 
 import json
 import shutil
@@ -61,7 +63,8 @@ MEANT = {
     "--hidden-size": "--model.d_model",
     "--num-attention-heads": "--model.attention.num_heads",
     "--LR": "--optimizer.learning_rate",
-    "--head_dim": "use one of --model.mamba2.head_dim, --model.attention.head_dim, --model.engram.head_dim",
+    "--head_dim": "use one of --model.mamba2.head_dim, --model.attention.head_dim, "
+    "--model.engram.head_dim",
 }
 
 
@@ -75,13 +78,18 @@ def test_names_of_other_trainers_are_answered_with_ours(option):
 def test_answers_name_fields():
     assert set(FIELDS.values()) <= set(TYPES)
     named = " ".join(ADVICE.values()).replace(",", "").replace(":", "").replace(";", "").split()
-    for word in (word for word in named if word.startswith(("--optimizer.", "--train.", "--parallel.", "--data."))):
+    for word in (
+        word
+        for word in named
+        if word.startswith(("--optimizer.", "--train.", "--parallel.", "--data."))
+    ):
         assert word.removeprefix("--") in TYPES
     assert "lists them" in what_is_meant("zzz", list(TYPES))
 
 
 @pytest.mark.parametrize(
-    ("typed", "steps"), [("1e3", 1000), ("1_000", 1000), ("2.5e2", 250), ("12", 12), ("1E2", 100), ("7.0", 7)]
+    ("typed", "steps"),
+    [("1e3", 1000), ("1_000", 1000), ("2.5e2", 250), ("12", 12), ("1E2", 100), ("7.0", 7)],
 )
 def test_whole_numbers_as_people_write_them(typed, steps):
     assert parse(["tiny", "--train.steps", typed]).run.train.steps == steps
@@ -114,7 +122,16 @@ def test_values_of_another_type(words, rule):
 
 def test_good_words_reach_their_fields():
     run = parse(
-        ["tiny", "--optimizer.betas", "0.8", "9e-1", "--train.compile", "true", "--model.engram.layers=2", "--name=x-1"]
+        [
+            "tiny",
+            "--optimizer.betas",
+            "0.8",
+            "9e-1",
+            "--train.compile",
+            "true",
+            "--model.engram.layers=2",
+            "--name=x-1",
+        ]
     ).run
     assert run.optimizer.betas == (0.8, 0.9)
     assert run.train.compile
@@ -147,9 +164,16 @@ def test_problems_of_data_are_those_of_opening_them(dataset):
     longest = len(files.train.tokens) - 1
     assert data_problems(DataConfig(path=str(dataset), seq_length=longest), files.vocab_size) == []
     (told,) = data_problems(DataConfig(path=str(dataset), seq_length=longest + 1), files.vocab_size)
-    assert (told.field, told.fix) == ("data.seq_length", f"use at most {longest}, or prepare more documents")
+    assert (told.field, told.fix) == (
+        "data.seq_length",
+        f"use at most {longest}, or prepare more documents",
+    )
     both = data_problems(DataConfig(path=str(dataset), seq_length=0, seed=-1), files.vocab_size - 1)
-    assert [problem.field for problem in both] == ["data.seq_length", "data.seed", "model.vocab_size"]
+    assert [problem.field for problem in both] == [
+        "data.seq_length",
+        "data.seed",
+        "model.vocab_size",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +186,10 @@ def test_problems_of_data_are_those_of_opening_them(dataset):
         (lambda path: edit(path, train={}), "has a damaged dataset.json"),
         (lambda path: edit(path, files=[]), "has a damaged dataset.json"),
         (lambda path: edit(path, val={"tokens": 0, "bytes": 0}), "has no tokens in its val split"),
-        (lambda path: edit(path, train={"tokens": 1, "bytes": 1}), "has 1 token in its train split"),
+        (
+            lambda path: edit(path, train={"tokens": 1, "bytes": 1}),
+            "has 1 token in its train split",
+        ),
     ],
 )
 def test_damaged_datasets(change, expected, dataset, tmp_path):
@@ -179,12 +206,32 @@ def edit(path, **fields) -> None:
 
 def test_faults_of_five_parts_stand_in_one_box(dataset):
     done = launch(
-        "train", "tiny", "--lr", "1", "--train.steps", "three", "--parallel.ep", "3", "--name", "a/b",
-        "--data.path", str(dataset), "--data.seq_length", "1e6", "--model.vocab_size", "8",
-    )  # fmt: skip
+        "train",
+        "tiny",
+        "--lr",
+        "1",
+        "--train.steps",
+        "three",
+        "--parallel.ep",
+        "3",
+        "--name",
+        "a/b",
+        "--data.path",
+        str(dataset),
+        "--data.seq_length",
+        "1e6",
+        "--model.vocab_size",
+        "8",
+    )
     assert done.returncode == 2
     assert done.stderr.count("•") == 6
-    fields = ("option=--lr", "train.steps=three", "parallel.ep=3", "name='a/b'", "model.vocab_size=8")
+    fields = (
+        "option=--lr",
+        "train.steps=three",
+        "parallel.ep=3",
+        "name='a/b'",
+        "model.vocab_size=8",
+    )
     assert all(field in done.stderr for field in (*fields, "data.seq_length=1000000"))
     assert "Traceback" not in done.stderr
 
@@ -192,4 +239,8 @@ def test_faults_of_five_parts_stand_in_one_box(dataset):
 def test_a_preset_that_is_none_does_not_hide_options():
     with pytest.raises(RunError) as error:
         parse(["tinny", "--lr", "1", "--model.engram", "none", "--train.steps", "x"])
-    assert [problem.field for problem in error.value.problems] == ["preset", "option", "train.steps"]
+    assert [problem.field for problem in error.value.problems] == [
+        "preset",
+        "option",
+        "train.steps",
+    ]

@@ -27,10 +27,27 @@ def source(tmp_path_factory):
 def start(num_ranks, source, out):
     """`python -m launch prepare` on ``num_ranks`` processes."""
     launcher = [MPIRUN, "--oversubscribe", "--allow-run-as-root", "-n", str(num_ranks)]
-    verb = [sys.executable, "-m", "launch", "prepare", "--source", source, "--out", out, "--vocab-size", "280"]
+    verb = [
+        sys.executable,
+        "-m",
+        "launch",
+        "prepare",
+        "--source",
+        source,
+        "--out",
+        out,
+        "--vocab-size",
+        "280",
+    ]
     command = [*map(str, launcher), *map(str, verb), "--val-fraction", "0.2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment(), **pipes)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        env=environment(),
+        **pipes,
+    )
 
 
 def contents(directory) -> dict[str, bytes]:
@@ -39,7 +56,16 @@ def contents(directory) -> dict[str, bytes]:
 
 def test_files_are_the_same_bytes_for_every_number_of_ranks(source, tmp_path, capsys):
     runs = {ranks: start(ranks, source, tmp_path / f"mpi{ranks}") for ranks in (2, 3)}
-    words = ["--source", source, "--out", tmp_path / "plain", "--vocab-size", 280, "--val-fraction", 0.2]
+    words = [
+        "--source",
+        source,
+        "--out",
+        tmp_path / "plain",
+        "--vocab-size",
+        280,
+        "--val-fraction",
+        0.2,
+    ]
     assert main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
     assert "wrote" in printed
@@ -73,7 +99,9 @@ def test_error_of_one_process_reaches_the_caller(source, tmp_path):
 def test_processes_that_mpi_does_not_know_are_refused(source, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"launcher=torchrun started 2 processes, of which MPI sees 1"):
+    with pytest.raises(
+        RunError, match=r"launcher=torchrun started 2 processes, of which MPI sees 1"
+    ):
         main(["--source", str(source), "--out", str(tmp_path / "out")])
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.helpers.runs import HANG_S, corpus, records, words  # noqa: F401
+from tests.helpers.runs import HANG_S, records, words
 from tests.launch.commands import environment
 
 # name -> what a shell does with the console of {run}
@@ -20,12 +20,15 @@ ASCII = {"PYTHONIOENCODING": "ascii"}  # the sample may be of any letters
 
 
 @pytest.fixture(scope="module")
-def left(corpus, tmp_path_factory):  # noqa: F811
+def left(corpus, tmp_path_factory):
     """Exit code of the run, what was printed, and the directory, for each console."""
-    cwd, results = tmp_path_factory.mktemp("consoles"), {}
+    cwd = tmp_path_factory.mktemp("consoles")
+    results = {}
     with ExitStack() as stack:
         for name, shell in CONSOLES.items():
-            line = words(corpus, name.replace(" ", "-"), "--train.steps", "2", "--train.eval_rows", "1")
+            line = words(
+                corpus, name.replace(" ", "-"), "--train.steps", "2", "--train.eval_rows", "1"
+            )
             run = f'"{sys.executable}" -m launch "$@"'
             script = f"set -o pipefail; {shell.format(run=run)}"
             results[name] = stack.enter_context(
@@ -53,7 +56,9 @@ def test_a_console_that_goes_away_does_not_end_a_run(left, name):
     assert (run / "checkpoints" / "step-00000002" / "manifest.json").exists()
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
-    assert errors.count("stdout takes no more (Broken pipe): the work goes on without it") == (name == "head")
+    assert errors.count("stdout takes no more (Broken pipe): the work goes on without it") == (
+        name == "head"
+    )
 
 
 SPEAK = """
@@ -98,9 +103,16 @@ def test_writes_neither_raise_nor_wait(name):
 
 
 def test_a_guarded_stream_prints_all_and_escapes_what_its_encoding_lacks():
-    program = 'from launch.streams import guard_streams\nguard_streams()\nprint("é", "x" * 9999)\nprint("end", end="")'
+    program = (
+        'from launch.streams import guard_streams\nguard_streams()\nprint("é", "x" * '
+        '9999)\nprint("end", end="")'
+    )
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(**ASCII), capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env=environment(**ASCII),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "\\xe9 " + "x" * 9999 + "\nend"
     assert done.stderr == ""

@@ -23,9 +23,19 @@ def said(request, tmp_path, process=Process()):  # noqa: B008
 
 def test_a_preset_with_fields():
     request = parse(
-        ["tiny", "--train.steps", "3", "--parallel.sequence_parallel", "True", "--model.engram.layers", "0", "2",
-         "--optimizer.learning-rate=1e-4", "--resume"]
-    )  # fmt: skip
+        [
+            "tiny",
+            "--train.steps",
+            "3",
+            "--parallel.sequence_parallel",
+            "True",
+            "--model.engram.layers",
+            "0",
+            "2",
+            "--optimizer.learning-rate=1e-4",
+            "--resume",
+        ]
+    )
     assert request.resume
     assert not request.overwrite
     preset = PRESETS["tiny"]()
@@ -52,7 +62,13 @@ def test_engram_in_and_out():
 
 def test_every_field_has_a_name_on_the_command_line():
     names = field_names(RunConfig)
-    assert {"name", "model.mamba2.chunk_size", "model.engram.table_size", "parallel.tp", "table.eps"} <= set(names)
+    assert {
+        "name",
+        "model.mamba2.chunk_size",
+        "model.engram.table_size",
+        "parallel.tp",
+        "table.eps",
+    } <= set(names)
     assert "model" not in names
 
 
@@ -99,8 +115,11 @@ def test_layout_directory_and_memory_are_told_together(tmp_path):
 
 def test_tables_are_shared_by_nodes(tmp_path):
     config = PRESETS["hybrid-27b"]()  # 65 GiB of rows and moments
-    run = replace(config, model=replace(config.model, engram=replace(config.model.engram, table_size=10**10)))
-    crowded, spread = Process(world_size=8, local_world_size=8), Process(world_size=2**20, local_world_size=1)
+    run = replace(
+        config, model=replace(config.model, engram=replace(config.model.engram, table_size=10**10))
+    )
+    crowded = Process(world_size=8, local_world_size=8)
+    spread = Process(world_size=2**20, local_world_size=1)
     assert len(said(Request(run=run), tmp_path, crowded)) == 1
     spread_run = replace(run, train=replace(run.train, global_batch=2**20))
     assert said(Request(run=spread_run), tmp_path, spread) == []
@@ -110,18 +129,24 @@ def test_tables_are_shared_by_nodes(tmp_path):
 
 def test_the_runs_directory(tmp_path):
     run = PRESETS["tiny"]()
-    resume, overwrite = Request(run=run, resume=True), Request(run=run, overwrite=True)
+    resume = Request(run=run, resume=True)
+    overwrite = Request(run=run, overwrite=True)
     assert said(Request(run=run), tmp_path) == []
     assert said(overwrite, tmp_path) == []
     (tmp_path / "tiny2").mkdir()
-    assert said(resume, tmp_path) == [f"name=tiny has no {tmp_path}/tiny to resume; did you mean --name tiny2?"]
+    assert said(resume, tmp_path) == [
+        f"name=tiny has no {tmp_path}/tiny to resume; did you mean --name tiny2?"
+    ]
     (tmp_path / "tiny").mkdir()
     assert said(Request(run=run), tmp_path) == []  # empty: nothing of another run
     (tmp_path / "tiny/metrics.jsonl").write_text("")
     assert said(resume, tmp_path) == []
     assert said(overwrite, tmp_path) == []
     assert "names the existing" in said(Request(run=run), tmp_path)[0]
-    assert "contradicts --overwrite" in said(Request(run=run, resume=True, overwrite=True), tmp_path)[0]
+    assert (
+        "contradicts --overwrite"
+        in said(Request(run=run, resume=True, overwrite=True), tmp_path)[0]
+    )
 
 
 PATTERN = ("--model.pattern", "-M*E")
@@ -152,9 +177,18 @@ def test_an_option_is_not_taken_for_a_value():
 
 
 NAMES = {
-    "": "plain", ".": "plain", "..": "plain", "a/b": "plain", "/tmp/x": "plain", "x" * 300: "300 bytes",
-    "é" * 130: "260 bytes", "a\0b": "printed", "two\nlines": "printed", "\udc80": "printed", "a\x1b[31m": "printed",
-}  # fmt: skip
+    "": "plain",
+    ".": "plain",
+    "..": "plain",
+    "a/b": "plain",
+    "/tmp/x": "plain",
+    "x" * 300: "300 bytes",
+    "é" * 130: "260 bytes",
+    "a\0b": "printed",
+    "two\nlines": "printed",
+    "\udc80": "printed",
+    "a\x1b[31m": "printed",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,13 +206,19 @@ def test_names_that_serve(name, tmp_path):
 
 
 PLACES = {
-    "runs is a link to nothing": (lambda runs: runs.symlink_to("gone"), "runs is a link to gone, which is not there"),
+    "runs is a link to nothing": (
+        lambda runs: runs.symlink_to("gone"),
+        "runs is a link to gone, which is not there",
+    ),
     "runs is a file": (lambda runs: runs.write_text(""), "runs is a file, not a directory"),
     "the run is a link to nothing": (
         lambda runs: (runs.mkdir(), (runs / "tiny").symlink_to("gone")),
         "runs/tiny is a link to gone",
     ),
-    "the run is a file": (lambda runs: (runs.mkdir(), (runs / "tiny").write_text("")), "runs/tiny is a file"),
+    "the run is a file": (
+        lambda runs: (runs.mkdir(), (runs / "tiny").write_text("")),
+        "runs/tiny is a file",
+    ),
 }
 
 
@@ -199,7 +239,9 @@ def test_where_this_user_may_not_write(mode):
         runs.mkdir()
         runs.chmod(mode)
         Path(directory).chmod(0o755)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), os.setuid, (65534,)) as other_user:
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("fork"), os.setuid, (65534,)
+        ) as other_user:
             (problem,) = other_user.submit(said, Request(run=PRESETS["tiny"]()), runs).result()
     assert problem.startswith(f"runs={runs}")
     assert "cannot be" in problem
@@ -208,7 +250,9 @@ def test_where_this_user_may_not_write(mode):
 def test_too_few_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.train.allow_open_files", lambda: 64)
     (problem,) = said(Request(run=PRESETS["tiny"]()), tmp_path)
-    assert problem == "ulimit -n=64 is below the 192 open files that a process needs; ulimit -n 4096"
+    assert (
+        problem == "ulimit -n=64 is below the 192 open files that a process needs; ulimit -n 4096"
+    )
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x"])

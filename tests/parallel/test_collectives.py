@@ -1,4 +1,5 @@
-"""Each collective against its definition, and its gradient against the transpose: <A x, y> = <x, A^T y>, in fp64.
+"""Each collective against its definition, and its gradient against the transpose: <A x, y> = <x,
+A^T y>, in fp64.
 
 B batch, L length, D width; M rows.
 """
@@ -16,8 +17,9 @@ from parallel.mesh import Mesh, single_mesh
 from parallel.mesh_plan import ParallelConfig, plan_mesh
 from tests.helpers.ranks import run_ranks
 
-# name -> (x is a slice of the tokens, x is a replica, y is a replica). What is neither is each rank's own. A replica
-# is one vector, of which each rank has a copy: it counts once in an inner product, and so does its gradient.
+# name -> (x is a slice of the tokens, x is a replica, y is a replica). What is neither is each
+# rank's own. A replica is one vector, of which each rank has a copy: it counts once in an inner
+# product, and so does its gradient.
 PAIRS = {
     "gather_tokens": (True, False, False),
     "scatter_tokens": (False, False, False),
@@ -26,8 +28,13 @@ PAIRS = {
     "copy_to": (False, True, False),
     "sum_over": (False, False, False),
 }
-B, L, D = 2, 12, 3
-COUNTS = {2: [[3, 0], [2, 4]], 3: [[0, 0, 2], [5, 1, 0], [0, 3, 0]]}  # rows that rank i sends to rank j
+B = 2
+L = 12
+D = 3
+COUNTS = {
+    2: [[3, 0], [2, 4]],
+    3: [[0, 0, 2], [5, 1, 0], [0, 3, 0]],
+}  # rows that rank i sends to rank j
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -36,12 +43,23 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 
 def pair(name: str):
     """(x, A x, y, A^T y) of this rank."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    size = dist.get_world_size()
     is_slice, x_replica, y_replica = PAIRS[name]
-    x = drawn(0 if x_replica else 10 + rank, B, L // size if is_slice else L, D)
+    x = drawn(
+        0 if x_replica else 10 + rank,
+        B,
+        L // size if is_slice else L,
+        D,
+    )
     x = x.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()  # not contiguous
     out = getattr(collectives, name)(x, dist.group.WORLD)
-    y = drawn(1 if y_replica else 20 + rank, *out.shape).transpose(0, 2).contiguous().transpose(0, 2)
+    y = (
+        drawn(1 if y_replica else 20 + rank, *out.shape)
+        .transpose(0, 2)
+        .contiguous()
+        .transpose(0, 2)
+    )
     out.backward(y)
     return [tensor.detach().contiguous().numpy() for tensor in (x, out, y, x.grad)]
 
@@ -72,18 +90,32 @@ def inner(ranks, left: int, right: int, replica: bool) -> float:
 def test_pair_equals_its_definition_and_transpose(name, size):
     ranks = run_ranks(pair, size, name)
     for got, expected in zip(ranks, forward_of(name, [rank[0] for rank in ranks]), strict=True):
-        np.testing.assert_allclose(got[1], expected, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(
+            got[1],
+            expected,
+            rtol=1e-13,
+            atol=1e-13,
+        )
     _, x_replica, y_replica = PAIRS[name]
     if x_replica:
-        assert all(np.array_equal(rank[3], ranks[0][3]) for rank in ranks), "copies would drift apart"
+        assert all(np.array_equal(rank[3], ranks[0][3]) for rank in ranks), (
+            "copies would drift apart"
+        )
     assert inner(ranks, 1, 2, y_replica) == pytest.approx(inner(ranks, 0, 3, x_replica), rel=1e-12)
 
 
 def rows_out_and_back():
-    rank, size = dist.get_rank(), dist.get_world_size()
-    send, receive = COUNTS[size][rank], [row[rank] for row in COUNTS[size]]
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    send = COUNTS[size][rank]
+    receive = [row[rank] for row in COUNTS[size]]
     x = drawn(10 + rank, sum(send), 2, D).requires_grad_()
-    out = collectives.all_to_all_rows(x, send, receive, dist.group.WORLD)
+    out = collectives.all_to_all_rows(
+        x,
+        send,
+        receive,
+        dist.group.WORLD,
+    )
     y = drawn(20 + rank, *out.shape).requires_grad_()
     (gradient,) = torch.autograd.grad(out, x, y, create_graph=True)
     twice = drawn(30 + rank, *gradient.shape)
@@ -105,8 +137,10 @@ def test_rows_of_uneven_counts(size):
 
 
 def token_shares(sequence_parallel: bool):
-    rank, size = dist.get_rank(), dist.get_world_size()
-    plan, groups = plan_mesh(ParallelConfig(tp=size), size), MappingProxyType({"tp": dist.group.WORLD})
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    plan = plan_mesh(ParallelConfig(tp=size), size)
+    groups = MappingProxyType({"tp": dist.group.WORLD})
     mesh = Mesh(plan, rank, groups, sequence_parallel)
     x = drawn(0, B, L, D)
     share = collectives.take_token_share(x, mesh)
@@ -130,4 +164,7 @@ def test_one_rank_is_free(name):
 def test_one_rank_keeps_rows_and_shares():
     x = drawn(0, B, L, D)
     assert collectives.all_to_all_rows(x, [B], [B], None) is x
-    assert collectives.give_token_share(collectives.take_token_share(x, single_mesh()), single_mesh()) is x
+    assert (
+        collectives.give_token_share(collectives.take_token_share(x, single_mesh()), single_mesh())
+        is x
+    )

@@ -1,4 +1,6 @@
-"""What runs beside the program, in its order: the worker's thread and, on a card, its stream. Copies to and fro."""
+"""What runs beside the program, in its order: the worker's thread and, on a card, its stream.
+Copies to and fro.
+"""
 
 import threading
 from contextlib import contextmanager
@@ -28,7 +30,8 @@ def test_tensors_in_finds_all():
 
 
 def test_without_a_card_nothing_is_copied_and_nothing_waits():
-    tensor, queue = torch.ones(3), DeviceQueue(CPU)
+    tensor = torch.ones(3)
+    queue = DeviceQueue(CPU)
     assert to_device(tensor, CPU) is tensor
     assert to_host(tensor) is tensor
     assert queue.mark() is None
@@ -48,7 +51,9 @@ class Recorder:
         self.events.append((*event, threading.current_thread() is threading.main_thread()))
 
     def mark(self) -> int:
-        self._note("mark", self.inside and threading.current_thread() is not threading.main_thread())
+        self._note(
+            "mark", self.inside and threading.current_thread() is not threading.main_thread()
+        )
         return len(self.events)
 
     @contextmanager
@@ -69,7 +74,8 @@ def test_a_job_begins_after_the_program_and_the_program_goes_on_after_the_job():
     with mock.patch("parallel.engram_table.worker.DeviceQueue", return_value=Recorder()) as made:
         worker = Worker(threaded=True, device=CPU)
         made.assert_called_once_with(CPU)
-    queue, gate = worker._queue, threading.Event()
+    queue = worker._queue
+    gate = threading.Event()
 
     def job(value: int) -> int:
         gate.wait(10)
@@ -108,7 +114,8 @@ def test_an_error_is_told_where_the_job_is_waited_for(threaded):
         with pytest.raises(ValueError, match="wrong"):
             worker.submit(wrong)
         return
-    first, second = worker.submit(wrong), worker.submit(lambda: 1)
+    first = worker.submit(wrong)
+    second = worker.submit(lambda: 1)
     for job in (second, first):
         with pytest.raises(ValueError, match="wrong"):
             worker.wait(job)
@@ -116,8 +123,11 @@ def test_an_error_is_told_where_the_job_is_waited_for(threaded):
 
 @pytest.mark.gpu
 def test_on_a_card_jobs_keep_the_programs_order():
-    """Values pass from the program's stream to the queue's and back, both busy, and their memory is reused at once."""
-    device, worker = torch.device("cuda", 0), Worker(threaded=True, device=torch.device("cuda", 0))
+    """Values pass from the program's stream to the queue's and back, both busy, and their memory is
+    reused at once.
+    """
+    device = torch.device("cuda", 0)
+    worker = Worker(threaded=True, device=torch.device("cuda", 0))
     matrix = torch.randn(4096, 4096, device=device)
 
     def job(value: torch.Tensor) -> torch.Tensor:

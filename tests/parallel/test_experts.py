@@ -1,4 +1,5 @@
-"""Experts on 2 and 4 ranks, beside replicas of them, against a loop over tokens on one process, in fp64.
+"""Experts on 2 and 4 ranks, beside replicas of them, against a loop over tokens on one process, in
+fp64.
 
 T tokens, K chosen experts, E experts, D model width.
 """
@@ -17,7 +18,11 @@ from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
 from tests.parity import assemble, parameter_piece
 
-TOKENS, CHOSEN, EXPERTS, D, INNER = 23, 2, 8, 6, 5
+TOKENS = 23
+CHOSEN = 2
+EXPERTS = 8
+D = 6
+INNER = 5
 LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2), (2, 1)]  # (ranks, ep)
 ROUTINGS = ("even", "one expert", "last expert only once", "dropped", "all dropped")
 
@@ -25,8 +30,19 @@ ROUTINGS = ("even", "one expert", "last expert only once", "dropped", "all dropp
 def inputs(routing: str) -> tuple[torch.Tensor, ...]:
     """x_TD, expert_ids_TK, weights_TK and dy_TD of all ranks' tokens."""
     generator = torch.Generator().manual_seed(4)
-    x_TD, dy_TD = torch.randn(2, TOKENS, D, dtype=torch.float64, generator=generator)
-    weights_TK = torch.rand(TOKENS, CHOSEN, dtype=torch.float64, generator=generator)
+    x_TD, dy_TD = torch.randn(
+        2,
+        TOKENS,
+        D,
+        dtype=torch.float64,
+        generator=generator,
+    )
+    weights_TK = torch.rand(
+        TOKENS,
+        CHOSEN,
+        dtype=torch.float64,
+        generator=generator,
+    )
     ids_TK = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)[:, :CHOSEN]
     if routing == "one expert":
         ids_TK = torch.full_like(ids_TK, 3)
@@ -48,9 +64,18 @@ def token_cut(rank: int, size: int) -> slice:
 
 
 def all_routings(ep: int):
-    """For each routing y, dx, dweights of this rank's tokens, its counts, and its part of the experts' gradients."""
+    """For each routing y, dx, dweights of this rank's tokens, its counts, and its part of the
+    experts' gradients.
+    """
     mesh = build_mesh(ParallelConfig(ep=ep))
-    experts = ExpertParallelMLP(D, INNER, EXPERTS, mesh, normal(0.5), normal(0.5))
+    experts = ExpertParallelMLP(
+        D,
+        INNER,
+        EXPERTS,
+        mesh,
+        normal(0.5),
+        normal(0.5),
+    )
     initialize_parameters(experts, mesh, seed=0)
     experts.double()
     return {routing: routed(experts, inputs(routing)) for routing in ROUTINGS}
@@ -72,8 +97,17 @@ def routed(experts: ExpertParallelMLP, everyone: tuple[torch.Tensor, ...]):
 
 
 def by_token(routing: str):
-    """The definition: y_t = sum over k of weight_tk * down(silu(gate(x_t)) * up(x_t)), token after token."""
-    experts = ExpertParallelMLP(D, INNER, EXPERTS, single_mesh(), normal(0.5), normal(0.5))
+    """The definition: y_t = sum over k of weight_tk * down(silu(gate(x_t)) * up(x_t)), token after
+    token.
+    """
+    experts = ExpertParallelMLP(
+        D,
+        INNER,
+        EXPERTS,
+        single_mesh(),
+        normal(0.5),
+        normal(0.5),
+    )
     initialize_parameters(experts, single_mesh(), seed=0)
     gate_up, down = (w.detach().double().requires_grad_() for w in (experts.gate_up, experts.down))
     x_TD, ids_TK, weights_TK, dy_TD = inputs(routing)
@@ -88,7 +122,9 @@ def by_token(routing: str):
                 y = y + weight * ((F.silu(gate) * up) @ down[expert])
         rows.append(y)
     leaves = [x_TD, weights_TK, gate_up, down]
-    gradients = torch.autograd.grad(torch.stack(rows), leaves, dy_TD, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        torch.stack(rows), leaves, dy_TD, allow_unused=True, materialize_grads=True
+    )
     counts_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=EXPERTS)
     return torch.stack(rows), counts_E, *gradients
 
@@ -110,7 +146,14 @@ def test_layout_equals_the_loop_over_tokens(size, ep):
 
 def exchange_seconds() -> tuple[float, float]:
     mesh = build_mesh(ParallelConfig(ep=2))
-    experts = ExpertParallelMLP(D, INNER, EXPERTS, mesh, normal(0.5), normal(0.5))
+    experts = ExpertParallelMLP(
+        D,
+        INNER,
+        EXPERTS,
+        mesh,
+        normal(0.5),
+        normal(0.5),
+    )
     initialize_parameters(experts, mesh, seed=0)
     x_TD, ids_TK, weights_TK, _ = inputs("even")
     experts(x_TD.float(), ids_TK, weights_TK.float())

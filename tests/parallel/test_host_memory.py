@@ -1,4 +1,6 @@
-"""Free memory under control groups of both versions; refusal of tables that do not fit; pages that are locked."""
+"""Free memory under control groups of both versions; refusal of tables that do not fit; pages that
+are locked.
+"""
 
 import gc
 import resource
@@ -45,17 +47,33 @@ def v2(limit: str, usage: int, cache: int) -> dict[str, str]:
 
 def v1(limit: int, usage: int, cache: int) -> dict[str, str]:
     stat = f"inactive_file 1\ntotal_inactive_file {cache}\n"
-    return {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{usage}\n", "memory.stat": stat}
+    return {
+        "memory.limit_in_bytes": f"{limit}\n",
+        "memory.usage_in_bytes": f"{usage}\n",
+        "memory.stat": stat,
+    }
 
 
 @pytest.mark.parametrize(
     ("cgroup", "groups", "expected"),
     [
-        ("0::/a/b\n", {"a/b": v2("max", 1, 0), "a": v2("5000", 1000, 200)}, 4200),  # the parent binds
+        (
+            "0::/a/b\n",
+            {"a/b": v2("max", 1, 0), "a": v2("5000", 1000, 200)},
+            4200,
+        ),  # the parent binds
         ("0::/a/b\n", {"a/b": v2("3000", 1000, 0), "a": v2("5000", 1000, 0)}, 2000),
-        ("0::/elsewhere\n", {"": v2("7000", 1000, 0)}, 6000),  # a container sees its own group at the mount
+        (
+            "0::/elsewhere\n",
+            {"": v2("7000", 1000, 0)},
+            6000,
+        ),  # a container sees its own group at the mount
         ("0::/a\n", {"a": v2("100", 300, 0)}, 0),
-        ("5:cpu:/x\n4:memory:/x/y\n0::/\n", {"memory/x/y": v1(2**63 - 4096, 10, 0), "memory/x": v1(900, 500, 7)}, 407),
+        (
+            "5:cpu:/x\n4:memory:/x/y\n0::/\n",
+            {"memory/x/y": v1(2**63 - 4096, 10, 0), "memory/x": v1(900, 500, 7)},
+            407,
+        ),
         ("0::/\n", {}, 8000 * 1024),
     ],
 )
@@ -74,10 +92,15 @@ def test_this_machine_has_memory():
 def test_tables_beyond_memory_are_refused_before_allocation():
     shapes = {1: TableShape(10**12, 64)}
     with pytest.raises(RunError) as error:
-        EngramTables(shapes, single_mesh(), TableConfig(), init_std=0.02, seed=0, device=torch.device("cpu"))
+        EngramTables(
+            shapes, single_mesh(), TableConfig(), init_std=0.02, seed=0, device=torch.device("cpu")
+        )
     (problem,) = error.value.problems
     assert problem.field == "model.engram.table_size"
-    assert f"needs {10**12 * (3 * 64 * 4 + 4) / GIB:.2f} GiB of host memory on {socket.gethostname()}" in str(problem)
+    assert (
+        f"needs {10**12 * (3 * 64 * 4 + 4) / GIB:.2f} GiB of host memory on {socket.gethostname()}"
+        in str(problem)
+    )
     assert "GiB are available" in str(problem)
 
 
@@ -87,9 +110,17 @@ def test_memory_that_is_free_and_refused_is_told():
     now = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     try:
         resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, hard))
-        with pytest.raises(RunError, match=r"table_size=.* cannot have 2,147,483,648 bytes of host memory: Cannot all"):
+        with pytest.raises(
+            RunError,
+            match=r"table_size=.* cannot have 2,147,483,648 bytes of host memory: Cannot all",
+        ):
             EngramTables(
-                {1: TableShape(2**23, 64)}, single_mesh(), TableConfig(), init_std=0, seed=0, device=torch.device("cpu")
+                {1: TableShape(2**23, 64)},
+                single_mesh(),
+                TableConfig(),
+                init_std=0,
+                seed=0,
+                device=torch.device("cpu"),
             )
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -97,11 +128,18 @@ def test_memory_that_is_free_and_refused_is_told():
 
 def test_what_is_missing_on_a_small_disk_is_told_in_bytes(tmp_path):
     full = mock.Mock(free=30_000)
-    with mock.patch.object(storage.shutil, "disk_usage", return_value=full), pytest.raises(RunError) as error:
+    with (
+        mock.patch.object(storage.shutil, "disk_usage", return_value=full),
+        pytest.raises(RunError) as error,
+    ):
         EngramTables(
-            {1: TableShape(50, 64)}, single_mesh(), TableConfig(placement="file", directory=str(tmp_path)),
-            init_std=0.02, seed=0, device=torch.device("cpu"),
-        )  # fmt: skip
+            {1: TableShape(50, 64)},
+            single_mesh(),
+            TableConfig(placement="file", directory=str(tmp_path)),
+            init_std=0.02,
+            seed=0,
+            device=torch.device("cpu"),
+        )
     (problem,) = error.value.problems
     assert f"needs 38,600 bytes of disk at {tmp_path} on" in problem.rule
     assert "30,000 bytes are available" in problem.rule
@@ -109,18 +147,37 @@ def test_what_is_missing_on_a_small_disk_is_told_in_bytes(tmp_path):
 
 
 def check_on_ranks(needed: list[int], available: list[int | None]) -> str:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = Mesh(plan_mesh(ParallelConfig(), size), rank, MappingProxyType({"engram": dist.group.WORLD}))
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    mesh = Mesh(
+        plan_mesh(ParallelConfig(), size), rank, MappingProxyType({"engram": dist.group.WORLD})
+    )
     try:
-        check_memory(needed[rank], available[rank], "host memory", "9 rows x 4", mesh)
+        check_memory(
+            needed[rank],
+            available[rank],
+            "host memory",
+            "9 rows x 4",
+            mesh,
+        )
     except RunError as error:
         return str(error)
     return ""
 
 
 def test_ranks_of_a_node_share_its_memory():
-    assert run_ranks(check_on_ranks, 2, [GIB, 2 * GIB], [4 * GIB, 3 * GIB]) == ["", ""]
-    first, second = run_ranks(check_on_ranks, 2, [GIB, 2 * GIB], [4 * GIB, int(2.5 * GIB)])
+    assert run_ranks(
+        check_on_ranks,
+        2,
+        [GIB, 2 * GIB],
+        [4 * GIB, 3 * GIB],
+    ) == ["", ""]
+    first, second = run_ranks(
+        check_on_ranks,
+        2,
+        [GIB, 2 * GIB],
+        [4 * GIB, int(2.5 * GIB)],
+    )
     assert first == second
     assert "needs 3.00 GiB" in first
     assert "2.50 GiB are available" in first
@@ -140,7 +197,9 @@ def resident_bytes() -> int:
 
 
 def test_host_zeros_take_memory_once_they_are_touched():
-    """So the thread that fills rows, or updates their state for the first time, decides on which NUMA node they are."""
+    """So the thread that fills rows, or updates their state for the first time, decides on which
+    NUMA node they are.
+    """
     before = resident_bytes()
     tensor = host_zeros((64, 2**20), torch.float32)
     assert resident_bytes() - before < 2**24
@@ -152,7 +211,9 @@ def test_host_zeros_take_memory_once_they_are_touched():
 
 
 class Locks:
-    """In place of CUDA: which pages are locked, and whether they are still mapped when they are unlocked."""
+    """In place of CUDA: which pages are locked, and whether they are still mapped when they are
+    unlocked.
+    """
 
     def __init__(self, error: str = "") -> None:
         self.locked: dict[int, int] = {}
@@ -164,8 +225,12 @@ class Locks:
         self.locked[address] = num_bytes
 
     def unlock(self, address: int) -> None:
-        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
-        assert any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges), "unmapped before unlocked"
+        ranges = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+        ]
+        assert any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges), (
+            "unmapped before unlocked"
+        )
         del self.locked[address]
 
     def patched(self):
@@ -191,7 +256,9 @@ def test_locked_zeros_are_locked_at_their_size_as_long_as_they_live():
 
 def pinned_tables(device: torch.device, **options) -> EngramTables:
     config = TableConfig(placement="pinned", prefetch=0)
-    return EngramTables({1: TableShape(50, 8)}, single_mesh(), config, init_std=1, seed=0, device=device, **options)
+    return EngramTables(
+        {1: TableShape(50, 8)}, single_mesh(), config, init_std=1, seed=0, device=device, **options
+    )
 
 
 def test_pages_are_locked_for_a_card_only():
@@ -202,9 +269,15 @@ def test_pages_are_locked_for_a_card_only():
     ):
         pinned_tables(torch.device("cpu"))
     (problem,) = error.value.problems
-    assert (problem.field, problem.value, problem.fix) == ("table.placement", "pinned", 'use "host"')
+    assert (problem.field, problem.value, problem.fix) == (
+        "table.placement",
+        "pinned",
+        'use "host"',
+    )
     assert "needs a CUDA device" in problem.rule
-    rows = pinned_tables(torch.device("cpu"), trainable=False).lookup({1: torch.zeros(3, 1, dtype=torch.int64)})
+    rows = pinned_tables(torch.device("cpu"), trainable=False).lookup(
+        {1: torch.zeros(3, 1, dtype=torch.int64)}
+    )
     assert torch.equal(rows[1], torch.zeros(3, 8))
 
 
@@ -220,7 +293,9 @@ def test_pages_that_cannot_be_locked_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_card_every_placement_gives_the_same_bits(dtype, tmp_path):
-    """The table's stream beside a busy one: rows, patches and gradients that came too early would be others."""
+    """The table's stream beside a busy one: rows, patches and gradients that came too early would
+    be others.
+    """
     device = torch.device("cuda", 0)
     matrix = torch.randn(4096, 4096, device=device)
 
@@ -231,15 +306,28 @@ def test_on_a_card_every_placement_gives_the_same_bits(dtype, tmp_path):
     base = TableConfig(rows="bf16" if dtype == torch.bfloat16 else "fp32", directory=str(tmp_path))
     reports = []
     for prefetch, hot_rows, placement in (
-        (0, 0, "host"), (1, 0, "host"), (0, 16, "host"), (2, 16, "pinned"), (1, 0, "pinned"), (1, 16, "file"),
-        (1, 0, "device"), (0, 0, "device"),
-    ):  # fmt: skip
-        config = replace(base, prefetch=prefetch, hot_rows=hot_rows, placement=placement)
+        (0, 0, "host"),
+        (1, 0, "host"),
+        (0, 16, "host"),
+        (2, 16, "pinned"),
+        (1, 0, "pinned"),
+        (1, 16, "file"),
+        (1, 0, "device"),
+        (0, 0, "device"),
+    ):
+        config = replace(
+            base,
+            prefetch=prefetch,
+            hot_rows=hot_rows,
+            placement=placement,
+        )
         tables = hot.make_tables(config, device, dtype)
         if placement == "pinned":
             assert tables._store.weight.is_pinned()
         reports.append(hot.train(tables, 2, busy))
-    first = [np.array_equal(report[str(n)], reports[0][str(n)]) for report in reports for n in range(4)]
+    first = [
+        np.array_equal(report[str(n)], reports[0][str(n)]) for report in reports for n in range(4)
+    ]
     assert all(first), "before any update resident rows are those of the host"
     resident = reports[-2:]  # updated by tensor operations, not by the host's loops
     assert all(hot.same(report, reports[0]) for report in reports[1:-2])

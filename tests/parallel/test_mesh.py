@@ -1,4 +1,6 @@
-"""The planned groups are megatron-core's; a layout that does not divide is a problem before any group is made."""
+"""The planned groups are megatron-core's; a layout that does not divide is a problem before any
+group is made.
+"""
 
 from types import MappingProxyType
 
@@ -17,11 +19,14 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4
 
 
 def real_groups(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
-    """The ranks of each group of this process, found by talking in it and not by asking for its list."""
+    """The ranks of each group of this process, found by talking in it and not by asking for its
+    list.
+    """
     mesh = build_mesh(parallel)
     found = {}
     for axis in AXES:
-        group, mine = mesh.group(axis), torch.tensor([dist.get_rank()])
+        group = mesh.group(axis)
+        mine = torch.tensor([dist.get_rank()])
         heard = [torch.empty_like(mine) for _ in range(mesh.size(axis))]
         dist.all_gather(heard, mine, group=group)
         found[axis] = tuple(int(rank) for rank in heard)
@@ -32,8 +37,12 @@ def real_groups(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def rebuilt_groups(layouts: list[tuple[int, int]]) -> list[dict[str, tuple[int, ...]]]:
-    """One process after the other layout: megatron-core keeps its groups in globals, which must be replaced."""
-    return [real_groups(ParallelConfig(tp=tp, ep=ep, sequence_parallel=tp > 1)) for tp, ep in layouts]
+    """One process after the other layout: megatron-core keeps its groups in globals, which must be
+    replaced.
+    """
+    return [
+        real_groups(ParallelConfig(tp=tp, ep=ep, sequence_parallel=tp > 1)) for tp, ep in layouts
+    ]
 
 
 def test_plan_is_what_megatron_makes():
@@ -50,7 +59,10 @@ def build_other_plan(parallel: ParallelConfig) -> str:
     from unittest import mock
 
     wrong = plan_mesh(ParallelConfig(), 2)
-    with mock.patch("parallel.mesh.plan_mesh", return_value=wrong), pytest.raises(RuntimeError) as error:
+    with (
+        mock.patch("parallel.mesh.plan_mesh", return_value=wrong),
+        pytest.raises(RuntimeError) as error,
+    ):
         build_mesh(parallel)
     return str(error.value)
 
@@ -69,12 +81,21 @@ def test_each_axis_partitions_the_ranks(world_size, tp, ep):
         assert world_size % tp or world_size % ep
         return
     plan = plan_mesh(parallel, world_size)
-    assert plan.sizes["tp"] * plan.sizes["dp"] == world_size == plan.sizes["ep"] * plan.sizes["expt_dp"]
+    assert (
+        plan.sizes["tp"] * plan.sizes["dp"]
+        == world_size
+        == plan.sizes["ep"] * plan.sizes["expt_dp"]
+    )
     for axis in AXES:
         assert sorted(np.concatenate(plan.groups[axis])) == list(range(world_size))
         assert {len(group) for group in plan.groups[axis]} == {plan.sizes[axis]}
     for one, other in (("tp", "dp"), ("ep", "expt_dp")):
-        crossings = {(a, b) for a in plan.groups[one] for b in plan.groups[other] if len(set(a) & set(b)) != 1}
+        crossings = {
+            (a, b)
+            for a in plan.groups[one]
+            for b in plan.groups[other]
+            if len(set(a) & set(b)) != 1
+        }
         assert not crossings, f"a {one} and a {other} group must meet in one rank"
 
 
@@ -82,10 +103,16 @@ def test_layouts_that_do_not_divide():
     (tp,) = layout_problems(ParallelConfig(tp=3), 4)
     assert str(tp) == "parallel.tp=3 does not divide the 4 processes of this run; use 1 or 2 or 4"
     (ep,) = layout_problems(ParallelConfig(ep=4), 6)
-    assert str(ep) == "parallel.ep=4 does not divide the 6 processes of this run; use 1 or 2 or 3 or 6"
-    assert [problem.field for problem in layout_problems(ParallelConfig(tp=0, ep=8, zero_stage=3), 4)] == [
-        "parallel.tp", "parallel.ep", "parallel.zero_stage",
-    ]  # fmt: skip
+    assert (
+        str(ep) == "parallel.ep=4 does not divide the 6 processes of this run; use 1 or 2 or 3 or 6"
+    )
+    assert [
+        problem.field for problem in layout_problems(ParallelConfig(tp=0, ep=8, zero_stage=3), 4)
+    ] == [
+        "parallel.tp",
+        "parallel.ep",
+        "parallel.zero_stage",
+    ]
     with pytest.raises(ValueError, match=r"parallel.tp=3 .*; parallel.ep=5"):
         plan_mesh(ParallelConfig(tp=3, ep=5), 4)
 
@@ -93,14 +120,18 @@ def test_layouts_that_do_not_divide():
 @pytest.mark.parametrize("stage", [-1, 0, 3])
 def test_zero_stages_that_train_something_else_are_refused(stage):
     (problem,) = layout_problems(ParallelConfig(zero_stage=stage), 4)
-    assert (problem.field, problem.value, problem.fix) == ("parallel.zero_stage", stage, "use 1 or 2")
+    assert (problem.field, problem.value, problem.fix) == (
+        "parallel.zero_stage",
+        stage,
+        "use 1 or 2",
+    )
 
 
 def test_single_mesh_has_every_axis_and_no_group():
     mesh = single_mesh()
-    assert {axis: (mesh.size(axis), mesh.rank(axis), mesh.group(axis)) for axis in AXES} == dict.fromkeys(
-        AXES, (1, 0, None)
-    )
+    assert {
+        axis: (mesh.size(axis), mesh.rank(axis), mesh.group(axis)) for axis in AXES
+    } == dict.fromkeys(AXES, (1, 0, None))
 
 
 def test_mesh_is_frozen():

@@ -1,4 +1,6 @@
-"""One declaration: every element is held as often as it says, starts at the same value, counts once in the norm."""
+"""One declaration: every element is held as often as it says, starts at the same value, counts once
+in the norm.
+"""
 
 import copy
 from dataclasses import replace
@@ -40,12 +42,21 @@ PACKED = (
     Part(name="dt", size=8, units=8),
 )
 PLACEMENTS = {
-    "packed": Placement(shape=(66, 7), init=normal(0.5), axis="tp", parts=PACKED),
-    "rows": Placement(shape=(9, 16), init=uniform(-1, 2), axis="tp", dim=1, parts=(Part(size=16, units=8),)),
+    "packed": Placement(
+        shape=(66, 7),
+        init=normal(0.5),
+        axis="tp",
+        parts=PACKED,
+    ),
+    "rows": Placement(
+        shape=(9, 16), init=uniform(-1, 2), axis="tp", dim=1, parts=(Part(size=16, units=8),)
+    ),
     "experts": Placement(shape=(4, 3, 5), init=normal(2.0), axis="ep"),
     "replica": Placement(shape=(6,), init=normal(1.0)),
     "partial": Placement(shape=(3, 4), init=constant(0.25), partial=True),
-    "whole": Placement(shape=(8,), init=lambda _, shape: torch.arange(shape[0]).float(), axis="tp", whole_init=True),
+    "whole": Placement(
+        shape=(8,), init=lambda _, shape: torch.arange(shape[0]).float(), axis="tp", whole_init=True
+    ),
 }
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 4), (4, 4, 2), (8, 8, 4)]  # (ranks, tp, ep)
 
@@ -56,7 +67,9 @@ def mesh_of(world_size: int, tp: int, ep: int, rank: int) -> Mesh:
 
 
 def declared(mesh: Mesh) -> nn.ParameterDict:
-    return nn.ParameterDict({name: declare(placement, mesh) for name, placement in PLACEMENTS.items()})
+    return nn.ParameterDict(
+        {name: declare(placement, mesh) for name, placement in PLACEMENTS.items()}
+    )
 
 
 @st.composite
@@ -64,14 +77,20 @@ def packed_cuts(draw):
     """Ranks, and parts whose units divide or are divided by them."""
     ranks = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     units = [n for n in range(1, 25) if n % ranks == 0 or ranks % n == 0]
-    parts = draw(st.lists(st.tuples(st.sampled_from(units), st.integers(1, 4)), min_size=1, max_size=5))
-    return ranks, tuple(Part(name=str(i), size=u * width, units=u) for i, (u, width) in enumerate(parts))
+    parts = draw(
+        st.lists(st.tuples(st.sampled_from(units), st.integers(1, 4)), min_size=1, max_size=5)
+    )
+    return ranks, tuple(
+        Part(name=str(i), size=u * width, units=u) for i, (u, width) in enumerate(parts)
+    )
 
 
 @given(packed_cuts())
 def test_cut_covers_every_element_as_often_as_it_says(case):
     num_ranks, parts = case
-    placement = Placement(shape=(sum(part.size for part in parts),), init=constant(0.0), axis="tp", parts=parts)
+    placement = Placement(
+        shape=(sum(part.size for part in parts),), init=constant(0.0), axis="tp", parts=parts
+    )
     times = [np.zeros(part.size, int) for part in parts]
     for rank in range(num_ranks):
         offset = 0
@@ -90,16 +109,23 @@ def test_cut_covers_every_element_as_often_as_it_says(case):
 @pytest.mark.parametrize(("units", "ranks"), [(3, 2), (4, 3), (6, 4), (2, 3)])
 def test_units_and_ranks_that_do_not_divide(units, ranks):
     placement = Placement(
-        shape=(units * 4,), init=constant(0.0), axis="tp", parts=(Part(name="q", size=units * 4, units=units),)
+        shape=(units * 4,),
+        init=constant(0.0),
+        axis="tp",
+        parts=(Part(name="q", size=units * 4, units=units),),
     )
-    with pytest.raises(ValueError, match=f"{units} units of part 'q' and {ranks} ranks do not divide each other"):
+    with pytest.raises(
+        ValueError, match=f"{units} units of part 'q' and {ranks} ranks do not divide each other"
+    ):
         placement.cut(ranks, 0)
 
 
 @pytest.mark.parametrize(("world_size", "tp", "ep"), LAYOUTS)
 @pytest.mark.parametrize("block_numel", [2**20, 14])
 def test_initial_values_are_those_of_one_rank(world_size, tp, ep, block_numel, monkeypatch, poison):
-    monkeypatch.setattr(placement_module, "BLOCK_NUMEL", block_numel)  # 14: many blocks, ranks cut through them
+    monkeypatch.setattr(
+        placement_module, "BLOCK_NUMEL", block_numel
+    )  # 14: many blocks, ranks cut through them
     expected = declared(single_mesh())
     initialize_parameters(expected, single_mesh(), seed=3)
     ranks = []
@@ -107,13 +133,16 @@ def test_initial_values_are_those_of_one_rank(world_size, tp, ep, block_numel, m
         mesh = mesh_of(world_size, tp, ep, rank)
         model = declared(mesh)
         initialize_parameters(model, mesh, seed=3)
-        ranks.append({name: parameter_piece(p, p.detach(), mesh) for name, p in placed_parameters(model)})
+        ranks.append(
+            {name: parameter_piece(p, p.detach(), mesh) for name, p in placed_parameters(model)}
+        )
     for name, parameter in expected.items():
         assert torch.equal(assemble([pieces[name] for pieces in ranks]), parameter.detach()), name
 
 
 def test_initial_values_depend_on_seed_and_name():
-    mesh, values = single_mesh(), []
+    mesh = single_mesh()
+    values = []
     for seed, name in ((0, "a"), (1, "a"), (0, "b")):
         model = nn.ParameterDict({name: declare(PLACEMENTS["packed"], mesh)})
         initialize_parameters(model, mesh, seed)
@@ -126,7 +155,9 @@ def test_initial_values_depend_on_seed_and_name():
 @pytest.mark.parametrize(("world_size", "tp", "ep"), LAYOUTS)
 @pytest.mark.parametrize("cuts", [1, 3])
 def test_squared_norm_counts_each_element_once(world_size, tp, ep, cuts):
-    """Over all ranks, with every local gradient cut over the ranks that hold the same shard, as ZeRO cuts it."""
+    """Over all ranks, with every local gradient cut over the ranks that hold the same shard, as
+    ZeRO cuts it.
+    """
     generator = torch.Generator().manual_seed(1)
     whole = {name: torch.randn(p.shape, generator=generator) for name, p in PLACEMENTS.items()}
     total = dict.fromkeys(PLACEMENTS, 0.0)
@@ -139,7 +170,9 @@ def test_squared_norm_counts_each_element_once(world_size, tp, ep, cuts):
             local = torch.cat([whole[name][place] for place, _ in piece.blocks], dim).flatten()
             axis = "expt_dp" if PLACEMENTS[name].axis == "ep" else "dp"
             share = local.tensor_split(mesh.size(axis))[mesh.rank(axis)]
-            start = sum(len(part) for part in local.tensor_split(mesh.size(axis))[: mesh.rank(axis)])
+            start = sum(
+                len(part) for part in local.tensor_split(mesh.size(axis))[: mesh.rank(axis)]
+            )
             for values in share.tensor_split(cuts):
                 total[name] += float(squared_norm(parameter, start, values, mesh))
                 start += values.numel()
@@ -150,24 +183,45 @@ def test_squared_norm_counts_each_element_once(world_size, tp, ep, cuts):
 def test_parts_with_different_copies_along_another_dim_are_refused():
     mesh = mesh_of(2, 2, 1, 0)
     parts = (Part(size=4, units=4), Part(size=3, units=1))
-    parameter = declare(Placement(shape=(2, 7), init=constant(0.0), axis="tp", dim=1, parts=parts), mesh)
+    parameter = declare(
+        Placement(
+            shape=(2, 7),
+            init=constant(0.0),
+            axis="tp",
+            dim=1,
+            parts=parts,
+        ),
+        mesh,
+    )
     with pytest.raises(ValueError, match="packed along dim 0"):
-        squared_norm(parameter, 0, torch.zeros(parameter.numel()), mesh)
+        squared_norm(
+            parameter,
+            0,
+            torch.zeros(parameter.numel()),
+            mesh,
+        )
 
 
 def reduced_gradients() -> dict[str, tuple[list, np.ndarray]]:
-    """This rank's gradients: it contributes (rank + 1) to every element of everything that it holds."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = Mesh(plan_mesh(ParallelConfig(tp=size), size), rank, MappingProxyType({"tp": dist.group.WORLD}))
+    """This rank's gradients: it contributes (rank + 1) to every element of everything that it
+    holds.
+    """
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    mesh = Mesh(
+        plan_mesh(ParallelConfig(tp=size), size), rank, MappingProxyType({"tp": dist.group.WORLD})
+    )
     model = declared(mesh)
     initialize_parameters(model, mesh, seed=0)
     register_gradient_reduction(model, mesh)
     sum(((rank + 1) * parameter).sum() for parameter in model.parameters()).backward()
     return {
-        name: [(part.part.name, p.grad.narrow(p.placement.dim, part.offset, part.size).numpy())
-               for part in p.placement.slices(mesh)]
+        name: [
+            (part.part.name, p.grad.narrow(p.placement.dim, part.offset, part.size).numpy())
+            for part in p.placement.slices(mesh)
+        ]
         for name, p in placed_parameters(model)
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -195,7 +249,9 @@ def _two_groups() -> tuple[Part, ...]:
 
 def _reduced_two_groups(placements: dict[str, Placement]):
     rank = dist.get_rank()
-    mesh = Mesh(plan_mesh(ParallelConfig(tp=4), 4), rank, MappingProxyType({"tp": dist.group.WORLD}))
+    mesh = Mesh(
+        plan_mesh(ParallelConfig(tp=4), 4), rank, MappingProxyType({"tp": dist.group.WORLD})
+    )
     parameter = declare(placements["packed"], mesh)
     register_gradient_reduction(nn.ParameterDict({"packed": parameter}), mesh)
     ((rank + 1) * parameter).sum().backward()

@@ -54,21 +54,43 @@ def test_rank_0_names_the_missing(capsys):
     assert f"rank 0 of 4 waits at 127.0.0.1:{port} for ranks 1, 3" in told
     assert "unset RANK and WORLD_SIZE" in told
     assert told.count("waits at") == 1
-    assert f"WORLD_SIZE=4 waits for ranks 1, 3 at 127.0.0.1:{port}: not there after 2 s" in results[0]
-    assert "WORLD_SIZE=4 waits for the ranks that rank 0 waits for" in results[1] or "is where rank 0 was" in results[1]
+    assert (
+        f"WORLD_SIZE=4 waits for ranks 1, 3 at 127.0.0.1:{port}: not there after 2 s" in results[0]
+    )
+    assert (
+        "WORLD_SIZE=4 waits for the ranks that rank 0 waits for" in results[1]
+        or "is where rank 0 was" in results[1]
+    )
 
 
 @pytest.mark.parametrize(("local_rank", "speaks"), [(0, 1), (1, 0)])
 def test_others_name_rank_0_once_a_node(capsys, local_rank, speaks):
     port = free_port()
-    process = Process(rank=3, world_size=4, master_port=port, local_rank=local_rank)
+    process = Process(
+        rank=3,
+        world_size=4,
+        master_port=port,
+        local_rank=local_rank,
+    )
     (result,) = join_all([process])
-    assert capsys.readouterr().err.count(f"rank 3 of 4 waits at 127.0.0.1:{port} for rank 0 (") == speaks
+    assert (
+        capsys.readouterr().err.count(f"rank 3 of 4 waits at 127.0.0.1:{port} for rank 0 (")
+        == speaks
+    )
     assert "waits for rank 0 ([Errno 111] Connection refused)" in result
 
 
 def test_a_host_that_is_unknown_is_named(capsys):
-    (result,) = join_all([Process(rank=1, world_size=2, master_port=1, master_addr="no-such-host.invalid")])
+    (result,) = join_all(
+        [
+            Process(
+                rank=1,
+                world_size=2,
+                master_port=1,
+                master_addr="no-such-host.invalid",
+            )
+        ]
+    )
     assert "waits for rank 0 (" in result
     assert "at no-such-host.invalid:1" in result
 

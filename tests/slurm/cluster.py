@@ -1,4 +1,6 @@
-"""A Slurm of two nodes on this host: munged, slurmctld and two slurmd, all started here and all stopped here."""
+"""A Slurm of two nodes on this host: munged, slurmctld and two slurmd, all started here and all
+stopped here.
+"""
 
 import getpass
 import os
@@ -25,7 +27,8 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A job that is put back into the queue waits until its credential has expired, by default two minutes.
+# A job that is put back into the queue waits until its credential has expired:
+# by default two minutes.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -56,7 +59,11 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 def missing() -> str | None:
     """Why there can be no cluster here; None where there can."""
     absent = [program for program in NEEDED if shutil.which(program, path=PATH) is None]
-    return f"Slurm is not installed (Debian: slurm-wlm munge): no {', '.join(absent)}" if absent else None
+    return (
+        f"Slurm is not installed (Debian: slurm-wlm munge): no {', '.join(absent)}"
+        if absent
+        else None
+    )
 
 
 def wait_for(condition: Callable[[], object], what: str, explain: Callable[[], str] = str) -> None:
@@ -73,13 +80,23 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         launchers = ("SLURM_", "SBATCH_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_")
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-        self.env |= {"PATH": PATH, "SLURM_CONF": str(directory / "slurm.conf"), "PYTHON": sys.executable}
+        self.env = {
+            key: value for key, value in os.environ.items() if not key.startswith(launchers)
+        }
+        self.env |= {
+            "PATH": PATH,
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "PYTHON": sys.executable,
+        }
 
     def run(self, *command: str, cwd: Path = ROOT, **env: str) -> str:
         """Standard output of a command that must succeed."""
-        done = subprocess.run(command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=HANG_S)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=HANG_S
+        )
+        assert done.returncode == 0, (
+            f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
     def submit(self, cwd: Path, *words: str, **env: str) -> str:
@@ -88,7 +105,9 @@ class Cluster:
         With ``cwd=ROOT`` and ``"tiny", "--train.steps", "3"`` it trains.
         """
         script = str(ROOT / "launch/slurm/train.sbatch")
-        return self.run("sbatch", "--parsable", "--time", "60", script, *words, cwd=cwd, **env).strip()
+        return self.run(
+            "sbatch", "--parsable", "--time", "60", script, *words, cwd=cwd, **env
+        ).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """Fields of ``scontrol show job``."""
@@ -97,25 +116,40 @@ class Cluster:
 
     def logs(self) -> str:
         """Ends of the daemons' logs."""
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in self.directory.glob("*.log"))
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text()[-2000:]}" for log in self.directory.glob("*.log")
+        )
 
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """Start the daemons in a new directory under /tmp (a socket's path must be short); stop them and remove it."""
+    """Start the daemons in a new directory under /tmp (a socket's path must be short); stop them
+    and remove it.
+    """
     directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     cluster = Cluster(directory)
     key = directory / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     ports = [free_port() for _ in range(3)]
-    settings = CONFIG.format(host=socket.gethostname(), ports=ports, user=getpass.getuser(), directory=directory)
+    settings = CONFIG.format(
+        host=socket.gethostname(), ports=ports, user=getpass.getuser(), directory=directory
+    )
     (directory / "slurm.conf").write_text(settings)
     (directory / "state").mkdir()
-    munge = {"key-file": key, "socket": directory / "munge.socket", "pid-file": directory / "munge.pid"}
+    munge = {
+        "key-file": key,
+        "socket": directory / "munge.socket",
+        "pid-file": directory / "munge.pid",
+    }
     munge |= {"log-file": directory / "munged.log", "seed-file": directory / "munge.seed"}
     daemons = {
-        "munge": ["munged", "--foreground", "--force", *(f"--{option}={path}" for option, path in munge.items())],
+        "munge": [
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{option}={path}" for option, path in munge.items()),
+        ],
         "slurmctld": ["slurmctld", "-D", "-c"],
         "n1": ["slurmd", "-D", "-N", "n1"],
         "n2": ["slurmd", "-D", "-N", "n2"],
@@ -124,10 +158,21 @@ def running_cluster() -> Iterator[Cluster]:
     try:
         for name, command in daemons.items():
             with (directory / f"{name}.log").open("w") as log:
-                started.append(subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log))
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        env=cluster.env,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
             if name == "munge":
                 wait_for(munge["socket"].exists, "munged's socket", cluster.logs)
-        wait_for(lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "nodes", cluster.logs)
+        wait_for(
+            lambda: _ask(cluster, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2,
+            "nodes",
+            cluster.logs,
+        )
         yield cluster
     finally:
         try:
@@ -148,11 +193,15 @@ def _stop(daemon: subprocess.Popen) -> None:
 
 
 def _ask(cluster: Cluster, *command: str) -> str:
-    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=HANG_S).stdout
+    return subprocess.run(
+        command, env=cluster.env, capture_output=True, text=True, timeout=HANG_S
+    ).stdout
 
 
 def _end_jobs(cluster: Cluster) -> None:
-    """Jobs outlive their daemons: cancel what a failed test left, and wait until its processes are gone."""
+    """Jobs outlive their daemons: cancel what a failed test left, and wait until its processes are
+    gone.
+    """
     if _ask(cluster, "squeue", "-h"):
         _ask(cluster, "scancel", "--user", getpass.getuser())
         wait_for(lambda: not _ask(cluster, "squeue", "-h"), "no jobs", cluster.logs)

@@ -1,6 +1,8 @@
-"""Stands in for ``python -m launch`` in a Slurm job: ``train PRESET --name NAME [--die] [--auto-resume]``.
+"""Stands in for ``python -m launch`` in a Slurm job:
+``train PRESET --name NAME [--die] [--auto-resume]``.
 
-Every rank sums over all ranks. The first start waits for USR1, as a long training would; one with --auto-resume ends.
+Every rank sums over all ranks. The first start waits for USR1, as a long training would; one with
+--auto-resume ends.
 """
 
 import os
@@ -17,7 +19,8 @@ signal.signal(signal.SIGUSR1, lambda *_: STOP.append("USR1"))
 
 name = sys.argv[sys.argv.index("--name") + 1]
 dist.init_process_group("gloo")
-rank, ranks = dist.get_rank(), torch.tensor([dist.get_rank() + 1])
+rank = dist.get_rank()
+ranks = torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(ranks)
 directory = Path("runs") / name
 directory.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,18 @@ def test_settings_that_cannot_be(fields, problem):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", -1.0), ("learning_rate", float("nan")), ("betas", (2.0, 2.0)), ("eps", 0.0), ("clip_norm", -1.0),
-     ("weight_decay", float("inf")), ("warmup_steps", -1), ("min_ratio", 1.5), ("decay_fraction", -0.1)],
-)  # fmt: skip
+    [
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("betas", (2.0, 2.0)),
+        ("eps", 0.0),
+        ("clip_norm", -1.0),
+        ("weight_decay", float("inf")),
+        ("warmup_steps", -1),
+        ("min_ratio", 1.5),
+        ("decay_fraction", -0.1),
+    ],
+)
 def test_optimizers_that_cannot_be(name, value):
     (found,) = validate(RunConfig(optimizer=OptimizerConfig(**{name: value})), 1)
     assert str(found).startswith(f"optimizer.{name}={value} must ")
@@ -69,14 +78,22 @@ def test_no_number_of_a_model_is_negative(name):
     assert told(model_problems(changed(WITH_ENGRAM, name, -1), 1, 1)) == [f"model.{name}"]
 
 
-@pytest.mark.parametrize("name", [name for name, value in numbers(WITH_ENGRAM) if type(value) is int])
+@pytest.mark.parametrize(
+    "name", [name for name, value in numbers(WITH_ENGRAM) if type(value) is int]
+)
 def test_no_count_or_width_is_zero(name):
     problems = told(model_problems(changed(WITH_ENGRAM, name, 0), 1, 1))
-    meant = ("mamba1.dt_rank", "moe.shared_dim", "engram.seed")  # the default rank, no shared expert, a seed
+    meant = (
+        "mamba1.dt_rank",
+        "moe.shared_dim",
+        "engram.seed",
+    )  # the default rank, no shared expert, a seed
     assert problems == ([] if name in meant else [f"model.{name}"])
 
 
-@pytest.mark.parametrize("name", [name for name, value in numbers(WITH_ENGRAM) if type(value) is float])
+@pytest.mark.parametrize(
+    "name", [name for name, value in numbers(WITH_ENGRAM) if type(value) is float]
+)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_numbers_of_a_model_are_finite(name, value):
     assert told(model_problems(changed(WITH_ENGRAM, name, value), 1, 1)) == [f"model.{name}"]
@@ -84,9 +101,16 @@ def test_numbers_of_a_model_are_finite(name, value):
 
 def test_a_wrong_layout_hides_no_other_problem():
     run = RunConfig(
-        parallel=ParallelConfig(tp=3), model=ModelConfig(pattern="MQ"), train=TrainConfig(micro_batch=0, steps=0)
+        parallel=ParallelConfig(tp=3),
+        model=ModelConfig(pattern="MQ"),
+        train=TrainConfig(micro_batch=0, steps=0),
     )
-    assert told(validate(run, 2)) == ["parallel.tp", "model.pattern", "train.steps", "train.micro_batch"]
+    assert told(validate(run, 2)) == [
+        "parallel.tp",
+        "model.pattern",
+        "train.steps",
+        "train.micro_batch",
+    ]
 
 
 @pytest.mark.parametrize("field", ["micro_batch", "global_batch"])

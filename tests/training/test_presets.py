@@ -13,11 +13,17 @@ UNITS = {"M": 1e6, "B": 1e9}
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_docstring_tells_the_counts(name):
-    """Numbers in the first paragraph: without tables, active, and in tables where there are some."""
+    """Numbers in the first paragraph: without tables, active,
+    and in tables where there are some.
+    """
     count = count_parameters(PRESETS[name]().model)
     told = PRESETS[name].__doc__.split("\n\n")[0]
     sizes = re.findall(r"([\d.]+)([MB]) (parameters|active|in tables)", told)
-    expected = {"parameters": count.total - count.engram_table, "active": count.active, "in tables": count.engram_table}
+    expected = {
+        "parameters": count.total - count.engram_table,
+        "active": count.active,
+        "in tables": count.engram_table,
+    }
     assert {kind for _, _, kind in sizes} == {kind for kind, value in expected.items() if value}
     for number, unit, kind in sizes:
         shown = f"{expected[kind] / UNITS[unit]:.{len(number.partition('.')[2])}f}"
@@ -39,7 +45,9 @@ def test_docstring_tells_the_counts(name):
     ],
 )
 def test_published_sizes(name, attribute, published, tolerance):
-    assert getattr(count_parameters(PRESETS[name]().model), attribute) == pytest.approx(published, rel=tolerance)
+    assert getattr(count_parameters(PRESETS[name]().model), attribute) == pytest.approx(
+        published, rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
@@ -55,8 +63,14 @@ def test_one_or_two_processes(name):
 
 
 def test_nemotrons_regularities():
-    """First layer Mamba, last no attention, attention before experts: 11 % of the layers (as in Nemotron 3 Nano)."""
+    """First layer Mamba, last no attention, attention before experts: 11 % of the layers (as in
+    Nemotron 3 Nano).
+    """
     pattern = PRESETS["hybrid-27b"]().model.pattern
     assert (pattern.count("M"), pattern.count("E"), pattern.count("*")) == (24, 24, 6)
     assert pattern[0] == "M"
-    assert all(pattern[place - 1 : place + 2] == "M*E" for place, letter in enumerate(pattern) if letter == "*")
+    assert all(
+        pattern[place - 1 : place + 2] == "M*E"
+        for place, letter in enumerate(pattern)
+        if letter == "*"
+    )

@@ -1,4 +1,6 @@
-"""One optimizer step: what a plain loop computes, a mean over all targets, and nothing where it is not finite."""
+"""One optimizer step: what a plain loop computes, a mean over all targets, and nothing where it is
+not finite.
+"""
 
 import math
 from dataclasses import replace
@@ -25,7 +27,8 @@ from training.trainer import Trainer, build_memory, memory_of
 
 
 def test_one_rank_equals_a_plain_loop():
-    expected, got = train_plainly(plain_run(), STEPS), reference_run("plain")
+    expected = train_plainly(plain_run(), STEPS)
+    got = reference_run("plain")
     np.testing.assert_allclose(got["figures"], expected["figures"], rtol=1e-5)
     for kind in ("parameters", "rows"):
         assert got[kind].keys() == expected[kind].keys()
@@ -45,14 +48,26 @@ def masked_batches(config: RunConfig, rank: int, num_ranks: int, empty: bool) ->
     for batch in batches:
         targets_BL = batch.targets_BL.clone()
         targets_BL[:, 0 if empty else 3 :] = -100
-        masked.append(Batch(batch.input_ids_BL, targets_BL, batch.seq_idx_BL, int((targets_BL != -100).sum())))
+        masked.append(
+            Batch(
+                batch.input_ids_BL,
+                targets_BL,
+                batch.seq_idx_BL,
+                int((targets_BL != -100).sum()),
+            )
+        )
     return masked
 
 
 def uneven_step(config: RunConfig, empty: bool) -> tuple[float, float]:
     quiet_libraries()
     trainer = make_trainer(config)
-    batches = masked_batches(config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"), empty)
+    batches = masked_batches(
+        config,
+        trainer.mesh.rank("dp"),
+        trainer.mesh.size("dp"),
+        empty,
+    )
     result = train_step(trainer, batches, 1e-3, 0)
     return result.loss, result.grad_norm
 
@@ -60,7 +75,8 @@ def uneven_step(config: RunConfig, empty: bool) -> tuple[float, float]:
 def without_auxiliary() -> RunConfig:
     """The gradient is that of the cross-entropy alone; clipping off."""
     config = tiny_config()
-    moe, optimizer = replace(config.model.moe, aux_loss=0.0, z_loss=0.0), replace(config.optimizer, clip_norm=0.0)
+    moe = replace(config.model.moe, aux_loss=0.0, z_loss=0.0)
+    optimizer = replace(config.optimizer, clip_norm=0.0)
     return replace(config, model=replace(config.model, moe=moe), optimizer=optimizer)
 
 
@@ -68,15 +84,30 @@ def without_auxiliary() -> RunConfig:
 def test_loss_is_the_mean_over_all_ranks_targets(parallel):
     config = without_auxiliary()
     everyone = [batch for rank in range(2) for batch in masked_batches(config, rank, 2, False)]
-    model, memory = plain_model(config), build_memory(config, single_mesh(), made_up_token_map(), CPU)
-    total, count = torch.zeros(()), sum(batch.num_targets for batch in everyone)
+    model = plain_model(config)
+    memory = build_memory(
+        config,
+        single_mesh(),
+        made_up_token_map(),
+        CPU,
+    )
+    total = torch.zeros(())
+    count = sum(batch.num_targets for batch in everyone)
     for batch in everyone:
         rows = memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
-        loss, _ = model(batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL, memory_of(rows))
+        loss, _ = model(
+            batch.input_ids_BL,
+            batch.targets_BL,
+            batch.seq_idx_BL,
+            memory_of(rows),
+        )
         (loss / count).backward()
         memory.tables.accumulate(rows)
         total += loss.detach()
-    squared = sum(p.grad.double().square().sum() for p in model.parameters()) + memory.tables.squared_grad_norm()
+    squared = (
+        sum(p.grad.double().square().sum() for p in model.parameters())
+        + memory.tables.squared_grad_norm()
+    )
     config = replace(config, parallel=layout(**parallel))
     for found, norm in run_ranks(uneven_step, 2, config, False):
         assert found == pytest.approx(float(total) / count, rel=1e-6)
@@ -91,7 +122,9 @@ def test_a_step_without_targets_has_no_loss_and_no_gradient():
 
 
 def everything(trainer: Trainer) -> dict[str, np.ndarray]:
-    """All that a step may change on this rank: parameters, masters, moments, biases, rows and their moments."""
+    """All that a step may change on this rank: parameters, masters, moments, biases, rows and their
+    moments.
+    """
     tensors = dict(trainer.model.state_dict())
     for index, (_, start, live) in enumerate(master_fragments(trainer.engine)):
         tensors |= {f"{index}/{start}/{name}": values for name, values in live.items()}
@@ -117,20 +150,40 @@ def stopped_step(config: RunConfig, fault: str, rank: int) -> tuple[str, list[st
     """The error of the second step, and the names of what it changed all the same."""
     quiet_libraries()
     trainer = make_trainer(config)
-    mine, ranks = trainer.mesh.rank("dp"), trainer.mesh.size("dp")
-    train_step(trainer, made_up_batches(0, config, mine, ranks), 1e-2, 6)
+    mine = trainer.mesh.rank("dp")
+    ranks = trainer.mesh.size("dp")
+    train_step(
+        trainer,
+        made_up_batches(0, config, mine, ranks),
+        1e-2,
+        6,
+    )
     spoil(trainer, fault, rank)
     before = everything(trainer)
     with pytest.raises(RunError) as error:
-        train_step(trainer, made_up_batches(1, config, mine, ranks), 1e-2, 7)
+        train_step(
+            trainer,
+            made_up_batches(1, config, mine, ranks),
+            1e-2,
+            7,
+        )
     after = everything(trainer)
-    return str(error.value), [name for name in before if not np.array_equal(before[name], after[name])]
+    return str(error.value), [
+        name for name in before if not np.array_equal(before[name], after[name])
+    ]
 
 
-# On tensor rank 1 the shard is the second rank's own; over data ranks the owner of the reduced gradient names it.
+# On tensor rank 1 the shard is the second rank's own; over data ranks the owner of the reduced
+# gradient names it.
 FAULTS = [
     (2, {"tp": 2}, "layers.0.mixer.A_log", 1, "rank 1, gradient of layers.0.mixer.A_log"),
-    (2, {"tp": 2, "ep": 2}, "layers.1.mixer.experts.down", 1, "rank 1, gradient of layers.1.mixer.experts.down"),
+    (
+        2,
+        {"tp": 2, "ep": 2},
+        "layers.1.mixer.experts.down",
+        1,
+        "rank 1, gradient of layers.1.mixer.experts.down",
+    ),
     (2, {"zero_stage": 2}, "norm", 1, "gradient of norm"),
     (2, {"tp": 2}, "table row", 1, "an Engram table row"),
     (1, {}, "layers.3.engram.key", 0, "rank 0, gradient of layers.3.engram.key"),
@@ -139,7 +192,9 @@ FAULTS = [
 
 @pytest.mark.parametrize(("size", "parallel", "fault", "rank", "where"), FAULTS)
 def test_a_gradient_that_is_not_finite_stops_before_the_update(size, parallel, fault, rank, where):
-    found = run_ranks(stopped_step, size, replace(tiny_config(), parallel=layout(**parallel)), fault, rank)
+    found = run_ranks(
+        stopped_step, size, replace(tiny_config(), parallel=layout(**parallel)), fault, rank
+    )
     assert len({message for message, _ in found}) == 1, "every rank tells the same"
     message, _ = found[0]
     assert message.startswith("step 7: loss ")
@@ -156,15 +211,31 @@ def stopped_by_loss(config: RunConfig) -> tuple[str, list[str]]:
         trainer.model.layers[0].mixer.D.data.fill_(math.inf)
     before = everything(trainer)
     with pytest.raises(RunError) as error:
-        train_step(trainer, made_up_batches(0, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp")), 1e-2, 0)
+        train_step(
+            trainer,
+            made_up_batches(
+                0,
+                config,
+                trainer.mesh.rank("dp"),
+                trainer.mesh.size("dp"),
+            ),
+            1e-2,
+            0,
+        )
     after = everything(trainer)
-    unequal = [name for name in before if not np.array_equal(before[name], after[name], equal_nan=True)]
+    unequal = [
+        name for name in before if not np.array_equal(before[name], after[name], equal_nan=True)
+    ]
     return str(error.value), unequal
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
-    for message, changed in run_ranks(stopped_by_loss, 2, replace(tiny_config(), parallel=layout(ep=2))):
-        assert message.startswith("step 0: loss nan, gradient norm nan: not finite, first on rank 0, gradient of ")
+    for message, changed in run_ranks(
+        stopped_by_loss, 2, replace(tiny_config(), parallel=layout(ep=2))
+    ):
+        assert message.startswith(
+            "step 0: loss nan, gradient norm nan: not finite, first on rank 0, gradient of "
+        )
         assert changed == []
 
 
@@ -174,7 +245,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
 def bf16_losses(config: RunConfig, num_steps: int) -> list[tuple[float, float]]:
     quiet_libraries()
     trainer = make_trainer(config)
-    batches = made_up_batches(0, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
+    batches = made_up_batches(
+        0,
+        config,
+        trainer.mesh.rank("dp"),
+        trainer.mesh.size("dp"),
+    )
     results = [train_step(trainer, batches, 3e-3, step) for step in range(num_steps)]
     dtypes = {parameter.dtype for _, parameter in placed_parameters(trainer.model)}
     assert dtypes == {torch.bfloat16, torch.float32}
@@ -207,13 +283,20 @@ def test_bf16_learns_a_batch_by_heart(size, parallel):
 def one_step(config: RunConfig) -> tuple[float | None, float | None, float]:
     quiet_libraries()
     trainer = make_trainer(config)
-    batches = made_up_batches(0, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
+    batches = made_up_batches(
+        0,
+        config,
+        trainer.mesh.rank("dp"),
+        trainer.mesh.size("dp"),
+    )
     result = train_step(trainer, batches, 1e-3, 0)
     return result.expert_max, result.engram_work_s, result.exchange_s
 
 
 def test_figures_of_what_a_model_has():
-    expert_max, engram_s, exchange_s = run_ranks(one_step, 2, replace(tiny_config(), parallel=layout(ep=2)))[0]
+    expert_max, engram_s, exchange_s = run_ranks(
+        one_step, 2, replace(tiny_config(), parallel=layout(ep=2))
+    )[0]
     assert 1 <= expert_max <= 4  # of 4 experts
     assert engram_s > 0
     assert exchange_s > 0

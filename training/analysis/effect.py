@@ -1,4 +1,5 @@
-"""What memory does to the loss: the model with its table rows and with zeros instead, token by token.
+"""What memory does to the loss: the model with its table rows and with zeros instead, token by
+token.
 
 B batch, L length, S streams, T tokens, M memory width.
 """
@@ -39,12 +40,16 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(model: HybridModel, memory: EngramMemory, rows: Rows, num_rows: int, micro_batch: int) -> Observed:
+def observe(
+    model: HybridModel, memory: EngramMemory, rows: Rows, num_rows: int, micro_batch: int
+) -> Observed:
     """Run the first ``num_rows`` of ``rows`` with and without the memory's rows. One process."""
     max_order = max(spec.max_order for spec in memory.hashes.values())
     parts: list[Observed] = []
     for start in range(0, num_rows, micro_batch):
-        batch = Batch.stack([rows.read(index) for index in range(start, min(start + micro_batch, num_rows))])
+        batch = Batch.stack(
+            [rows.read(index) for index in range(start, min(start + micro_batch, num_rows))]
+        )
         fetched = memory_of(memory.fetch(batch.input_ids_BL, batch.seq_idx_BL))
         with recorded_gates(model) as gates:
             loss_BL = token_losses(model, batch, fetched)
@@ -82,9 +87,14 @@ def token_losses(model: HybridModel, batch: Batch, memory: Memory) -> torch.Tens
     h_BLD, _ = model.hidden(batch.input_ids_BL, batch.seq_idx_BL, memory)
     pieces = [
         F.cross_entropy(
-            model.head.logits(h).flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+            model.head.logits(h).flatten(0, 1),
+            targets.flatten(),
+            ignore_index=NO_TARGET,
+            reduction="none",
         ).view(targets.shape)
-        for h, targets in zip(h_BLD.split(LOGIT_TOKENS, 1), batch.targets_BL.split(LOGIT_TOKENS, 1), strict=True)
+        for h, targets in zip(
+            h_BLD.split(LOGIT_TOKENS, 1), batch.targets_BL.split(LOGIT_TOKENS, 1), strict=True
+        )
     ]
     return torch.cat(pieces, 1)
 
@@ -101,7 +111,11 @@ def recorded_gates(model: HybridModel) -> Iterator[dict[int, torch.Tensor]]:
 
         return record
 
-    engrams = {index: layer.engram for index, layer in enumerate(model.layers) if isinstance(layer.engram, Engram)}
+    engrams = {
+        index: layer.engram
+        for index, layer in enumerate(model.layers)
+        if isinstance(layer.engram, Engram)
+    }
     handles = [engram.register_forward_pre_hook(watch(index)) for index, engram in engrams.items()]
     try:
         yield gates
@@ -138,21 +152,36 @@ class FrequencyBin:
     effect: Effect
 
 
-def effect_by_frequency(observed: Observed, counts: NgramCounts, bins: Sequence[int] = BINS) -> list[FrequencyBin]:
-    """The effect on the tokens whose suffix n-gram falls into each bin, for every order; empty bins are left out."""
+def effect_by_frequency(
+    observed: Observed, counts: NgramCounts, bins: Sequence[int] = BINS
+) -> list[FrequencyBin]:
+    """The effect on the tokens whose suffix n-gram falls into each bin, for every order; empty bins
+    are left out.
+    """
     result = []
     for order in counts.levels:
-        place_T = np.searchsorted(bins, counts.frequency(observed.windows_TN, order), side="right") - 1
+        place_T = (
+            np.searchsorted(bins, counts.frequency(observed.windows_TN, order), side="right") - 1
+        )
         for place, low in enumerate(bins):
             if (mine := place_T == place).any():
                 high = bins[place + 1] - 1 if place + 1 < len(bins) else None
-                result.append(FrequencyBin(order=order, low=low, high=high, effect=effect_on(observed, mine)))
+                result.append(
+                    FrequencyBin(
+                        order=order,
+                        low=low,
+                        high=high,
+                        effect=effect_on(observed, mine),
+                    )
+                )
     return result
 
 
 def effect_on(observed: Observed, mine_T: np.ndarray) -> Effect:
     """The effect on the chosen tokens (bool)."""
-    loss, without = (x[mine_T].astype(np.float64) for x in (observed.loss_T, observed.loss_without_T))
+    loss, without = (
+        x[mine_T].astype(np.float64) for x in (observed.loss_T, observed.loss_without_T)
+    )
     return Effect(
         tokens=len(loss),
         loss=float(loss.mean()),

@@ -11,12 +11,17 @@ import numpy as np
 from training.data.dataset import Batch, Rows
 from training.engram.token_map import TokenMap
 
-MOST_BLOCKS, BLOCK_TOKENS = 64, 2**21  # of text, looked at for one mean
+# of text, looked at for one mean
+MOST_BLOCKS = 64
+BLOCK_TOKENS = 2**21
 
 
 def windows_of(batch: Batch, token_map: TokenMap, max_order: int) -> np.ndarray:
-    """(B x L, N) int64 compressed ids at distance 0 to ``max_order - 1``; the pad id before a document's start."""
-    ids_BL, documents_BL = token_map.compress(batch.input_ids_BL).numpy(), batch.seq_idx_BL.numpy()
+    """(B x L, N) int64 compressed ids at distance 0 to ``max_order - 1``; the pad id before a
+    document's start.
+    """
+    ids_BL = token_map.compress(batch.input_ids_BL).numpy()
+    documents_BL = batch.seq_idx_BL.numpy()
     columns = [ids_BL]
     for back in range(1, max_order):
         inside_BL = documents_BL[:, back:] == documents_BL[:, :-back]
@@ -26,7 +31,9 @@ def windows_of(batch: Batch, token_map: TokenMap, max_order: int) -> np.ndarray:
     return np.stack(columns, -1).reshape(-1, max_order)
 
 
-def windows_of_rows(rows: Rows, indices: Iterable[int], token_map: TokenMap, max_order: int) -> np.ndarray:
+def windows_of_rows(
+    rows: Rows, indices: Iterable[int], token_map: TokenMap, max_order: int
+) -> np.ndarray:
     """(T, N) int64, the windows of some rows, one row after another."""
     parts = [windows_of(Batch.stack([rows.read(index)]), token_map, max_order) for index in indices]
     return np.concatenate(parts) if parts else np.empty((0, max_order), dtype=np.int64)
@@ -36,8 +43,9 @@ def windows_of_rows(rows: Rows, indices: Iterable[int], token_map: TokenMap, max
 class Level:
     """The distinct n-grams of one order, numbered by their key's rank.
 
-    A key is ``number of the (n-1)-gram that ends at the position * vocabulary + the id at distance n - 1``; a 1-gram's
-    number is its id. So keys of any order fit 64 bits.
+    A key is
+    ``number of the (n-1)-gram that ends at the position * vocabulary + the id at distance n - 1``;
+    a 1-gram's number is its id. So keys of any order fit 64 bits.
     """
 
     keys_U: np.ndarray
@@ -61,7 +69,8 @@ class NgramCounts:
 
     def __init__(self, windows_TN: np.ndarray, vocab_size: int) -> None:
         """Count ``windows_TN`` (from ``windows_of``); ids lie below ``vocab_size``."""
-        self.vocab_size, self.num_tokens = vocab_size, len(windows_TN)
+        self.vocab_size = vocab_size
+        self.num_tokens = len(windows_TN)
         self.levels: dict[int, Level] = {}
         number_T = windows_TN[:, 0]
         for back in range(1, windows_TN.shape[1]):
@@ -81,7 +90,8 @@ class NgramCounts:
 
     def distinct(self, order: int) -> np.ndarray:
         """(U, order) int64: the windows of the distinct n-grams, distance 0 first."""
-        columns, keys_U = [], self.levels[order].keys_U
+        columns = []
+        keys_U = self.levels[order].keys_U
         for lower in range(order - 1, 0, -1):
             number_U, token_U = np.divmod(keys_U, self.vocab_size)
             columns.append(token_U)
@@ -89,7 +99,15 @@ class NgramCounts:
         return np.stack([keys_U, *reversed(columns)], -1)
 
     def distinct_in(self, order: int, num_tokens: int) -> float:
-        """Distinct n-grams among so many tokens in succession: the mean over the first few such blocks."""
+        """Distinct n-grams among so many tokens in succession: the mean over the first few such
+        blocks.
+        """
         numbers_T = self.levels[order].numbers_T
         blocks = max(1, min(MOST_BLOCKS, BLOCK_TOKENS // num_tokens, len(numbers_T) // num_tokens))
-        return sum(len(np.unique(block)) for block in numbers_T[: blocks * num_tokens].reshape(blocks, -1)) / blocks
+        return (
+            sum(
+                len(np.unique(block))
+                for block in numbers_T[: blocks * num_tokens].reshape(blocks, -1)
+            )
+            / blocks
+        )

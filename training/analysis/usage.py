@@ -1,4 +1,5 @@
-"""How n-grams fill the tables: rows hit and shared, rows never trained, and what a micro-batch asks for.
+"""How n-grams fill the tables: rows hit and shared, rows never trained, and what a micro-batch asks
+for.
 
 U distinct n-grams of one order, R table rows, W row width.
 """
@@ -22,7 +23,9 @@ from training.trainer import EngramMemory
 
 HASH_CHUNK = 2**18  # n-grams hashed at once
 COVERED = (1_000, 10_000, 100_000)  # most frequent n-grams whose share of the lookups is told
-ID_BYTES, GRADIENT_BYTES = 8, 4  # int64; gradients travel in fp32
+# int64; gradients travel in fp32
+ID_BYTES = 8
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,17 @@ class HeadUsage:
     expected_colliding: float
     """U (1 - (1 - 1/R)^(U - 1))."""
     trained_rows: int | None
-    """Rows that any training step touched, by the checkpoint's step counts; None where it keeps none."""
+    """Rows that any training step touched, by the checkpoint's step counts; None where it keeps
+    none.
+    """
 
 
-def head_usage(counts: NgramCounts, hashes: dict[int, NgramHash], steps: dict[int, np.ndarray]) -> list[HeadUsage]:
-    """The tables of all layers under the n-grams of ``counts``; ``steps``: layer -> (R of all tables,) step counts."""
+def head_usage(
+    counts: NgramCounts, hashes: dict[int, NgramHash], steps: dict[int, np.ndarray]
+) -> list[HeadUsage]:
+    """The tables of all layers under the n-grams of ``counts``; ``steps``: layer -> (R of all
+    tables,) step counts.
+    """
     usage = []
     for layer, spec in hashes.items():
         column = 0
@@ -58,12 +67,23 @@ def head_usage(counts: NgramCounts, hashes: dict[int, NgramHash], steps: dict[in
             for head, num_rows in enumerate(primes):
                 own = steps[layer][spec.offsets[column] :][:num_rows] if layer in steps else None
                 trained = None if own is None else int((own > 0).sum())
-                usage.append(_one_head(layer, order, head, num_rows, rows_UH[:, head], trained))
+                usage.append(
+                    _one_head(
+                        layer,
+                        order,
+                        head,
+                        num_rows,
+                        rows_UH[:, head],
+                        trained,
+                    )
+                )
                 column += 1
     return usage
 
 
-def _one_head(layer: int, order: int, head: int, num_rows: int, rows_U: np.ndarray, trained: int | None) -> HeadUsage:
+def _one_head(
+    layer: int, order: int, head: int, num_rows: int, rows_U: np.ndarray, trained: int | None
+) -> HeadUsage:
     ngrams_R = np.bincount(rows_U, minlength=num_rows)
     missed = 1 - 1 / num_rows
     return HeadUsage(
@@ -81,10 +101,14 @@ def _one_head(layer: int, order: int, head: int, num_rows: int, rows_U: np.ndarr
 
 
 def table_rows(windows_UN: np.ndarray, spec: NgramHash, order: int) -> np.ndarray:
-    """(U, heads) int64 rows of whole ``order``-grams, distance 0 first; each counts inside its head's table."""
+    """(U, heads) int64 rows of whole ``order``-grams, distance 0 first; each counts inside its
+    head's table.
+    """
     place = spec.orders.index(order)
-    first, heads = sum(map(len, spec.primes[:place])), len(spec.primes[place])
-    offsets, reach = torch.tensor(spec.offsets[first : first + heads]), spec.max_order - 1
+    first = sum(map(len, spec.primes[:place]))
+    heads = len(spec.primes[place])
+    offsets = torch.tensor(spec.offsets[first : first + heads])
+    reach = spec.max_order - 1
     parts = [np.empty((0, heads), dtype=np.int64)]
     for start in range(0, len(windows_UN), HASH_CHUNK):
         windows = torch.from_numpy(windows_UN[start : start + HASH_CHUNK])
@@ -96,8 +120,11 @@ def table_rows(windows_UN: np.ndarray, spec: NgramHash, order: int) -> np.ndarra
 
 
 def read_steps(checkpoint: Path, manifest: dict[str, Any]) -> dict[int, np.ndarray]:
-    """Layer -> (R,) how many steps touched each row; empty where the checkpoint's table optimizer counts none."""
-    steps, tensors = {}, {}
+    """Layer -> (R,) how many steps touched each row; empty where the checkpoint's table optimizer
+    counts none.
+    """
+    steps = {}
+    tensors = {}
     for name, record in manifest["tensors"].items():
         if name.startswith("engram.") and name.endswith(".step"):
             values = torch.zeros(record["shape"], dtype=getattr(torch, record["dtype"]))
@@ -126,8 +153,12 @@ class Traffic:
     bytes_per_token_without_dedup: float
 
 
-def traffic(memory: EngramMemory, rows: Rows, micro_batch: int, num_batches: int, dtype: Dtype) -> list[Traffic]:
-    """Measured over the first ``num_batches`` micro-batches of ``rows``, as training asks for them; one a layer."""
+def traffic(
+    memory: EngramMemory, rows: Rows, micro_batch: int, num_batches: int, dtype: Dtype
+) -> list[Traffic]:
+    """Measured over the first ``num_batches`` micro-batches of ``rows``, as training asks for them;
+    one a layer.
+    """
     distinct: dict[int, list[int]] = {layer: [] for layer in memory.hashes}
     for index in range(num_batches):
         batch = Batch.stack([rows.read(index * micro_batch + row) for row in range(micro_batch)])
@@ -158,21 +189,38 @@ class Growth:
     distinct: list[float]
     """Distinct n-grams in so many tokens of the training text."""
     curve: tuple[float, float, float]
-    """(c0, c1, c2) of ln distinct = c0 + c1 ln tokens + c2 (ln tokens)^2, least squares: what a plan takes."""
+    """(c0, c1, c2) of ln distinct = c0 + c1 ln tokens + c2 (ln tokens)^2, least squares: what a
+    plan takes.
+    """
     covered: dict[int, float]
-    """Share of all lookups that the most frequent so many n-grams are: what a cache of them would hit."""
+    """Share of all lookups that the most frequent so many n-grams are: what a cache of them would
+    hit.
+    """
 
 
 def growth(counts: NgramCounts) -> list[Growth]:
     """Of each order, at powers of four tokens."""
     sizes = [4**power for power in range(20) if 4**power <= counts.num_tokens]
-    sizes = sizes[5:] if len(sizes) > 8 else sizes  # the first thousand tokens say little where there are many
+    sizes = (
+        sizes[5:] if len(sizes) > 8 else sizes
+    )  # the first thousand tokens say little where there are many
     result = []
     for order, level in counts.levels.items():
-        distinct, falling = [counts.distinct_in(order, size) for size in sizes], np.sort(level.counts_U)[::-1]
+        distinct = [counts.distinct_in(order, size) for size in sizes]
+        falling = np.sort(level.counts_U)[::-1]
         degree = min(2, len(sizes) - 1)
         fitted = np.polyfit(np.log(sizes), np.log(distinct), degree)[::-1].tolist()
         curve = (*fitted, *[0.0] * (2 - degree))
-        covered = {most: float(falling[:most].sum() / max(1, counts.num_tokens)) for most in COVERED}
-        result.append(Growth(order=order, tokens=sizes, distinct=distinct, curve=curve, covered=covered))
+        covered = {
+            most: float(falling[:most].sum() / max(1, counts.num_tokens)) for most in COVERED
+        }
+        result.append(
+            Growth(
+                order=order,
+                tokens=sizes,
+                distinct=distinct,
+                curve=curve,
+                covered=covered,
+            )
+        )
     return result

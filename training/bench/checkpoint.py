@@ -1,13 +1,15 @@
-"""What a checkpoint costs: beside the disk's own speed, a plain copy, steps without a save, and DeepSpeed's own.
+"""What a checkpoint costs: beside the disk's own speed, a plain copy, steps without a save, and
+DeepSpeed's own.
 
 ``torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m training.bench.checkpoint``,
 with OMP_NUM_THREADS = cores / processes.
 
-A dense hybrid of 22M parameters under ZeRO 1: 265 MB of fp32 masters and moments over all ranks. Everything that is
-compared takes turns in one process; ratios are medians over the rounds. All writes end with an fsync, DeepSpeed's too
-(by ``os.sync``, for it leaves that to the system); all reads begin with their files out of the page cache. Each file is
-deleted before the next is written: where a virtual machine's host takes free memory back, a page that was not freed a
-moment ago costs fifteen times as much (11 ms instead of 0.7 for 4 MiB), and chance would decide who meets those.
+A dense hybrid of 22M parameters under ZeRO 1: 265 MB of fp32 masters and moments over all ranks.
+Everything that is compared takes turns in one process; ratios are medians over the rounds. All
+writes end with an fsync, DeepSpeed's too (by ``os.sync``, for it leaves that to the system); all
+reads begin with their files out of the page cache. Each file is deleted before the next is written:
+where a virtual machine's host takes free memory back, a page that was not freed a moment ago costs
+fifteen times as much (11 ms instead of 0.7 for 4 MiB), and chance would decide who meets those.
 """
 
 import argparse
@@ -41,7 +43,9 @@ from training.model.config import AttentionConfig, Mamba2Config, ModelConfig
 from training.step import train_step
 from training.trainer import Trainer, build_trainer
 
-VOCAB, LENGTH, MB = 8192, 128, 10**6
+VOCAB = 8192
+LENGTH = 128
+MB = 10**6
 BLOCK_BYTES = 4 * 2**20
 
 
@@ -57,7 +61,13 @@ def bench_config(world_size: int, seed: int) -> RunConfig:
             attention=AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=64),
         ),
         parallel=ParallelConfig(zero_stage=1),
-        train=TrainConfig(global_batch=world_size, micro_batch=1, dtype="fp32", seed=seed, keep=1),
+        train=TrainConfig(
+            global_batch=world_size,
+            micro_batch=1,
+            dtype="fp32",
+            seed=seed,
+            keep=1,
+        ),
     )
 
 
@@ -65,13 +75,30 @@ def make_trainer(seed: int) -> Trainer:
     """A trainer on this rank."""
     config = bench_config(dist.get_world_size(), seed)
     every_token = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
-    return build_trainer(config, build_mesh(config.parallel), torch.device("cpu"), every_token)
+    return build_trainer(
+        config,
+        build_mesh(config.parallel),
+        torch.device("cpu"),
+        every_token,
+    )
 
 
 def one_step(trainer: Trainer) -> None:
     """A step on tokens that do not matter."""
     ids_BL = torch.randint(VOCAB, (1, LENGTH))
-    train_step(trainer, [Batch(ids_BL, ids_BL, torch.zeros(1, LENGTH, dtype=torch.int32), LENGTH)], 1e-3, 0)
+    train_step(
+        trainer,
+        [
+            Batch(
+                ids_BL,
+                ids_BL,
+                torch.zeros(1, LENGTH, dtype=torch.int32),
+                LENGTH,
+            )
+        ],
+        1e-3,
+        0,
+    )
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -88,27 +115,37 @@ def check(trainer: Trainer, directory: Path) -> None:
     other = make_trainer(seed=1)
     load(save(directory, trainer, 0, {}), other)
     pairs = zip(trainer_tensors(trainer).values(), trainer_tensors(other).values(), strict=True)
-    chunks = [pair for mine, theirs in pairs for pair in zip(mine.chunks, theirs.chunks, strict=True)]
-    assert all(torch.equal(a.values, b.values) for a, b in chunks), "what was loaded is not what was saved"
+    chunks = [
+        pair for mine, theirs in pairs for pair in zip(mine.chunks, theirs.chunks, strict=True)
+    ]
+    assert all(torch.equal(a.values, b.values) for a, b in chunks), (
+        "what was loaded is not what was saved"
+    )
 
 
 def measure_stall(trainer: Trainer, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of the copy for which training stops, and of one plain copy of as many bytes."""
-    snapshot, tensors = Snapshot(), trainer_tensors(trainer)
+    snapshot = Snapshot()
+    tensors = trainer_tensors(trainer)
     source = torch.ones(snapshot_bytes(tensors), dtype=torch.uint8)
     target = torch.zeros_like(source)
     snapshot.take(tensors)
     pairs = [
-        (seconds_of(lambda: snapshot.take(trainer_tensors(trainer))), seconds_of(lambda: target.copy_(source)))
+        (
+            seconds_of(lambda: snapshot.take(trainer_tensors(trainer))),
+            seconds_of(lambda: target.copy_(source)),
+        )
         for _ in range(rounds)
     ]
     ours, plain = zip(*pairs, strict=True)
     return list(ours), list(plain)
 
 
-def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) -> tuple[dict[str, list[float]], float]:
-    """Median seconds a step, by round: alone, while a save is written, while another process writes as many bytes; and
-    the steps that a save lasts.
+def measure_steps(
+    trainer: Trainer, directory: Path, rounds: int, steps: int
+) -> tuple[dict[str, list[float]], float]:
+    """Median seconds a step, by round: alone, while a save is written, while another process writes
+    as many bytes; and the steps that a save lasts.
     """
     found: dict[str, list[float]] = {"alone": [], "save": [], "others": []}
     num_during = 0
@@ -117,7 +154,8 @@ def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) ->
         for turn in range(rounds + 1):
             alone = [seconds_of(lambda: one_step(trainer)) for _ in range(steps)]
             saver.save(turn)
-            busy, figures = [], saver.poll()
+            busy = []
+            figures = saver.poll()
             while "save_s" not in figures:
                 busy.append(seconds_of(lambda: one_step(trainer)))
                 figures = saver.poll()
@@ -134,7 +172,9 @@ def measure_steps(trainer: Trainer, directory: Path, rounds: int, steps: int) ->
 
 @contextmanager
 def writing_process(directory: Path, size: int) -> Iterator[Event]:
-    """A process that writes ``size`` bytes again and again while the event is set: what no saver can avoid."""
+    """A process that writes ``size`` bytes again and again while the event is set: what no saver
+    can avoid.
+    """
     spawn = multiprocessing.get_context("spawn")
     writes = spawn.Event()
     path = directory.with_name(f"beside.{dist.get_rank()}")
@@ -158,8 +198,11 @@ def write_while(writes: Event, path: Path, size: int) -> None:
 
 def measure_disk(trainer: Trainer, directory: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of saves and loads, ours, the plain files' and DeepSpeed's, taking turns."""
-    size, block = snapshot_bytes(trainer_tensors(trainer)), os.urandom(BLOCK_BYTES)
-    plain, ours, theirs = directory / f"plain.{dist.get_rank()}", directory / "step-00000000", directory / "deepspeed"
+    size = snapshot_bytes(trainer_tensors(trainer))
+    block = os.urandom(BLOCK_BYTES)
+    plain = directory / f"plain.{dist.get_rank()}"
+    ours = directory / "step-00000000"
+    theirs = directory / "deepspeed"
     writes: dict[str, tuple[Callable[[], object], Path]] = {
         "write": (lambda: write_plain(plain, size, block), plain),
         "save": (lambda: save(directory, trainer, 0, {}), ours),
@@ -222,13 +265,20 @@ def forget(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(
+                    file.fileno(),
+                    0,
+                    0,
+                    os.POSIX_FADV_DONTNEED,
+                )
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Resident memory at the peak of ``work`` above what was resident before. Linux, glibc."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # malloc may have been told to keep what is freed: a peak within that would hide
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # malloc may have been told to keep what is freed: a peak within that would hide
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     work()
@@ -236,7 +286,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -261,11 +313,22 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
     dist.all_reduce(size)
     memory = measure_memory(trainer, directory)
     rows = [[name, f"{peak / MB:.0f} MB", f"{peak / mine:.2f}x"] for name, peak in memory.items()]
-    yield [["host memory that a save adds, rank 0", "peak", f"of the {mine / MB:.0f} MB that it writes"], *rows]
+    yield [
+        [
+            "host memory that a save adds, rank 0",
+            "peak",
+            f"of the {mine / MB:.0f} MB that it writes",
+        ],
+        *rows,
+    ]
     ours, plain = measure_stall(trainer, 3 * rounds)
     yield [
         ["training stops for", "ms", "beside a plain copy"],
-        ["the copy of what a rank writes", spread([1e3 * s for s in ours]), f"{paired_ratio(ours, plain):.2f}x"],
+        [
+            "the copy of what a rank writes",
+            spread([1e3 * s for s in ours]),
+            f"{paired_ratio(ours, plain):.2f}x",
+        ],
         ["a plain copy of as many bytes", spread([1e3 * s for s in plain]), ""],
     ]
     steps_s, num_steps = measure_steps(trainer, directory / "steps", rounds, steps)
@@ -277,7 +340,11 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
     yield [
         ["a step", "ms", "beside alone"],
         *(
-            [line, spread([1e3 * s for s in steps_s[name]]), f"{paired_ratio(steps_s[name], steps_s['alone']):.2f}x"]
+            [
+                line,
+                spread([1e3 * s for s in steps_s[name]]),
+                f"{paired_ratio(steps_s[name], steps_s['alone']):.2f}x",
+            ]
             for name, line in said.items()
         ),
     ]
@@ -298,15 +365,34 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
 
 def main() -> None:
     """Parse, check, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m training.bench.checkpoint", description="The cost of checkpoints.")
-    parser.add_argument("--directory", type=Path, default=Path("runs"), help="where to write: the disk to be measured")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    parser.add_argument("--steps", type=int, default=5, help="steps without a save in each round")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.bench.checkpoint", description="The cost of checkpoints."
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("runs"),
+        help="where to write: the disk to be measured",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="rounds that count",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=5,
+        help="steps without a save in each round",
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    places = [tempfile.mkdtemp(dir=arguments.directory, prefix="bench-") if dist.get_rank() == 0 else ""]
+    places = [
+        tempfile.mkdtemp(dir=arguments.directory, prefix="bench-") if dist.get_rank() == 0 else ""
+    ]
     dist.broadcast_object_list(places)
     directory = Path(places[0])
     try:
@@ -314,8 +400,16 @@ def main() -> None:
         one_step(trainer)
         check(trainer, directory / "check")
         if dist.get_rank() == 0:
-            print(f"{machine()}, {dist.get_world_size()} processes; what is loaded is bitwise what was saved")
-        for table in tables(trainer, directory, arguments.rounds, arguments.steps):
+            print(
+                f"{machine()}, {dist.get_world_size()} processes; what is loaded is bitwise what "
+                "was saved"
+            )
+        for table in tables(
+            trainer,
+            directory,
+            arguments.rounds,
+            arguments.steps,
+        ):
             if dist.get_rank() == 0:
                 print_table(table)
         dist.barrier()

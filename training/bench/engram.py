@@ -1,18 +1,22 @@
-"""An Engram table beside a card's compute: ``python -m training.bench.engram``, the last part of ``make bench-gpu``.
+"""An Engram table beside a card's compute: ``python -m training.bench.engram``, the last part of
+``make bench-gpu``.
 
-The tables are those of the preset moe-3b-engram-1.6b (1.6B values and their Adam state), on one process without an
-engine: torch, triton and numba are enough. ``engram_loop`` has the step that is timed: the trainer's, with bf16
-products in the place of the model that take ``--compute-ms`` a micro-batch. One micro-batch a step is the hardest case:
-no other one hides the update. The text is phrases of four tokens by Zipf's law, p proportional to 1 / rank (exponent
-1), whose n-grams are hashed as the trainer does.
+The tables are those of the preset moe-3b-engram-1.6b (1.6B values and their Adam state), on one
+process without an engine: torch, triton and numba are enough. ``engram_loop`` has the step that is
+timed: the trainer's, with bf16 products in the place of the model that take ``--compute-ms`` a
+micro-batch. One micro-batch a step is the hardest case: no other one hides the update. The text is
+phrases of four tokens by Zipf's law, p proportional to 1 / rank (exponent 1), whose n-grams are
+hashed as the trainer does.
 
-First all placements train a few rows: one that leaves other bits ends the program, and no speed is printed. Then each
-placement takes turns with the same loop without a table, and what is compared is the ratio of the two medians: a card
-that slows down slows both. "Waits" is what the program stands still for the table, "works" what the table's thread
-does; both include the card's own work that must be done before gradients can leave it. Copies are counted by PyTorch's
-profiler, in steps that are not timed.
+First all placements train a few rows: one that leaves other bits ends the program, and no speed is
+printed. Then each placement takes turns with the same loop without a table, and what is compared is
+the ratio of the two medians: a card that slows down slows both. "Waits" is what the program stands
+still for the table, "works" what the table's thread does; both include the card's own work that
+must be done before gradients can leave it. Copies are counted by PyTorch's profiler, in steps that
+are not timed.
 
-Without a card, or with ``--tiny``, it is a dry run: the same at tiny sizes, and every speed says "not measured".
+Without a card, or with ``--tiny``, it is a dry run: the same at tiny sizes, and every speed says
+"not measured".
 """
 
 import argparse
@@ -37,15 +41,32 @@ from training.bench.engram_loop import Loop, Work
 from training.plan.flops import flops_per_token, peak_flops
 from training.presets import PRESETS
 
-PRESET, MFU = "moe-3b-engram-1.6b", 0.4
+PRESET = "moe-3b-engram-1.6b"
+MFU = 0.4
 FORMATS: tuple[RowFormat, ...] = ("fp32", "bf16")
 RESIDENT = "on the device"
-WARMUP, ROUNDS, PROFILED, CHECKED = 20, 5, 4, 4  # steps; rounds; steps
-SIDE, TINY_SIDE, TINY_TOKENS, TINY_TABLE = 4096, 32, 48, 200
+# steps; rounds; steps
+WARMUP = 20
+ROUNDS = 5
+PROFILED = 4
+CHECKED = 4
+SIDE = 4096
+TINY_SIDE = 32
+TINY_TOKENS = 48
+TINY_TABLE = 200
 HEAD = [
-    "rows", "format", "ms a step: p50 (p20-p80)", "over no table, %", "over rows on the device, %", "waits, ms",
-    "works, ms", "MB to the card", "MB from it", "distinct of lookups, %", "hot of distinct, %",
-]  # fmt: skip
+    "rows",
+    "format",
+    "ms a step: p50 (p20-p80)",
+    "over no table, %",
+    "over rows on the device, %",
+    "waits, ms",
+    "works, ms",
+    "MB to the card",
+    "MB from it",
+    "distinct of lookups, %",
+    "hot of distinct, %",
+]
 
 
 def placements(num_rows: int) -> dict[str, TableConfig]:
@@ -75,7 +96,10 @@ def check_placements(work: Work) -> None:
             expected = expected or state
             for key, tensor in state.items():
                 if not torch.equal(tensor, expected[key]):
-                    raise SystemExit(f"wrong: {name}, {form}: {key} differs from that of rows {RESIDENT}; no speed")
+                    raise SystemExit(
+                        f"wrong: {name}, {form}: {key} differs from that of rows {RESIDENT}; no "
+                        "speed"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +121,14 @@ class Result:
         return float(np.median(self.times[:, 0]) / np.median(self.idle[:, 0]))
 
     def cells(self, resident: float) -> list[str]:
-        """Of the table; ``resident`` is the ratio of rows on the device, NaN where they do not fit."""
+        """Of the table; ``resident`` is the ratio of rows on the device,
+        NaN where they do not fit.
+        """
         _, waits, works = self.times.mean(0)
         over = [f"{100 * (self.ratio / other - 1):+.2f}" for other in (1, resident)]
-        figures = [f"{value:.2f}" for value in (waits, works)] + [f"{value:.1f}" for value in self.copied]
+        figures = [f"{value:.2f}" for value in (waits, works)] + [
+            f"{value:.1f}" for value in self.copied
+        ]
         return [quantiles(self.times), *over, *figures]
 
 
@@ -111,17 +139,26 @@ def measure(work: Work, config: TableConfig, steps: int) -> Result:
         RunError: there is too little memory for it.
     """
     gc.collect()  # tables and their threads refer to each other
-    loop, idle, each = Loop(work, work.tables(config)), Loop(work), -(-steps // ROUNDS)
+    loop = Loop(work, work.tables(config))
+    idle = Loop(work)
+    each = -(-steps // ROUNDS)
     loop.timed(WARMUP)
     rounds = [(loop.timed(each), idle.timed(each)) for _ in range(ROUNDS)]
     times, without = (np.concatenate(parts) for parts in zip(*rounds, strict=True))
     copied = copied_mb(loop)
     shares = loop.distinct / (loop.steps * work.lookups), loop.hot / loop.distinct
-    return Result(times=times, idle=without, copied=copied, shares=shares)
+    return Result(
+        times=times,
+        idle=without,
+        copied=copied,
+        shares=shares,
+    )
 
 
 def copied_mb(loop: Loop) -> tuple[float, float]:
-    """Megabytes that a step copies to the card and from it, as the profiler sees them; NaN where it sees none."""
+    """Megabytes that a step copies to the card and from it, as the profiler sees them; NaN where it
+    sees none.
+    """
     loop.finish()
     with profile(activities=supported_activities()) as seen:
         for _ in range(PROFILED):
@@ -134,9 +171,14 @@ def copied_mb(loop: Loop) -> tuple[float, float]:
 
 
 def copied_in(events: list[dict], steps: int) -> tuple[float, float]:
-    """``copied_mb`` from the events of a Chrome trace: "Memcpy HtoD (Pinned -> Device)" is one to the card."""
+    """``copied_mb`` from the events of a Chrome trace: "Memcpy HtoD (Pinned -> Device)" is one to
+    the card.
+    """
     copies = [event for event in events if event.get("cat") == "gpu_memcpy"]
-    sums = (sum(copy["args"]["bytes"] for copy in copies if way in copy["name"]) for way in ("HtoD", "DtoH"))
+    sums = (
+        sum(copy["args"]["bytes"] for copy in copies if way in copy["name"])
+        for way in ("HtoD", "DtoH")
+    )
     to_card, from_card = (size / steps / 1e6 if copies else float("nan") for size in sums)
     return to_card, from_card
 
@@ -149,7 +191,8 @@ def quantiles(times: np.ndarray) -> str:
 
 def table(work: Work, steps: int, dry: bool) -> list[list[str]]:
     """A row for each placement and format, after one for the loop without a table."""
-    rows, idle = [], []
+    rows = []
+    idle = []
     for form in FORMATS:
         resident = float("nan")
         for name, config in placements(work.num_rows).items():
@@ -168,7 +211,8 @@ def table(work: Work, steps: int, dry: bool) -> list[list[str]]:
 
 def calibrated(work: Work, compute_ms: float) -> Work:
     """With the number of products that take so long, once the card is warm."""
-    loop, each = Loop(work), 0.0
+    loop = Loop(work)
+    each = 0.0
     for count in (100, 1000):
         loop.finish()
         begin = time.perf_counter()
@@ -184,7 +228,8 @@ def micro_batch_ms(work: Work) -> float:
     Raises:
         SystemExit: the device's peak is not known.
     """
-    name, model = device_name(work.device), work.run.model
+    name = device_name(work.device)
+    model = work.run.model
     peak = peak_flops(name)
     if peak is None:
         raise SystemExit(f"--compute-ms: the peak of {name} is not known, so it must be given")
@@ -194,10 +239,27 @@ def micro_batch_ms(work: Work) -> float:
 def main() -> None:
     """Check, then print the table."""
     parser = argparse.ArgumentParser(prog="python -m training.bench.engram")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--compute-ms", type=float, help="of a micro-batch; the preset's at 40 %% MFU if not given")
-    parser.add_argument("--steps", type=int, default=60, help="steps that count, of each placement")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="tokens of a micro-batch",
+    )
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        help="micro-batches of a step",
+    )
+    parser.add_argument(
+        "--compute-ms", type=float, help="of a micro-batch; the preset's at 40 %% MFU if not given"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=60,
+        help="steps that count, of each placement",
+    )
     parser.add_argument("--tiny", action="store_true", help="a dry run, also on a card")
     arguments = parser.parse_args()
     for name in ("tokens", "micro_batches", "compute_ms", "steps"):
@@ -205,12 +267,22 @@ def main() -> None:
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: got {value}, expected more than 0")
     if missing := [name for name in ("numba", "triton") if find_spec(name) is None]:
-        raise SystemExit(f"training.bench.engram needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise SystemExit(
+            f"training.bench.engram needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
     device = local_device()
     sizes = {"tokens": arguments.tokens, "micro_batches": arguments.micro_batches, "side": SIDE}
     work = Work(run=PRESETS[PRESET](), device=device, **sizes)
-    few = replace(work.run, model=replace(work.run.model, engram=replace(work.engram, table_size=TINY_TABLE)))
-    tiny = Work(run=few, device=device, tokens=TINY_TOKENS, micro_batches=2, side=TINY_SIDE)
+    few = replace(
+        work.run, model=replace(work.run.model, engram=replace(work.engram, table_size=TINY_TABLE))
+    )
+    tiny = Work(
+        run=few,
+        device=device,
+        tokens=TINY_TOKENS,
+        micro_batches=2,
+        side=TINY_SIDE,
+    )
     if arguments.tiny or device.type != "cuda":
         why = "Tiny" if arguments.tiny else "No CUDA device"
         print(f"{why}: placements are checked, and no speed is measured.\n", flush=True)
@@ -225,9 +297,12 @@ def bench(work: Work, compute_ms: float, steps: int) -> None:
     """Print the hardware, the work and the table."""
     work = calibrated(work, compute_ms)
     print(
-        f"{gpu()}; {machine()}.\n{PRESET}: {work.num_rows:,} rows of {work.engram.head_dim}, {work.lookups:,} lookups "
-        f"a step of {work.micro_batches} x {work.tokens:,} tokens, phrases by Zipf's law, exponent 1.\n"
-        f"A micro-batch takes {compute_ms:.1f} ms: {work.products} bf16 products of {work.side}³.\n",
+        f"{gpu()}; {machine()}.\n{PRESET}: {work.num_rows:,} rows of {work.engram.head_dim}, "
+        f"{work.lookups:,} lookups "
+        f"a step of {work.micro_batches} x {work.tokens:,} tokens, phrases by Zipf's law, "
+        "exponent 1.\n"
+        f"A micro-batch takes {compute_ms:.1f} ms: {work.products} bf16 products of "
+        f"{work.side}³.\n",
         flush=True,
     )
     print_table(table(work, steps, dry=False))

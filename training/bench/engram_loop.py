@@ -1,8 +1,9 @@
-"""The trainer's step with bf16 products in the place of the model: what ``bench_engram`` times Engram tables in.
+"""The trainer's step with bf16 products in the place of the model: what ``bench_engram`` times
+Engram tables in.
 
-It calls the table as ``train_step`` does. The products of the layers before an Engram layer come before its rows are
-used. There is no optimizer of the model, behind which an update of the table could hide, and no Python of the model,
-which would share the interpreter with the table's thread.
+It calls the table as ``train_step`` does. The products of the layers before an Engram layer come
+before its rows are used. There is no optimizer of the model, behind which an update of the table
+could hide, and no Python of the model, which would share the interpreter with the table's thread.
 
 Shape suffixes: B batch (1), L length, O n-gram orders x hash heads, Y Engram layers.
 """
@@ -24,10 +25,15 @@ from training.model.config import EngramConfig
 if TYPE_CHECKING:  # they need numba, whose absence the benchmark reports
     from parallel.engram_table import EngramTables, Rows
 
-LEARNING_RATE, CLIP = 1e-3, 1.0
-GRADIENT = 1e-4  # times a row: the norm stays below CLIP, and bits do not depend on where it is summed
+LEARNING_RATE = 1e-3
+CLIP = 1.0
+GRADIENT = (
+    1e-4  # times a row: the norm stays below CLIP, and bits do not depend on where it is summed
+)
 SETTLE = 2  # steps before those that count: the device has done something else
-STREAM, PHRASE = 512, 4  # micro-batches of tokens, then the first comes again; tokens
+# micro-batches of tokens, then the first comes again; tokens
+STREAM = 512
+PHRASE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,8 @@ class Work:
     @cached_property
     def hashes(self) -> dict[int, NgramHash]:
         """The model's hash functions over its whole vocabulary, by layer."""
-        engram, vocab = self.engram, self.run.model.vocab_size
+        engram = self.engram
+        vocab = self.run.model.vocab_size
         sizes = engram.orders, engram.num_heads, engram.table_size, engram.seed
         return ngram_hashes(engram.layers, vocab, *sizes, pad_id=0)
 
@@ -67,14 +74,19 @@ class Work:
     @property
     def lookups(self) -> int:
         """A step."""
-        return self.micro_batches * self.tokens * sum(spec.num_columns for spec in self.hashes.values())
+        return (
+            self.micro_batches
+            * self.tokens
+            * sum(spec.num_columns for spec in self.hashes.values())
+        )
 
     @cached_property
     def stream(self) -> torch.Tensor:
-        """(STREAM, L) int64: phrases of PHRASE tokens, as many as the vocabulary has. Both follow Zipf's law.
+        """(STREAM, L) int64: phrases of PHRASE tokens, as many as the vocabulary has. Both follow
+        Zipf's law.
 
-        Of 4,096 tokens 70 % of the pairs and 81 % of the triples are distinct. (Python's standard library in 8,192
-        tokens: 39 % and 53 %; of tokens drawn one by one: 96 % and nearly all.)
+        Of 4,096 tokens 70 % of the pairs and 81 % of the triples are distinct. (Python's standard
+        library in 8,192 tokens: 39 % and 53 %; of tokens drawn one by one: 96 % and nearly all.)
         """
         from parallel.bench.engram_table import zipf_ids
 
@@ -85,7 +97,9 @@ class Work:
 
     def row_ids(self, index: int) -> dict[int, torch.Tensor]:
         """layer -> (B, L, O), of a micro-batch of the stream."""
-        rows_YBLO = engram_hash_layers(self.stream[index % STREAM][None], list(self.hashes.values()))
+        rows_YBLO = engram_hash_layers(
+            self.stream[index % STREAM][None], list(self.hashes.values())
+        )
         return dict(zip(self.hashes, rows_YBLO, strict=True))
 
     @cached_property
@@ -108,10 +122,16 @@ class Work:
 
         if self.device.type != "cuda" and config.placement == "pinned":
             config = replace(config, placement="host")
-        shapes = {layer: TableShape(spec.num_rows, self.engram.head_dim) for layer, spec in self.hashes.items()}
+        shapes = {
+            layer: TableShape(spec.num_rows, self.engram.head_dim)
+            for layer, spec in self.hashes.items()
+        }
         std = self.engram.init_std
-        mesh, dtype = single_mesh(), torch.bfloat16
-        return EngramTables(shapes, mesh, config, init_std=std, seed=0, device=self.device, dtype=dtype)
+        mesh = single_mesh()
+        dtype = torch.bfloat16
+        return EngramTables(
+            shapes, mesh, config, init_std=std, seed=0, device=self.device, dtype=dtype
+        )
 
 
 class Loop:
@@ -123,7 +143,8 @@ class Loop:
     """
 
     def __init__(self, work: Work, tables: "EngramTables | None" = None) -> None:
-        self.work, self.tables = work, tables
+        self.work = work
+        self.tables = tables
         self.steps = self.distinct = self.hot = 0
         self._asked = 0
         self._coming: dict[int, Rows] | None = None
@@ -138,13 +159,15 @@ class Loop:
         else:
             norm = float((self._model_norm + self.tables.squared_grad_norm()).sqrt())
             hot, distinct = self.tables.hot_use
-            self.hot, self.distinct = self.hot + hot, self.distinct + distinct
+            self.hot = self.hot + hot
+            self.distinct = self.distinct + distinct
             self.tables.step(LEARNING_RATE, min(1.0, CLIP / (norm + 1e-6)), self.steps)
         self.steps += 1
 
     def _micro_batch(self) -> None:
         rows = self._rows(self.tables) if self.tables else {}
-        outputs, done = [], 0
+        outputs = []
+        done = 0
         for layer in self.work.hashes:  # forward is a third of the products
             before = round(self.work.products / 3 * layer / len(self.work.run.model.pattern))
             self.work.multiply(before - done)
@@ -166,7 +189,9 @@ class Loop:
         return tables.fetch(partial(self.work.row_ids, self._asked - 1))
 
     def timed(self, steps: int) -> np.ndarray:
-        """(steps, 3) milliseconds: of a step, of the program's waiting for the table, of the table's work."""
+        """(steps, 3) milliseconds: of a step, of the program's waiting for the table, of the
+        table's work.
+        """
         marks = []
         for _ in range(SETTLE + steps):
             self.step()

@@ -1,17 +1,19 @@
-"""Training speed beside transformers' GraniteMoeHybridForCausalLM of the same shape: ``make bench``.
+"""Training speed beside transformers' GraniteMoeHybridForCausalLM of the same shape:
+``make bench``.
 
 Or ``torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m training.bench.throughput``,
 with OMP_NUM_THREADS set to the cores.
 
-Shape: hidden 256; three Mamba-2 layers (8 heads x 64, state 64, one group) and one of attention (4 heads x 64, 2 of
-keys), each followed by 8 experts top-2 (256) beside a shared MLP (256); vocabulary 8,192; batch 4 x 512; AdamW at 1e-3.
-All candidates train in one process, in turn, on the same batches: a busy machine slows all of them.
+Shape: hidden 256; three Mamba-2 layers (8 heads x 64, state 64, one group) and one of attention (4
+heads x 64, 2 of keys), each followed by 8 experts top-2 (256) beside a shared MLP (256); vocabulary
+8,192; batch 4 x 512; AdamW at 1e-3. All candidates train in one process, in turn, on the same
+batches: a busy machine slows all of them.
 
-The peer comes twice: with its own defaults (chunks of 256 tokens, torch's AdamW as it is), and tuned as ours is (chunks
-of 64, fused AdamW). What is the same: parameters (within 1 %), tokens, targets, clipping at norm 1, no positions, no
-auxiliary loss. What differs, each to our disadvantage: ours runs in the DeepSpeed engine with fp32 master weights,
-balances its experts by a bias, and respects document boundaries; the peer in bf16 has no master weights and no
-boundaries.
+The peer comes twice: with its own defaults (chunks of 256 tokens, torch's AdamW as it is), and
+tuned as ours is (chunks of 64, fused AdamW). What is the same: parameters (within 1 %), tokens,
+targets, clipping at norm 1, no positions, no auxiliary loss. What differs, each to our
+disadvantage: ours runs in the DeepSpeed engine with fp32 master weights, balances its experts by a
+bias, and respects document boundaries; the peer in bf16 has no master weights and no boundaries.
 """
 
 import argparse
@@ -40,7 +42,11 @@ from training.model.config import AttentionConfig, Mamba2Config, ModelConfig, Mo
 from training.step import train_step
 from training.trainer import build_trainer
 
-BATCH, LENGTH, VOCAB, LEARNING_RATE, CLIP = 4, 512, 8192, 1e-3, 1.0
+BATCH = 4
+LENGTH = 512
+VOCAB = 8192
+LEARNING_RATE = 1e-3
+CLIP = 1.0
 CORPUS = Path("data/stdlib")
 WARM_UP_ROUNDS = 4
 
@@ -65,15 +71,27 @@ class Ours:
                 vocab_size=VOCAB,
                 mamba2=Mamba2Config(state_dim=64, chunk_size=64),
                 attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64),
-                moe=MoEConfig(num_experts=8, top_k=2, expert_dim=256, shared_dim=256),
+                moe=MoEConfig(
+                    num_experts=8,
+                    top_k=2,
+                    expert_dim=256,
+                    shared_dim=256,
+                ),
             ),
             data=DataConfig(seq_length=LENGTH),
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, clip_norm=CLIP),
-            train=TrainConfig(global_batch=BATCH, micro_batch=BATCH, dtype=dtype, compile=compile),
+            train=TrainConfig(
+                global_batch=BATCH,
+                micro_batch=BATCH,
+                dtype=dtype,
+                compile=compile,
+            ),
         )
         every_token = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
         self.trainer = build_trainer(config, mesh, local_device(), every_token)
-        self.num_parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        self.num_parameters = sum(
+            parameter.numel() for parameter in self.trainer.model.parameters()
+        )
 
     def step(self, batch: Batch) -> float:
         return train_step(self.trainer, [batch], LEARNING_RATE, 0).loss
@@ -106,14 +124,19 @@ class Peer:
         )
         self.model = GraniteMoeHybridForCausalLM(config).train()
         self.model.to(device=local_device(), dtype=DTYPES[dtype])  # type: ignore[arg-type]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=tuned or None)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, fused=tuned or None
+        )
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self, batch: Batch) -> float:
         device = self.model.device
         targets = batch.targets_BL.to(device)
         loss = self.model(
-            input_ids=batch.input_ids_BL.to(device), labels=targets, shift_labels=targets, use_cache=False
+            input_ids=batch.input_ids_BL.to(device),
+            labels=targets,
+            shift_labels=targets,
+            use_cache=False,
         ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -131,19 +154,41 @@ class Record:
     losses: list[float] = field(default_factory=list)
 
 
-def measure(mesh: Mesh, dtypes: Sequence[Dtype], rounds: int, steps: int, compile: bool) -> dict[str, Record]:
-    """Train all candidates in turn, ``steps`` steps a round on the same rows; the first rounds warm up.
+def measure(
+    mesh: Mesh, dtypes: Sequence[Dtype], rounds: int, steps: int, compile: bool
+) -> dict[str, Record]:
+    """Train all candidates in turn, ``steps`` steps a round on the same rows; the first rounds warm
+    up.
 
     What each did in a round is printed when it has done it.
-    After some twelve steps every temporary finds memory that was used before, and no step waits for pages any more.
+    After some twelve steps every temporary finds memory that was used before, and no step waits for
+    pages any more.
     """
-    rows = PackedRows(TokenFiles.open(CORPUS), "train", LENGTH, seed=0)
+    rows = PackedRows(
+        TokenFiles.open(CORPUS),
+        "train",
+        LENGTH,
+        seed=0,
+    )
     records = {f"ours, {dtype}": Record(Ours(dtype, mesh, compile)) for dtype in dtypes}
     records |= {f"peer as it comes, {dtype}": Record(Peer(dtype, tuned=False)) for dtype in dtypes}
     records |= {f"peer tuned, {dtype}": Record(Peer(dtype, tuned=True)) for dtype in dtypes}
     for turn in range(WARM_UP_ROUNDS + rounds):
-        print("warm-up" if turn < WARM_UP_ROUNDS else f"round {turn - WARM_UP_ROUNDS + 1} of {rounds}", flush=True)
-        batches = [load_step(rows, (turn * steps + step) * BATCH, BATCH, BATCH)[0] for step in range(steps)]
+        print(
+            "warm-up"
+            if turn < WARM_UP_ROUNDS
+            else f"round {turn - WARM_UP_ROUNDS + 1} of {rounds}",
+            flush=True,
+        )
+        batches = [
+            load_step(
+                rows,
+                (turn * steps + step) * BATCH,
+                BATCH,
+                BATCH,
+            )[0]
+            for step in range(steps)
+        ]
         for name, record in records.items():
             begin = time.perf_counter()
             record.losses += [record.side.step(batch) for batch in batches]
@@ -155,11 +200,18 @@ def measure(mesh: Mesh, dtypes: Sequence[Dtype], rounds: int, steps: int, compil
 
 
 def show(records: dict[str, Record]) -> None:
-    """The table, and the ratio to the best of the peer's forms; no ratio where a model has not learned."""
+    """The table, and the ratio to the best of the peer's forms; no ratio where a model has not
+    learned.
+    """
     print_table(
         [["", "parameters", "tokens/s: median (range)", "loss, first and last"]]
         + [
-            [name, f"{r.side.num_parameters:,}", spread(r.tokens_per_s), f"{r.losses[0]:.2f} {r.losses[-1]:.2f}"]
+            [
+                name,
+                f"{r.side.num_parameters:,}",
+                spread(r.tokens_per_s),
+                f"{r.losses[0]:.2f} {r.losses[-1]:.2f}",
+            ]
             for name, r in records.items()
         ]
     )
@@ -168,7 +220,8 @@ def show(records: dict[str, Record]) -> None:
         return
     medians = {name: statistics.median(record.tokens_per_s) for name, record in records.items()}
     best = {
-        kind: max(v for k, v in medians.items() if k.startswith(kind)) for kind in ("ours", "peer as", "peer tuned")
+        kind: max(v for k, v in medians.items() if k.startswith(kind))
+        for kind in ("ours", "peer as", "peer tuned")
     }
     print(
         f"best dtype of each: {best['ours'] / best['peer as']:.2f}x the peer as it comes, "
@@ -179,21 +232,39 @@ def show(records: dict[str, Record]) -> None:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.bench.throughput", description="Training speed beside transformers."
+        prog="python -m training.bench.throughput",
+        description="Training speed beside transformers.",
     )
-    parser.add_argument("--rounds", type=int, default=6, help="rounds that count")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each candidate a round")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the kernels' elementwise pieces")
-    parser.add_argument("--bf16", action="store_true", help="bf16 also where this device is slow in it")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=6,
+        help="rounds that count",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="steps of each candidate a round",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the kernels' elementwise pieces"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="bf16 also where this device is slow in it"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     print(f"{machine()}{', compiled pieces' if arguments.compile else ''}", flush=True)
-    choice, dtypes = choose_dtype(local_device()), list(DTYPES)
+    choice = choose_dtype(local_device())
+    dtypes = list(DTYPES)
     if name_of(choice) == "fp32" and not arguments.bf16:
         print(f"bf16 is left out: {choice.reason}; --bf16 takes it in", flush=True)
         dtypes = ["fp32"]
-    records = measure(build_mesh(ParallelConfig()), dtypes, arguments.rounds, arguments.steps, arguments.compile)
+    records = measure(
+        build_mesh(ParallelConfig()), dtypes, arguments.rounds, arguments.steps, arguments.compile
+    )
     show(records)
 
 

@@ -71,17 +71,22 @@ def _comm(timeout_s: int = TrainConfig.checkpoint_timeout_s) -> GroupComm:
 
 @lru_cache(maxsize=2)
 def _group_beside(world: dist.ProcessGroup, timeout_s: int) -> dist.ProcessGroup:
-    """A group for checkpoints alone: ranks wait longer for a disk than for one another. Collective at first."""
+    """A group for checkpoints alone: ranks wait longer for a disk than for one another. Collective
+    at first.
+    """
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) -> Path:
-    """Write ``directory/step-N``; each rank writes what it owns, nothing is gathered. Collective over world.
+    """Write ``directory/step-N``; each rank writes what it owns, nothing is gathered. Collective
+    over world.
 
-    Only between steps: gradients that are being accumulated are not saved. ``Saver`` does the same beside training.
+    Only between steps: gradients that are being accumulated are not saved. ``Saver`` does the same
+    beside training.
 
     Args:
-        extra: anything that JSON can hold; ``load`` gives it back (the data's fingerprint, say). Rank 0's counts.
+        extra: anything that JSON can hold; ``load`` gives it back (the data's fingerprint, say).
+            Rank 0's counts.
 
     Returns:
         The checkpoint's path; it is complete.
@@ -91,7 +96,12 @@ def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) ->
         TypeError: ``extra`` is not JSON.
     """
     comm = _comm(trainer.config.train.checkpoint_timeout_s)
-    return write(Path(directory), trainer_tensors(trainer), describe(trainer, step, extra), comm)
+    return write(
+        Path(directory),
+        trainer_tensors(trainer),
+        describe(trainer, step, extra),
+        comm,
+    )
 
 
 def describe(trainer: Trainer, step: int, extra: dict[str, Any]) -> Manifest:
@@ -101,7 +111,12 @@ def describe(trainer: Trainer, step: int, extra: dict[str, Any]) -> Manifest:
         TypeError: ``extra`` is not JSON.
     """
     json.dumps(extra)
-    record = {"format": FORMAT, "step": step, "extra": extra, **identity_of(trainer.config.model, trainer.memory)}
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "extra": extra,
+        **identity_of(trainer.config.model, trainer.memory),
+    }
     record["layout"] = {"world": trainer.mesh.size("world"), **asdict(trainer.config.parallel)}
     return record
 
@@ -114,12 +129,14 @@ def write(
     files: Mapping[str, bytes] | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> Path:
-    """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread beside training.
+    """All that follows once the values stand still: on a copy of ``tensors`` it may run in a thread
+    beside training.
 
     Args:
-        files: names of ``storage.ATTACHED`` and contents, stored and verified with the tensors. Rank 0's count.
-        guard: called on rank 0 before the directory is touched, and before the save is committed. Where it raises
-            ``LostRun`` everything is left as it is: it is another process's by now.
+        files: names of ``storage.ATTACHED`` and contents, stored and verified with the tensors.
+            Rank 0's count.
+        guard: called on rank 0 before the directory is touched, and before the save is committed.
+            Where it raises ``LostRun`` everything is left as it is: it is another process's by now.
     """
 
     def start() -> Path:
@@ -168,7 +185,8 @@ def _fill(
 
 
 def load(path: Path, trainer: Trainer, *, verified: bool = False) -> Manifest:
-    """Restore masters, moments, steps, tables and router biases, and the model's parameters. Collective over world.
+    """Restore masters, moments, steps, tables and router biases, and the model's parameters.
+    Collective over world.
 
     Into a trainer that has not trained yet. Rows of another format are converted to the tables'.
 
@@ -179,19 +197,25 @@ def load(path: Path, trainer: Trainer, *, verified: bool = False) -> Manifest:
         The manifest; ``step`` and ``extra`` are those of ``save``.
 
     Raises:
-        RunError: on every rank: the checkpoint is incomplete, damaged (file and tensors are named), of a newer format,
-            or of another model, token map or (unless ``table.restart_optimizer``) table optimizer. All of these are
-            found before anything is changed.
+        RunError: on every rank: the checkpoint is incomplete, damaged (file and tensors are named),
+            of a newer format, or of another model, token map or (unless
+            ``table.restart_optimizer``) table optimizer. All of these are found before anything is
+            changed.
     """
-    comm, config = _comm(trainer.config.train.checkpoint_timeout_s), trainer.config.model
-    tensors, memory = trainer_tensors(trainer), trainer.memory
-    manifest = _restore(comm, Path(path), tensors, config, memory, lambda name: True, verified=verified)
+    comm = _comm(trainer.config.train.checkpoint_timeout_s)
+    config = trainer.config.model
+    tensors = trainer_tensors(trainer)
+    memory = trainer.memory
+    manifest = _restore(
+        comm, Path(path), tensors, config, memory, lambda name: True, verified=verified
+    )
     refresh_parameters(trainer.engine)
     return manifest
 
 
 def load_initial(source: Path, trainer: Trainer, tokenizer: Path) -> tuple[Path, Manifest]:
-    """Begin with the weights of another run: masters, parameters, router biases and table rows; no optimizer state.
+    """Begin with the weights of another run: masters, parameters, router biases and table rows; no
+    optimizer state.
 
     Collective over world, into a trainer that has not trained yet.
 
@@ -208,7 +232,14 @@ def load_initial(source: Path, trainer: Trainer, tokenizer: Path) -> tuple[Path,
     comm = _comm(trainer.config.train.checkpoint_timeout_s)
     path = on_rank_0(comm, lambda: _of_tokenizer(find_checkpoint(source), tokenizer))
     weights = {name: tensor for name, tensor in trainer_tensors(trainer).items() if is_weight(name)}
-    manifest = _restore(comm, path, weights, trainer.config.model, trainer.memory, is_weight)
+    manifest = _restore(
+        comm,
+        path,
+        weights,
+        trainer.config.model,
+        trainer.memory,
+        is_weight,
+    )
     refresh_parameters(trainer.engine)
     return path, manifest
 
@@ -222,16 +253,21 @@ def _of_tokenizer(path: Path, tokenizer: Path) -> Path:
     return path
 
 
-def load_weights(path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemory | None) -> Manifest:
-    """Read parameters, router biases and table rows into a model without an optimizer, on any layout.
+def load_weights(
+    path: Path, model: HybridModel, mesh: Mesh, memory: EngramMemory | None
+) -> Manifest:
+    """Read parameters, router biases and table rows into a model without an optimizer, on any
+    layout.
 
-    Parameters are rounded to their own dtype, rows converted to the tables' format. Collective over world where there
-    are processes.
+    Parameters are rounded to their own dtype, rows converted to the tables' format. Collective over
+    world where there are processes.
 
     Raises:
         RunError: as ``load``.
     """
-    return _restore(_comm(), Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight)
+    return _restore(
+        _comm(), Path(path), weight_tensors(model, mesh, memory), model.config, memory, is_weight
+    )
 
 
 def run_comm(config: TrainConfig) -> GroupComm:
@@ -240,12 +276,15 @@ def run_comm(config: TrainConfig) -> GroupComm:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint in ``directory``; None where there is none. Collective over world."""
+    """The newest complete checkpoint in ``directory``; None where there is none. Collective over
+    world.
+    """
     return storage.latest(Path(directory), _comm())
 
 
 def prune(directory: Path, keep: int, keep_every: int = 0) -> None:
-    """Keep the ``keep`` newest complete checkpoints and those of every ``keep_every``-th step; delete others.
+    """Keep the ``keep`` newest complete checkpoints and those of every ``keep_every``-th step;
+    delete others.
 
     Of what it deletes, only the files that the manifest names. Collective over world.
 
@@ -268,13 +307,26 @@ def _restore(
     path = comm.bcast(path)
     manifest = on_rank_0(comm, lambda: storage.read_manifest(path))
     if manifest.get("weights_only") and wanted is not is_weight:
-        rule, fix = "holds weights only: there is nothing to resume from", "begin a run with --train.start_from"
+        rule = "holds weights only: there is nothing to resume from"
+        fix = "begin a run with --train.start_from"
         raise checkpoint_problem(path, rule, fix)
-    stored: TensorMetadata = {name: record for name, record in manifest["tensors"].items() if wanted(name)}
+    stored: TensorMetadata = {
+        name: record for name, record in manifest["tensors"].items() if wanted(name)
+    }
     first: Tensors = {}
     if memory is not None:
         first, tensors, stored = fit_rows(path, tensors, stored, memory.tables)
-    on_every_rank(comm, lambda: require_same_model(path, manifest, first | tensors, config, memory, stored))
+    on_every_rank(
+        comm,
+        lambda: require_same_model(
+            path,
+            manifest,
+            first | tensors,
+            config,
+            memory,
+            stored,
+        ),
+    )
     if not verified:
         storage.verify(path, manifest, comm)
     with told_for(path, "read"):

@@ -1,7 +1,8 @@
-"""Saves a run behind its back: training stops only while what each rank owns is copied to host memory.
+"""Saves a run behind its back: training stops only while what each rank owns is copied to host
+memory.
 
-Writing, checksums, commit and pruning are one thread's work, on a process group that nothing else uses meanwhile: its
-collectives run beside training's. One save is outstanding at most.
+Writing, checksums, commit and pruning are one thread's work, on a process group that nothing else
+uses meanwhile: its collectives run beside training's. One save is outstanding at most.
 """
 
 import time
@@ -26,14 +27,15 @@ from training.trainer import Trainer
 
 POLL_S = 0.1
 # A file that grows, metrics.jsonl, is kept in a checkpoint from its last whole lines.
-GROWS, TAIL_BYTES = ".jsonl", 2**18
+GROWS = ".jsonl"
+TAIL_BYTES = 2**18
 
 
 class Saver:
     """Saves into a directory while entered. Everything is collective over world.
 
-    Left without an error, it finishes, and raises what failed. Left with a RunError, which is every rank's, it lets the
-    outstanding save end: that may be the last good state.
+    Left without an error, it finishes, and raises what failed. Left with a RunError, which is every
+    rank's, it lets the outstanding save end: that may be the last good state.
     """
 
     def __init__(
@@ -50,19 +52,28 @@ class Saver:
 
         Args:
             extra: anything that JSON can hold; ``load`` gives it back. Rank 0's counts.
-            files: name in each checkpoint (one of ``storage.ATTACHED``) -> a file to be copied, where it exists.
-            spared: damaged checkpoints that are not deleted before one of the same step has replaced them.
-            guard: called on rank 0 before a save begins and before it is committed; may raise ``LostRun``.
+            files: name in each checkpoint (one of ``storage.ATTACHED``) -> a file to be copied,
+                where it exists.
+            spared: damaged checkpoints that are not deleted before one of the same step has
+                replaced them.
+            guard: called on rank 0 before a save begins and before it is committed; may raise
+                ``LostRun``.
 
         Raises:
-            RunError: on every rank: the directory cannot be written to, or a host has no memory for the copies.
+            RunError: on every rank: the directory cannot be written to, or a host has no memory for
+                the copies.
         """
-        self._directory, self._trainer, self._extra = directory, trainer, extra
-        self._settings, self._sources = trainer.config.train, dict(files or {})
-        self._spared, self._guard = set(spared), guard
+        self._directory = directory
+        self._trainer = trainer
+        self._extra = extra
+        self._settings = trainer.config.train
+        self._sources = dict(files or {})
+        self._spared = set(spared)
+        self._guard = guard
         timeout = timedelta(seconds=self._settings.checkpoint_timeout_s)
         self._comm = GroupComm(dist.new_group(backend="gloo", timeout=timeout))
-        self._snapshot, self._thread = Snapshot(), ThreadPoolExecutor(1, "saver", self._begin_thread)
+        self._snapshot = Snapshot()
+        self._thread = ThreadPoolExecutor(1, "saver", self._begin_thread)
         self._outstanding: Future[float] | None = None
         self._all_done = torch.zeros(1, device=trainer.device)
         self._figures: dict[str, float] = {}
@@ -71,13 +82,15 @@ class Saver:
             require_memory(trainer_tensors(trainer), self._comm)
 
     def save(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
-        """Save the state that ``step`` steps made, once the save before has ended. Only between steps.
+        """Save the state that ``step`` steps made, once the save before has ended. Only between
+        steps.
 
         Args:
             extra: what belongs to this step, beside what belongs to the run.
 
         Raises:
-            RunError: on every rank: the save before, or this one where it is not asynchronous, failed.
+            RunError: on every rank: the save before, or this one where it is not asynchronous,
+                failed.
         """
         begin = time.perf_counter()
         self.finish()
@@ -85,7 +98,9 @@ class Saver:
         record = describe(self._trainer, step, self._extra | dict(extra or {}))
         if self._settings.async_save:
             tensors = self._snapshot.take(tensors)
-            self._outstanding = self._thread.submit(self._write, tensors, record, self._read_files(), begin)
+            self._outstanding = self._thread.submit(
+                self._write, tensors, record, self._read_files(), begin
+            )
         else:
             self._figures["save_s"] = self._write(tensors, record, self._read_files(), begin)
         self._figures["save_stall_s"] = time.perf_counter() - begin
@@ -94,15 +109,16 @@ class Saver:
         """What has happened since the last call, for the metrics.
 
         Returns:
-            ``save_stall_s``, for which training stood still, where a save began; ``save_s``, from its begin until it
-            could be resumed from, where one has ended.
+            ``save_stall_s``, for which training stood still, where a save began; ``save_s``, from
+            its begin until it could be resumed from, where one has ended.
 
         Raises:
             RunError: on every rank at the same step: the outstanding save failed.
         """
         if self._outstanding is not None and self._has_ended(self._outstanding):
             self._take_result(self._outstanding)
-        figures, self._figures = self._figures, {}
+        figures = self._figures
+        self._figures = {}
         return figures
 
     def finish(self) -> None:
@@ -118,7 +134,10 @@ class Saver:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:
             self.finish()
@@ -128,22 +147,40 @@ class Saver:
         if self._trainer.device.type != "cpu":  # DCP opens a stream: not on every rank's first card
             torch.accelerator.set_device_index(self._trainer.device)
 
-    def _write(self, tensors: Tensors, record: Manifest, files: dict[str, bytes], begin: float) -> float:
-        path = write(self._directory, tensors, record, self._comm, files, self._guard)
+    def _write(
+        self, tensors: Tensors, record: Manifest, files: dict[str, bytes], begin: float
+    ) -> float:
+        path = write(
+            self._directory,
+            tensors,
+            record,
+            self._comm,
+            files,
+            self._guard,
+        )
         self._spared.discard(path)
-        storage.prune(self._directory, self._settings.keep, self._comm, self._settings.keep_every, self._spared)
+        storage.prune(
+            self._directory,
+            self._settings.keep,
+            self._comm,
+            self._settings.keep_every,
+            self._spared,
+        )
         return time.perf_counter() - begin
 
     def _has_ended(self, saving: Future[float]) -> bool:
         """Whether it has ended on all ranks.
 
-        A save raises its RunErrors on every rank, so ranks wait for one another; anything else is this rank's alone.
+        A save raises its RunErrors on every rank, so ranks wait for one another; anything else is
+        this rank's alone.
         """
         error = saving.exception() if saving.done() else None
         if error is not None and not isinstance(error, RunError):
             raise error
         self._all_done.fill_(float(saving.done()))
-        dist.all_reduce(self._all_done, op=dist.ReduceOp.MIN, group=self._trainer.mesh.group("world"))
+        dist.all_reduce(
+            self._all_done, op=dist.ReduceOp.MIN, group=self._trainer.mesh.group("world")
+        )
         return bool(self._all_done)
 
     def _take_result(self, saving: Future[float]) -> None:

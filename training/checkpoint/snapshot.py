@@ -17,19 +17,26 @@ ALIGNMENT_BYTES = 64
 
 
 class Snapshot:
-    """One copy, which the next one overwrites: as much host memory as the rank writes, pinned for what is on a card."""
+    """One copy, which the next one overwrites: as much host memory as the rank writes, pinned for
+    what is on a card.
+    """
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}  # by the kind of device that is copied
 
     @torch.no_grad()
     def take(self, tensors: Tensors) -> Tensors:
-        """``tensors`` with the values as they stand now, and only the chunks that this rank writes."""
-        stored = [(name, chunk) for name, tensor in tensors.items() for chunk in stored_chunks(tensor)]
+        """``tensors`` with the values as they stand now,
+        and only the chunks that this rank writes.
+        """
+        stored = [
+            (name, chunk) for name, tensor in tensors.items() for chunk in stored_chunks(tensor)
+        ]
         used = self._reserve([chunk for _, chunk in stored])
         copies = {name: replace(tensor, chunks=[]) for name, tensor in tensors.items()}
         for name, chunk in stored:
-            kind, values = chunk.values.device.type, chunk.values
+            kind = chunk.values.device.type
+            values = chunk.values
             used[kind] -= _aligned(values.nbytes)
             place = self._memory[kind][used[kind] :][: values.nbytes]
             copy = place.view(values.dtype).view(values.shape).copy_(values, non_blocking=True)
@@ -39,7 +46,9 @@ class Snapshot:
         return copies
 
     def _reserve(self, chunks: list[Chunk]) -> dict[str, int]:
-        """Make room for copies of ``chunks``; the bytes that they take, by the kind of device that is copied."""
+        """Make room for copies of ``chunks``; the bytes that they take, by the kind of device that
+        is copied.
+        """
         sizes = _sizes(chunks)
         for kind, size in sizes.items():
             if kind not in self._memory or self._memory[kind].numel() < size:
@@ -69,15 +78,32 @@ def require_memory(tensors: Tensors, comm: Comm) -> None:
     ranks = comm.allgather((socket.gethostname(), snapshot_bytes(tensors), available_host_bytes()))
     for host in sorted({host for host, _, _ in ranks}):
         total = sum(size for other, size, _ in ranks if other == host)
-        free = min((left for other, _, left in ranks if other == host and left is not None), default=total)
+        free = min(
+            (left for other, _, left in ranks if other == host and left is not None), default=total
+        )
         if total > free:
-            rule = f"copies {total / GIB:.2f} GiB to memory of {host}, where {free / GIB:.2f} GiB are available"
+            rule = (
+                f"copies {total / GIB:.2f} GiB to memory of {host}, where {free / GIB:.2f} "
+                "GiB "
+                "are available"
+            )
             fix = "stop training while it is written: --train.async_save False"
-            raise RunError(Problem(field="train.async_save", value=True, rule=rule, fix=fix))
+            raise RunError(
+                Problem(
+                    field="train.async_save",
+                    value=True,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
 
 
 def _allocate(kind: str, size: int) -> torch.Tensor:
-    return host_zeros((size,), torch.uint8) if kind == "cpu" else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return (
+        host_zeros((size,), torch.uint8)
+        if kind == "cpu"
+        else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    )
 
 
 def _aligned(num_bytes: int) -> int:

@@ -1,4 +1,5 @@
-"""What keeps a prepared dataset from being trained on, from its dataset.json alone. No torch: the CLI imports it.
+"""What keeps a prepared dataset from being trained on, from its dataset.json alone. No torch: the
+CLI imports it.
 
 ``open_data`` of the loop checks the same, and the files themselves, on every rank.
 """
@@ -11,7 +12,9 @@ from training.data.files import SPLITS, check_manifest, read_manifest
 
 
 def data_problems(data: DataConfig, vocab_size: int) -> list[Problem]:
-    """All that is wrong with the dataset for a model of ``vocab_size`` tokens, and with the rows that are asked for."""
+    """All that is wrong with the dataset for a model of ``vocab_size`` tokens, and with the rows
+    that are asked for.
+    """
     problems = _row_problems(data)
     path = Path(data.path)
     try:
@@ -23,19 +26,42 @@ def data_problems(data: DataConfig, vocab_size: int) -> list[Problem]:
         return problems + [problem for problem in error.problems if isinstance(problem, Problem)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         rule = f"has a damaged dataset.json ({error})"
-        return [*problems, Problem(field="data.path", value=path, rule=rule, fix="prepare it again")]
+        return [
+            *problems,
+            Problem(
+                field="data.path",
+                value=path,
+                rule=rule,
+                fix="prepare it again",
+            ),
+        ]
     if tokens > vocab_size:
         rule = f"is below the {tokens} tokens of {path}"
-        problems.append(Problem(field="model.vocab_size", value=vocab_size, rule=rule, fix=f"use {tokens} or more"))
+        problems.append(
+            Problem(
+                field="model.vocab_size", value=vocab_size, rule=rule, fix=f"use {tokens} or more"
+            )
+        )
     return problems + _split_problems(data, counts)
 
 
 def _row_problems(data: DataConfig) -> list[Problem]:
     problems = []
     if data.seq_length < 1:
-        problems.append(Problem(field="data.seq_length", value=data.seq_length, rule="is below 1", fix="use 512"))
+        problems.append(
+            Problem(
+                field="data.seq_length", value=data.seq_length, rule="is below 1", fix="use 512"
+            )
+        )
     if data.seed < 0:
-        problems.append(Problem(field="data.seed", value=data.seed, rule="is negative", fix="use 0 or more"))
+        problems.append(
+            Problem(
+                field="data.seed",
+                value=data.seed,
+                rule="is negative",
+                fix="use 0 or more",
+            )
+        )
     return problems
 
 
@@ -44,11 +70,28 @@ def _split_problems(data: DataConfig, counts: dict[str, int]) -> list[Problem]:
     problems = []
     for name, count in counts.items():
         if count < 2:
-            rule = f"has {count or 'no'} token{'s' * (count != 1)} in its {name} split: nothing to predict"
+            rule = (
+                f"has {count or 'no'} token{'s' * (count != 1)} in its {name} split: nothing "
+                "to predict"
+            )
             fix = "prepare it from more documents"
-            problems.append(Problem(field="data.path", value=data.path, rule=rule, fix=fix))
+            problems.append(
+                Problem(
+                    field="data.path",
+                    value=data.path,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
     if counts["train"] >= 2 and data.seq_length + 1 > counts["train"]:
         rule = f"is longer than the {counts['train']} tokens of the train split of {data.path}"
         fix = f"use at most {counts['train'] - 1}, or prepare more documents"
-        problems.append(Problem(field="data.seq_length", value=data.seq_length, rule=rule, fix=fix))
+        problems.append(
+            Problem(
+                field="data.seq_length",
+                value=data.seq_length,
+                rule=rule,
+                fix=fix,
+            )
+        )
     return problems

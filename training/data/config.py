@@ -24,23 +24,29 @@ class PrepareConfig:
     """From documents to token files."""
 
     source: tuple[str, ...] = ("stdlib",)
-    """One or several of: `stdlib` (the source of this Python's standard library), a local file, directory or pattern of
-    .jsonl, .parquet, .txt or .py (a text file is one document; .gz, .zst, .bz2 and .xz are unpacked), or the name of a
-    dataset on the Hugging Face hub."""
+    """One or several of: `stdlib` (the source of this Python's standard library), a local file,
+    directory or pattern of .jsonl, .parquet, .txt or .py (a text file is one document; .gz, .zst,
+    .bz2 and .xz are unpacked), or the name of a dataset on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
     text_field: str = "text"
-    """Column of JSON lines, parquet files and hub datasets that holds the text; a dotted path leads into objects."""
+    """Column of JSON lines, parquet files and hub datasets that holds the text; a dotted path leads
+    into objects.
+    """
     out: str = "data/stdlib"
     """Directory that is written."""
     tokenizer: str | None = None
     """A tokenizer.json to use; None trains a byte-level BPE on the training documents."""
     vocab_size: int = 8192
-    """Tokens of a trained vocabulary, special ones included; fewer when the corpus is too small for as many."""
+    """Tokens of a trained vocabulary, special ones included; fewer when the corpus is too small for
+    as many.
+    """
     val_fraction: float = 0.02
-    """Share of the documents that validate: chosen by a hash of their index and the seed, at least one."""
+    """Share of the documents that validate: chosen by a hash of their index and the seed, at least
+    one.
+    """
     append_eod: bool = True
     """End each document with the end-of-document token."""
     max_documents: int = 0
@@ -77,7 +83,12 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
         ),
     ]
     return [
-        Problem(field=field, value=repr(getattr(config, field)), rule=rule, fix=fix)
+        Problem(
+            field=field,
+            value=repr(getattr(config, field)),
+            rule=rule,
+            fix=fix,
+        )
         for ok, field, rule, fix in rules
         if not ok
     ]

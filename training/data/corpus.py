@@ -1,4 +1,6 @@
-"""Documents of a corpus: every text that the sources name, in one Arrow file that all ranks read."""
+"""Documents of a corpus: every text that the sources name,
+in one Arrow file that all ranks read.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -40,15 +42,16 @@ class Reading:
 
 
 def write_documents(config: PrepareConfig, path: Path, show: bool = True) -> Reading:
-    """Write the documents of ``config.source``, in the order of sources and files, at most ``max_documents``.
+    """Write the documents of ``config.source``, in the order of sources and files, at most
+    ``max_documents``.
 
     Args:
         path: the Arrow file to write; one column, ``text``.
         show: tell on stderr how far it is.
 
     Raises:
-        RunError: a source is missing or unreadable, has no text where one is expected (says file and line), or holds
-            fewer than two documents.
+        RunError: a source is missing or unreadable, has no text where one is expected (says file
+            and line), or holds fewer than two documents.
     """
     import pyarrow as pa
 
@@ -66,7 +69,9 @@ def write_documents(config: PrepareConfig, path: Path, show: bool = True) -> Rea
         for batch in _batches(_checked(limited, reading)):
             writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
     if reading.documents < 2:
-        fix = "give two or more, for one is to validate on: a text file is one, a line of JSON is one"
+        fix = (
+            "give two or more, for one is to validate on: a text file is one, a line of JSON is one"
+        )
         raise _bad_source(config, f"has {reading.documents} documents", fix)
     return reading
 
@@ -79,7 +84,8 @@ def open_documents(path: Path) -> "Dataset":
 
 
 def standard_library() -> list[str]:
-    """Source files of this interpreter's standard library, by path: its tests too, no site-packages.
+    """Source files of this interpreter's standard library, by path: its tests too, no
+    site-packages.
 
     A few test files are in other encodings than UTF-8 on purpose; they are left out.
     """
@@ -92,7 +98,9 @@ def standard_library() -> list[str]:
     return texts
 
 
-def _read_all(sources: list[Source], config: PrepareConfig, reading: Reading, progress: Progress) -> Iterator[str]:
+def _read_all(
+    sources: list[Source], config: PrepareConfig, reading: Reading, progress: Progress
+) -> Iterator[str]:
     for source in sources:
         if source.name == STDLIB:
             texts = standard_library()
@@ -112,7 +120,9 @@ def _read_hub(name: str, config: PrepareConfig) -> Iterator[str]:
     datasets.disable_progress_bars()
     try:
         documents = datasets.load_dataset(name, config.subset, split=config.split)
-    except Exception as error:  # missing, private, offline, unknown subset or split: each its own type
+    except (
+        Exception
+    ) as error:  # missing, private, offline, unknown subset or split: each its own type
         raise _bad_source(
             config,
             f"is no local file, and the hub's dataset cannot be loaded: {_first_line(error)}",
@@ -124,7 +134,14 @@ def _read_hub(name: str, config: PrepareConfig) -> Iterator[str]:
         if text is MISSING or not isinstance(text, str | None):
             rule = f"is no column of text in row {number} of {name}"
             fix = f"use one of {', '.join(documents.column_names)}"
-            raise RunError(Problem(field="text_field", value=config.text_field, rule=rule, fix=fix))
+            raise RunError(
+                Problem(
+                    field="text_field",
+                    value=config.text_field,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
         yield text or ""
 
 
@@ -139,7 +156,9 @@ def _checked(texts: Iterator[str], reading: Reading) -> Iterator[str]:
 
 
 def _mend_surrogates(text: str) -> str:
-    """Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes U+FFFD; any other text is returned as is."""
+    """Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes U+FFFD; any other text is
+    returned as is.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,5 @@
-"""Packed rows: tokens of whole documents end to end, cut to one length, with their documents' boundaries.
+"""Packed rows: tokens of whole documents end to end, cut to one length, with their documents'
+boundaries.
 
 Legend: B batch, L length.
 """
@@ -18,7 +19,9 @@ from training.data.order import random_order
 V = TypeVar("V")
 NO_TARGET = -100  # the label that torch's cross entropy ignores
 KEPT_EPOCHS = 2  # a row at the end of an epoch reads the next one's documents
-DOCUMENTS, ROWS = 0, 1  # what an epoch shuffles
+# what an epoch shuffles
+DOCUMENTS = 0
+ROWS = 1
 
 
 class Row(NamedTuple):
@@ -48,9 +51,13 @@ class Batch:
     input_ids_BL: Tensor
     """int64 tokens."""
     targets_BL: Tensor
-    """int64: the token that follows each; -100 where that belongs to another document (so at EOD) or is padding."""
+    """int64: the token that follows each; -100 where that belongs to another document (so at EOD)
+    or is padding.
+    """
     seq_idx_BL: Tensor
-    """int32: index of the document inside the row, from 0; an EOD belongs to the document it ends."""
+    """int32: index of the document inside the row, from 0;
+    an EOD belongs to the document it ends.
+    """
     num_targets: int
     """Targets that are not -100."""
 
@@ -71,7 +78,9 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on ``device``; the copy overlaps with work of the caller where memory is pinned."""
+        """The batch on ``device``; the copy overlaps with work of the caller where memory is
+        pinned.
+        """
         return Batch(
             input_ids_BL=self.input_ids_BL.to(device, non_blocking=True),
             targets_BL=self.targets_BL.to(device, non_blocking=True),
@@ -83,15 +92,20 @@ class Batch:
 class PackedRows:
     """Training rows without end: a pure function of (token files, split, sequence length, seed).
 
-    The documents of each epoch come in a random order, epochs follow one another, and this stream is cut into rows that
-    overlap by one token, so that each token of an epoch is once an input and once a target. The rows that start in an
-    epoch come in a random order; the last of them reaches into the next epoch. Row i belongs to epoch i L // T.
+    The documents of each epoch come in a random order, epochs follow one another, and this stream
+    is cut into rows that overlap by one token, so that each token of an epoch is once an input and
+    once a target. The rows that start in an epoch come in a random order; the last of them reaches
+    into the next epoch. Row i belongs to epoch i L // T.
 
     Only documents' lengths are held: 16 bytes a document and 8 bytes a row for each of two epochs.
     """
 
     def __init__(
-        self, files: TokenFiles, split: Literal["train", "val"] = "train", seq_length: int = 512, seed: int = 0
+        self,
+        files: TokenFiles,
+        split: Literal["train", "val"] = "train",
+        seq_length: int = 512,
+        seed: int = 0,
     ) -> None:
         """Look at the documents' lengths; reads no tokens.
 
@@ -99,24 +113,46 @@ class PackedRows:
             RunError: the split holds fewer tokens than one row, or a value is out of its range.
         """
         self._split: Split = getattr(files, split)
-        self._starts, self.seq_length, self.seed = self._split.starts, seq_length, seed
+        self._starts = self._split.starts
+        self.seq_length = seq_length
+        self.seed = seed
         self._lengths = self._split.ends - self._starts
         self.num_tokens = len(self._split.tokens)
         self._document_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._row_orders: dict[int, np.ndarray] = {}
         _check_length(seq_length)
         if seed < 0:
-            raise RunError(Problem(field="data.seed", value=seed, rule="is negative", fix="use 0 or more"))
+            raise RunError(
+                Problem(
+                    field="data.seed",
+                    value=seed,
+                    rule="is negative",
+                    fix="use 0 or more",
+                )
+            )
         if seq_length + 1 > self.num_tokens:
-            rule = f"is longer than the {self.num_tokens} tokens of the {split} split of {files.path}"
+            rule = (
+                f"is longer than the {self.num_tokens} tokens of the {split} split of {files.path}"
+            )
             fix = f"use at most {self.num_tokens - 1}, or prepare more documents"
-            raise RunError(Problem(field="data.seq_length", value=seq_length, rule=rule, fix=fix))
+            raise RunError(
+                Problem(
+                    field="data.seq_length",
+                    value=seq_length,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
 
     def read(self, index: int) -> Row:
         """Row ``index`` >= 0, of any epoch."""
         pieces = list(self._pieces(int(index)))
-        tokens = np.concatenate([self._split.tokens[start : start + length] for start, length in pieces])
-        segments = np.repeat(np.arange(len(pieces), dtype=np.int32), [length for _, length in pieces])
+        tokens = np.concatenate(
+            [self._split.tokens[start : start + length] for start, length in pieces]
+        )
+        segments = np.repeat(
+            np.arange(len(pieces), dtype=np.int32), [length for _, length in pieces]
+        )
         return Row(tokens.astype(np.int64), segments, len(tokens))
 
     def row(self, index: int) -> np.ndarray:
@@ -136,16 +172,23 @@ class PackedRows:
                     source = int(order[document])
                     end = int(self._starts[source] + self._lengths[source])
                     yield end - (int(ends[document]) - place), length
-                needed, place, document = needed - length, place + length, document + 1
-            epoch, place = epoch + 1, 0
+                needed = needed - length
+                place = place + length
+                document = document + 1
+            epoch = epoch + 1
+            place = 0
 
     def _locate(self, index: int) -> tuple[int, int]:
         """The epoch of a row, and the place in that epoch's stream where it starts."""
         epoch = index * self.seq_length // self.num_tokens
-        first, end = (-(-start * self.num_tokens // self.seq_length) for start in (epoch, epoch + 1))
+        first, end = (
+            -(-start * self.num_tokens // self.seq_length) for start in (epoch, epoch + 1)
+        )
         order = self._row_orders.get(epoch)
         if order is None:
-            order = _keep(self._row_orders, epoch, random_order(end - first, self.seed, epoch, ROWS))
+            order = _keep(
+                self._row_orders, epoch, random_order(end - first, self.seed, epoch, ROWS)
+            )
         row = first + int(order[index - first])
         return epoch, row * self.seq_length - epoch * self.num_tokens
 
@@ -153,27 +196,45 @@ class PackedRows:
         """Documents in an epoch's order, and where each ends in its stream."""
         found = self._document_orders.get(epoch)
         if found is None:
-            order = random_order(len(self._lengths), self.seed, epoch, DOCUMENTS)
+            order = random_order(
+                len(self._lengths),
+                self.seed,
+                epoch,
+                DOCUMENTS,
+            )
             found = _keep(self._document_orders, epoch, (order, np.cumsum(self._lengths[order])))
         return found
 
 
 class ValidationRows:
-    """The rows of a split in its own order, once; from the end of its tokens on, everything is masked padding."""
+    """The rows of a split in its own order, once; from the end of its tokens on, everything is
+    masked padding.
+    """
 
-    def __init__(self, files: TokenFiles, seq_length: int = 512, split: Literal["train", "val"] = "val") -> None:
+    def __init__(
+        self, files: TokenFiles, seq_length: int = 512, split: Literal["train", "val"] = "val"
+    ) -> None:
         """Look at the documents' lengths; reads no tokens.
 
         Raises:
             RunError: the split has no two tokens, or the length is below 1.
         """
         self._split: Split = getattr(files, split)
-        self._pad_id, self.seq_length = files.pad_id, seq_length
+        self._pad_id = files.pad_id
+        self.seq_length = seq_length
         self.num_tokens = len(self._split.tokens)
         _check_length(seq_length)
         if self.num_tokens < 2:
-            rule, fix = f"has one token in its {split} split: nothing to predict", "prepare more documents"
-            raise RunError(Problem(field="data.path", value=files.path, rule=rule, fix=fix))
+            rule = f"has one token in its {split} split: nothing to predict"
+            fix = "prepare more documents"
+            raise RunError(
+                Problem(
+                    field="data.path",
+                    value=files.path,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
 
     def __len__(self) -> int:
         """Rows that hold a token to predict."""
@@ -201,7 +262,14 @@ class ValidationRows:
 
 def _check_length(seq_length: int) -> None:
     if seq_length < 1:
-        raise RunError(Problem(field="data.seq_length", value=seq_length, rule="is below 1", fix="use 512"))
+        raise RunError(
+            Problem(
+                field="data.seq_length",
+                value=seq_length,
+                rule="is below 1",
+                fix="use 512",
+            )
+        )
 
 
 def _keep(kept: dict[int, V], epoch: int, value: V) -> V:

@@ -32,14 +32,21 @@ class Encoding:
         eod, pad = special_ids(tokenizer)
         size = vocabulary_size(tokenizer)
         return cls(
-            tokenizer=tokenizer, vocab_size=size, eod_id=eod, pad_id=pad, dtype=token_dtype(size), append_eod=append_eod
-        )  # fmt: skip
+            tokenizer=tokenizer,
+            vocab_size=size,
+            eod_id=eod,
+            pad_id=pad,
+            dtype=token_dtype(size),
+            append_eod=append_eod,
+        )
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, in the type in which they are stored."""
         eod = [self.eod_id] if self.append_eod else []
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [store_tokens(encoding.ids + eod, self.vocab_size, self.dtype) for encoding in encodings]
+        return [
+            store_tokens(encoding.ids + eod, self.vocab_size, self.dtype) for encoding in encodings
+        ]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -51,8 +58,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     for name, capacity in DTYPES.items():
         if vocab_size <= capacity:
             return np.dtype(name)
-    rule, fix = f"is above the {capacity} ids that {name} holds", "use a smaller vocabulary"
-    raise RunError(Problem(field="vocab_size", value=vocab_size, rule=rule, fix=fix))
+    rule = f"is above the {capacity} ids that {name} holds"
+    fix = "use a smaller vocabulary"
+    raise RunError(
+        Problem(
+            field="vocab_size",
+            value=vocab_size,
+            rule=rule,
+            fix=fix,
+        )
+    )
 
 
 def store_tokens(ids: list[int], vocab_size: int, dtype: np.dtype) -> np.ndarray:
@@ -65,6 +80,14 @@ def store_tokens(ids: list[int], vocab_size: int, dtype: np.dtype) -> np.ndarray
     limit = min(vocab_size, DTYPES[dtype.name])
     outside = tokens[(tokens < 0) | (tokens >= limit)]
     if outside.size:
-        rule, fix = f"is outside the {limit} ids of the vocabulary stored as {dtype}", "give a tokenizer whose ids fit"
-        raise RunError(Problem(field="token id", value=int(outside[0]), rule=rule, fix=fix))
+        rule = f"is outside the {limit} ids of the vocabulary stored as {dtype}"
+        fix = "give a tokenizer whose ids fit"
+        raise RunError(
+            Problem(
+                field="token id",
+                value=int(outside[0]),
+                rule=rule,
+                fix=fix,
+            )
+        )
     return tokens.astype(dtype)

@@ -12,7 +12,9 @@ from training.data.dataset import NO_TARGET, Batch, ValidationRows
 from training.data.files import Split, TokenFiles
 
 CHUNK = 2**22  # tokens counted at once
-MAX_TRAIN_TOKENS = 2**26  # bounds the distinct bigrams, hence memory: at most 16 bytes each, a few copies
+MAX_TRAIN_TOKENS = (
+    2**26
+)  # bounds the distinct bigrams, hence memory: at most 16 bytes each, a few copies
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,19 @@ class Entropies:
 
 
 def validation_entropies(
-    files: TokenFiles, seq_length: int, num_rows: int | None = None, max_train_tokens: int = MAX_TRAIN_TOKENS
+    files: TokenFiles,
+    seq_length: int,
+    num_rows: int | None = None,
+    max_train_tokens: int = MAX_TRAIN_TOKENS,
 ) -> Entropies:
-    """Cross-entropies on the targets of the first ``num_rows`` validation rows (all by default), fitted on train.
+    """Cross-entropies on the targets of the first ``num_rows`` validation rows (all by default),
+    fitted on train.
 
-    Counts c are of tokens (w after h) that follow another of their document, as the loss's targets do, among the
-    first ``max_train_tokens`` of the split; N is their sum, V the vocabulary, t(h) the number of distinct tokens seen
-    after h. Unigram: add-one, p(w) = (c(w) + 1) / (N + V). Bigram: Witten-Bell interpolation with it,
-    p(w | h) = (c(h, w) + t(h) p(w)) / (c(h) + t(h)), and p(w) where h was never followed. Both are never zero.
+    Counts c are of tokens (w after h) that follow another of their document, as the loss's targets
+    do, among the first ``max_train_tokens`` of the split; N is their sum, V the vocabulary, t(h)
+    the number of distinct tokens seen after h. Unigram: add-one, p(w) = (c(w) + 1) / (N + V).
+    Bigram: Witten-Bell interpolation with it, p(w | h) = (c(h, w) + t(h) p(w)) / (c(h) + t(h)), and
+        p(w) where h was never followed. Both are never zero.
     """
     pairs, counts = count_bigrams(files.train, files.vocab_size, max_train_tokens)
     heads, words = np.divmod(pairs, files.vocab_size)
@@ -40,11 +47,16 @@ def validation_entropies(
     head_counts = np.bincount(heads, weights=counts, minlength=files.vocab_size)
     num_followers = np.bincount(heads, minlength=files.vocab_size)
     unigram = (word_counts + 1) / (word_counts.sum() + files.vocab_size)
-    sums, num_targets = np.zeros(2), 0
+    sums = np.zeros(2)
+    num_targets = 0
     for head, word in _validation_pairs(files, seq_length, num_rows):
         seen = _look_up(pairs, counts, head * files.vocab_size + word)
         total = head_counts[head] + num_followers[head]
-        bigram = np.where(total > 0, (seen + num_followers[head] * unigram[word]) / np.maximum(total, 1), unigram[word])
+        bigram = np.where(
+            total > 0,
+            (seen + num_followers[head] * unigram[word]) / np.maximum(total, 1),
+            unigram[word],
+        )
         sums -= np.log(unigram[word]).sum(), np.log(bigram).sum()
         num_targets += len(word)
     unigram_mean, bigram_mean = (sums / max(num_targets, 1)).tolist()
@@ -52,17 +64,24 @@ def validation_entropies(
 
 
 def count_bigrams(split: Split, vocab_size: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted int64 keys h V + w of the bigrams inside documents, and how often each occurs (int64)."""
+    """Sorted int64 keys h V + w of the bigrams inside documents,
+    and how often each occurs (int64).
+    """
     num_tokens = min(max_tokens, len(split.tokens))
-    pairs, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    pairs = np.empty(0, dtype=np.int64)
+    counts = np.empty(0, dtype=np.int64)
     for start in range(0, num_tokens - 1, CHUNK):
         tokens = split.tokens[start : min(start + CHUNK + 1, num_tokens)].astype(np.int64)
         crosses = np.zeros(len(tokens), dtype=bool)
         ends = split.ends[slice(*np.searchsorted(split.ends, (start + 1, start + len(tokens))))]
         crosses[ends - start] = True
-        chunk, chunk_counts = np.unique((tokens[:-1] * vocab_size + tokens[1:])[~crosses[1:]], return_counts=True)
+        chunk, chunk_counts = np.unique(
+            (tokens[:-1] * vocab_size + tokens[1:])[~crosses[1:]], return_counts=True
+        )
         pairs, places = np.unique(np.concatenate((pairs, chunk)), return_inverse=True)
-        merged = np.bincount(places, weights=np.concatenate((counts, chunk_counts)), minlength=len(pairs))
+        merged = np.bincount(
+            places, weights=np.concatenate((counts, chunk_counts)), minlength=len(pairs)
+        )
         counts = merged.astype(np.int64)
     return pairs, counts
 
@@ -81,5 +100,6 @@ def _validation_pairs(
     rows = ValidationRows(files, seq_length)
     for index in range(len(rows) if num_rows is None else min(num_rows, len(rows))):
         batch = Batch.stack([rows.read(index)])
-        inputs, targets = batch.input_ids_BL.numpy()[0], batch.targets_BL.numpy()[0]
+        inputs = batch.input_ids_BL.numpy()[0]
+        targets = batch.targets_BL.numpy()[0]
         yield inputs[targets != NO_TARGET], targets[targets != NO_TARGET]

@@ -1,4 +1,6 @@
-"""A prepared dataset on disk: megatron-core token files of two splits, a tokenizer, a token map, and dataset.json."""
+"""A prepared dataset on disk: megatron-core token files of two splits, a tokenizer, a token map,
+and dataset.json.
+"""
 
 import json
 import warnings
@@ -13,10 +15,19 @@ from parallel.errors import Problem, RunError
 from training.data.vocabulary import TOKENIZER, Vocabulary, file_sha256
 
 MANIFEST = "dataset.json"
-FORMAT, VERSION = "engramba-tokens", 1
+FORMAT = "engramba-tokens"
+VERSION = 1
 SPLITS = ("train", "val")
 INDEX_HEADER = b"MMIDIDX\x00\x00"  # of megatron-core's .idx
-KEYS = {"vocab_size", "dtype", "eod_id", "pad_id", "tokenizer_sha256", "files", *SPLITS}  # what is read of the manifest
+KEYS = {
+    "vocab_size",
+    "dtype",
+    "eod_id",
+    "pad_id",
+    "tokenizer_sha256",
+    "files",
+    *SPLITS,
+}  # what is read of the manifest
 DTYPES = {"uint16": 2**16, "int32": 2**31}  # name -> number of ids that fit
 
 
@@ -50,8 +61,8 @@ class TokenFiles(Vocabulary):
         """Check and memory-map the dataset in ``path``; no token is read.
 
         Raises:
-            RunError: it is missing, incomplete or empty, of another version, its sizes or dtype do not fit, or the
-                tokenizer is not the one that the tokens were made with.
+            RunError: it is missing, incomplete or empty, of another version, its sizes or dtype do
+                not fit, or the tokenizer is not the one that the tokens were made with.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -74,7 +85,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise _bad_data(path, rule, f"run: python -m launch prepare --out {path}") from None
     except ValueError:
         raise _bad_data(path, f"has a damaged {MANIFEST}") from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (
+        FORMAT,
+        VERSION,
+    ):
         raise _bad_data(path, f"is not a dataset of format {FORMAT} version {VERSION}")
     if missing := sorted(KEYS - manifest.keys()):
         raise _bad_data(path, f"has a {MANIFEST} without {', '.join(missing)}")
@@ -82,7 +96,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def import_indexed_dataset() -> ModuleType:
-    """megatron-core's module of token files, without its warnings about packages that this work does not need."""
+    """megatron-core's module of token files, without its warnings about packages that this work
+    does not need.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
@@ -90,7 +106,8 @@ def import_indexed_dataset() -> ModuleType:
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """The files are there in the sizes that dataset.json says, the tokenizer is the tokens', their type holds them.
+    """The files are there in the sizes that dataset.json says, the tokenizer is the tokens', their
+    type holds them.
 
     Raises:
         RunError: one of these does not hold.
@@ -100,11 +117,16 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             raise _bad_data(path, f"lacks {name}")
         if (path / name).stat().st_size != size:
             raise _bad_data(
-                path, f"has {(path / name).stat().st_size} bytes in {name}, not the {size} that were written"
+                path,
+                f"has {(path / name).stat().st_size} bytes in {name}, not the {size} that were "
+                "written",
             )
     if file_sha256(path / TOKENIZER) != manifest["tokenizer_sha256"]:
-        raise _bad_data(path, f"has a {TOKENIZER} that the tokens were not made with: its sha256 differs")
-    dtype, vocab_size = manifest["dtype"], manifest["vocab_size"]
+        raise _bad_data(
+            path, f"has a {TOKENIZER} that the tokens were not made with: its sha256 differs"
+        )
+    dtype = manifest["dtype"]
+    vocab_size = manifest["vocab_size"]
     if dtype not in DTYPES:
         raise _bad_data(path, f"stores tokens as {dtype}, not as {' or '.join(DTYPES)}")
     if vocab_size > DTYPES[dtype]:
@@ -113,18 +135,25 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 def _open_split(path: Path, manifest: dict[str, Any], name: str) -> Split:
     if not manifest[name]["tokens"]:
-        raise _bad_data(path, f"has no tokens in its {name} split", "prepare it from more documents")
+        raise _bad_data(
+            path, f"has no tokens in its {name} split", "prepare it from more documents"
+        )
     with (path / f"{name}.idx").open("rb") as stream:
         if stream.read(len(INDEX_HEADER)) != INDEX_HEADER:
             raise _bad_data(path, f"has a damaged {name}.idx")
     index = import_indexed_dataset().IndexedDataset(str(path / name), mmap=True)
     stored = np.dtype(index.index.dtype)
     if stored.name != manifest["dtype"]:
-        raise _bad_data(path, f"stores {stored.name} tokens in {name}.idx, but {MANIFEST} says {manifest['dtype']}")
+        raise _bad_data(
+            path,
+            f"stores {stored.name} tokens in {name}.idx, but {MANIFEST} says {manifest['dtype']}",
+        )
     ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
     tokens = np.memmap(path / f"{name}.bin", dtype=stored, mode="r")
     if len(ends) == 0 or ends[-1] != len(tokens):
-        raise _bad_data(path, f"has {len(tokens)} tokens in {name}.bin, but its index counts {ends[-1:].sum()}")
+        raise _bad_data(
+            path, f"has {len(tokens)} tokens in {name}.bin, but its index counts {ends[-1:].sum()}"
+        )
     return Split(np.asarray(tokens), ends, manifest[name]["bytes"])
 
 

@@ -1,4 +1,6 @@
-"""How far a piece of work is, with its speed and the time that is left: on a terminal, and in a line now and then."""
+"""How far a piece of work is, with its speed and the time that is left: on a terminal, and in a
+line now and then.
+"""
 
 import sys
 import time
@@ -21,8 +23,11 @@ class Progress(AbstractContextManager["Progress"]):
         clock: seconds, for tests.
     """
 
-    def __init__(self, label: str, total: int, show: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
-        self._label, self._total = label, total
+    def __init__(
+        self, label: str, total: int, show: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._label = label
+        self._total = total
         self._clock = clock
         self._done = 0
         self._start = self._said = clock()
@@ -46,7 +51,9 @@ class Progress(AbstractContextManager["Progress"]):
         elapsed = max(self._clock() - self._start, 1e-9)
         speed = self._done / elapsed
         percent = 100 * self._done // max(self._total, 1)
-        told = f"{self._label}: {percent}% of {self._total / 2**20:.1f} MiB, {speed / 2**20:.1f} MiB/s"
+        told = (
+            f"{self._label}: {percent}% of {self._total / 2**20:.1f} MiB, {speed / 2**20:.1f} MiB/s"
+        )
         if not speed or self._done == self._total:
             return told
         left = round((self._total - self._done) / speed)
@@ -54,7 +61,10 @@ class Progress(AbstractContextManager["Progress"]):
         return f"{told}, eta {minutes}:{seconds:02}"
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """End the terminal's line; say the speed of the whole."""
         if self._show and kind is None:
@@ -63,11 +73,18 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _say(self, before: str, after: str) -> None:
         with suppress(OSError, ValueError, AttributeError):  # a stderr that is gone ends no work
-            print(f"{before}{self.line()}", end=after, file=sys.stderr, flush=True)
+            print(
+                f"{before}{self.line()}",
+                end=after,
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def track(items: Iterable[T], total: int, label: str, show: bool = True) -> Iterator[T]:
-    """Yield ``items`` and report on stderr how many of ``total`` are done; silent unless ``show``."""
+    """Yield ``items`` and report on stderr how many of ``total`` are done;
+    silent unless ``show``.
+    """
     if not show:
         yield from items
     elif sys.stderr.isatty():

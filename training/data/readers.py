@@ -1,6 +1,8 @@
-"""The texts of one file, each with its place: JSON lines, parquet, or a text file, compressed or not.
+"""The texts of one file, each with its place: JSON lines, parquet, or a text file, compressed or
+not.
 
-Of a record only the text is looked at: other columns may hold anything, and may differ from one record to the next.
+Of a record only the text is looked at: other columns may hold anything, and may differ from one
+record to the next.
 """
 
 import bz2
@@ -24,7 +26,13 @@ MISSING = object()
 DECODER = json.JSONDecoder(parse_int=float)
 # What the readers raise; pyarrow's errors are among them.
 CANNOT_READ = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, lzma.LZMAError)
-KIND_NAMES = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+KIND_NAMES = {
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class _CountedFile(io.FileIO):
@@ -40,7 +48,9 @@ class _CountedFile(io.FileIO):
         return count
 
 
-def read_texts(file: SourceFile, field: str, advance: Callable[[int], None] = lambda _: None) -> Iterator[str]:
+def read_texts(
+    file: SourceFile, field: str, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[str]:
     """The texts of ``file`` in their order; "" where a record has null.
 
     A text of JSON lines may hold half a surrogate pair, which is no character.
@@ -88,12 +98,20 @@ def _read_json_lines(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
         try:
             record = DECODER.decode(text)
         except json.JSONDecodeError as error:
-            raise _unreadable(path, f"line {number} is not JSON: {error.msg}, column {error.colno}") from error
+            raise _unreadable(
+                path, f"line {number} is not JSON: {error.msg}, column {error.colno}"
+            ) from error
         except RecursionError as error:
             raise _unreadable(path, f"line {number} is nested too deeply") from error
         if not isinstance(record, dict):
             raise _unreadable(path, f"line {number} is {_kind(record)}, not an object")
-        yield _text_of(record, field, path, f"line {number}", list(record))
+        yield _text_of(
+            record,
+            field,
+            path,
+            f"line {number}",
+            list(record),
+        )
 
 
 def _read_parquet(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
@@ -110,7 +128,9 @@ def _read_parquet(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
             number += 1
             yield _text_of(record, field, path, f"row {number}", columns)
     if number != file.metadata.num_rows:
-        raise _unreadable(path, f"it has {file.metadata.num_rows} rows, of which {number} were read")
+        raise _unreadable(
+            path, f"it has {file.metadata.num_rows} rows, of which {number} were read"
+        )
 
 
 def _rows(batch: Any, path: Path, number: int) -> Iterator[dict[str, Any]]:
@@ -147,11 +167,20 @@ def _text_of(record: dict[str, Any], field: str, path: Path, place: str, columns
         raise _no_column(field, path, f"{place} of ", columns)
     rule = f"cannot be read: {place} has {_kind(value)} in {printable(field)}, not text"
     fix = "name a column of text with --text-field, or repair that record"
-    raise RunError(Problem(field="source", value=printable(path), rule=rule, fix=fix))
+    raise RunError(
+        Problem(
+            field="source",
+            value=printable(path),
+            rule=rule,
+            fix=fix,
+        )
+    )
 
 
 def look_up(record: dict[str, Any], field: str) -> Any:
-    """The value under a key or a dotted path; None where an object on the way is null, MISSING where there is none."""
+    """The value under a key or a dotted path; None where an object on the way is null, MISSING
+    where there is none.
+    """
     if field in record:
         return record[field]
     first, dot, rest = field.partition(".")
@@ -169,9 +198,23 @@ def _no_column(field: str, path: Path, place: str, columns: list[str]) -> RunErr
     names = [printable(name) for name in columns[:20]]
     fix = f"use one of {', '.join(names)}" if names else "repair that record"
     rule = f"is no column of {place}{printable(path)}"
-    return RunError(Problem(field="text_field", value=printable(field), rule=rule, fix=fix))
+    return RunError(
+        Problem(
+            field="text_field",
+            value=printable(field),
+            rule=rule,
+            fix=fix,
+        )
+    )
 
 
 def _unreadable(path: Path, rule: str) -> RunError:
     fix = "repair or leave out that file"
-    return RunError(Problem(field="source", value=printable(path), rule=f"cannot be read: {rule}", fix=fix))
+    return RunError(
+        Problem(
+            field="source",
+            value=printable(path),
+            rule=f"cannot be read: {rule}",
+            fix=fix,
+        )
+    )

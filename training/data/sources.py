@@ -13,7 +13,12 @@ from pathlib import Path
 from parallel.errors import Problem, RunError
 
 STDLIB = "stdlib"
-KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".py": "text"}  # suffix -> reader
+KINDS = {
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".py": "text",
+}  # suffix -> reader
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 MAX_REASONS = 10  # that are told apart
 # What stands for a data set of the hub where no such path exists; anything else can only be a path.
@@ -70,7 +75,11 @@ def find_sources(names: Sequence[str]) -> tuple[list[Source], Counter[str]]:
             problems += error.problems
         except OSError as error:
             where = printable(error.filename or name)
-            problems.append(_problem(where, f"cannot be read: {error.strerror}", "make it readable, or leave it out"))
+            problems.append(
+                _problem(
+                    where, f"cannot be read: {error.strerror}", "make it readable, or leave it out"
+                )
+            )
     if problems:
         raise RunError(*problems)
     told = Counter(dict(taken.ignored.most_common(MAX_REASONS)))
@@ -86,7 +95,9 @@ def printable(name: object) -> str:
 
 
 def standard_library_files() -> list[Path]:
-    """Source files of this interpreter's standard library, by path: its tests too, no site-packages."""
+    """Source files of this interpreter's standard library, by path: its tests too, no
+    site-packages.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts)
     foreign = {"site-packages", "dist-packages"}
@@ -95,7 +106,10 @@ def standard_library_files() -> list[Path]:
 
 def _find_source(name: str, taken: Taken) -> Source:
     if name == STDLIB:
-        files = [SourceFile(path=path, kind="text", size=path.stat().st_size) for path in standard_library_files()]
+        files = [
+            SourceFile(path=path, kind="text", size=path.stat().st_size)
+            for path in standard_library_files()
+        ]
         return Source(name=name, files=tuple(_each_once(files, taken)))
     paths = _named_paths(name)
     if not paths:
@@ -108,9 +122,13 @@ def _find_source(name: str, taken: Taken) -> Source:
     found = {file.path: file for path in paths for file in _files_at(path, left_out)}
     ignored = Counter(left_out.values())
     if not found:
-        raise RunError(_problem(name, _nothing_found(ignored), "name a file or directory that holds text"))
+        raise RunError(
+            _problem(name, _nothing_found(ignored), "name a file or directory that holds text")
+        )
     taken.ignored += ignored
-    return Source(name=name, files=tuple(_each_once([found[path] for path in sorted(found)], taken)))
+    return Source(
+        name=name, files=tuple(_each_once([found[path] for path in sorted(found)], taken))
+    )
 
 
 def _each_once(files: Sequence[SourceFile], taken: Taken) -> Iterator[SourceFile]:
@@ -125,7 +143,9 @@ def _each_once(files: Sequence[SourceFile], taken: Taken) -> Iterator[SourceFile
 
 
 def _named_paths(name: str) -> list[Path]:
-    """The paths that ``name`` is, or that it is a pattern of; none where it can only be a data set of the hub."""
+    """The paths that ``name`` is, or that it is a pattern of; none where it can only be a data set
+    of the hub.
+    """
     path = Path(name if os.path.lexists(name) else os.path.expanduser(name))
     if os.path.lexists(path):
         if not path.exists():
@@ -139,16 +159,21 @@ def _named_paths(name: str) -> list[Path]:
             return matches
         raise RunError(_problem(name, "is no path, and as a pattern it matches none", "correct it"))
     if not HUB_NAME.fullmatch(name) or _split_suffix(name)[0] in KINDS:
-        raise RunError(_problem(name, "does not exist", "correct the path; patterns know *, ?, [] and **"))
+        raise RunError(
+            _problem(name, "does not exist", "correct the path; patterns know *, ?, [] and **")
+        )
     return []
 
 
 def _expand(root: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Paths under ``root`` that match; in each directory a name that exists as it is written is no pattern."""
+    """Paths under ``root`` that match; in each directory a name that exists as it is written is no
+    pattern.
+    """
     if not parts:
         yield root
         return
-    part, rest = parts[0], parts[1:]
+    part = parts[0]
+    rest = parts[1:]
     if os.path.lexists(root / part):
         yield from _expand(root / part, rest)
     elif part == "**":
@@ -172,7 +197,9 @@ def _files_at(path: Path, left_out: dict[Path, str]) -> Iterator[SourceFile]:
 
 
 def _directories(root: Path, left_out: dict[Path, str]) -> Iterator[Path]:
-    """``root`` and the directories below that are not hidden, each once: links are followed after all others."""
+    """``root`` and the directories below that are not hidden, each once: links are followed after
+    all others.
+    """
     seen: set[str] = set()
     waiting = [root]
     while waiting:
@@ -206,12 +233,18 @@ def _file_at(path: Path, left_out: dict[Path, str]) -> Iterator[SourceFile]:
     elif not (size := path.stat().st_size):
         left_out[path] = "empty"
     else:
-        yield SourceFile(path=path, kind=kind, compression=compression, size=size)
+        yield SourceFile(
+            path=path,
+            kind=kind,
+            compression=compression,
+            size=size,
+        )
 
 
 def _split_suffix(name: str) -> tuple[str, str]:
     """(".jsonl", ".gz") of ``A.JSONL.gz``: suffixes count in any case."""
-    path, compression = Path(name.lower()), ""
+    path = Path(name.lower())
+    compression = ""
     if path.suffix in COMPRESSIONS:
         path, compression = Path(path.stem), path.suffix
     return path.suffix, compression
@@ -233,4 +266,9 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 
 def _problem(name: str, rule: str, fix: str) -> Problem:
-    return Problem(field="source", value=printable(name), rule=rule, fix=fix)
+    return Problem(
+        field="source",
+        value=printable(name),
+        rule=rule,
+        fix=fix,
+    )

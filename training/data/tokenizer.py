@@ -9,14 +9,16 @@ from parallel.errors import Problem, RunError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-EOD, PAD = "<|endoftext|>", "<|pad|>"
+EOD = "<|endoftext|>"
+PAD = "<|pad|>"
 # Names under which published tokenizers know the two; the first that exists counts.
 EOD_NAMES = (EOD, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 PAD_NAMES = (PAD, "<｜▁pad▁｜>", "<pad>", "[PAD]")
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int) -> "Tokenizer":
-    """Byte-level BPE with ``<|endoftext|>`` as id 0 and ``<|pad|>`` as id 1; the same bytes for the same texts.
+    """Byte-level BPE with ``<|endoftext|>`` as id 0 and ``<|pad|>`` as id 1; the same bytes for the
+    same texts.
 
     Args:
         texts: batches of documents.
@@ -37,7 +39,8 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int) -> "Tokenizer":
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """A tokenizer.json, set to encode whole documents: no truncation, no padding, special tokens' names are plain text.
+    """A tokenizer.json, set to encode whole documents: no truncation, no padding, special tokens'
+    names are plain text.
 
     Raises:
         RunError: the file is missing or holds no tokenizer.
@@ -49,7 +52,14 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         reason = "does not exist" if not path.exists() else f"is not a tokenizer: {error}"
-        raise RunError(Problem(field="tokenizer", value=path, rule=reason, fix="name a tokenizer.json")) from error
+        raise RunError(
+            Problem(
+                field="tokenizer",
+                value=path,
+                rule=reason,
+                fix="name a tokenizer.json",
+            )
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # A document that mentions <|endoftext|> must not end there.
@@ -68,8 +78,22 @@ def special_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     Raises:
         RunError: the tokenizer has no token to end a document.
     """
-    eod = next((tokenizer.token_to_id(name) for name in EOD_NAMES if tokenizer.token_to_id(name) is not None), None)
-    pad = next((tokenizer.token_to_id(name) for name in PAD_NAMES if tokenizer.token_to_id(name) is not None), eod)
+    eod = next(
+        (
+            tokenizer.token_to_id(name)
+            for name in EOD_NAMES
+            if tokenizer.token_to_id(name) is not None
+        ),
+        None,
+    )
+    pad = next(
+        (
+            tokenizer.token_to_id(name)
+            for name in PAD_NAMES
+            if tokenizer.token_to_id(name) is not None
+        ),
+        eod,
+    )
     if eod is None or pad is None:
         raise RunError(
             Problem(

@@ -1,4 +1,6 @@
-"""A tokenizer and its token map, with the ids that a model's text begins and ends with: all that generation asks."""
+"""A tokenizer and its token map, with the ids that a model's text begins and ends with: all that
+generation asks.
+"""
 
 import hashlib
 from dataclasses import KW_ONLY, dataclass
@@ -11,12 +13,15 @@ from training.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER, TOKEN_MAP = "tokenizer.json", "token_map.json"
+TOKENIZER = "tokenizer.json"
+TOKEN_MAP = "token_map.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What a model's ids mean, read from the directory that holds tokenizer.json and token_map.json."""
+    """What a model's ids mean, read from the directory that holds tokenizer.json and
+    token_map.json.
+    """
 
     path: Path
     """The directory: a checkpoint, or prepared token files."""
@@ -39,7 +44,12 @@ class Vocabulary:
             return None
         tokenizer = load_tokenizer(path / TOKENIZER)
         eod, pad = special_ids(tokenizer)
-        return cls(path, vocab_size=vocabulary_size(tokenizer), eod_id=eod, pad_id=pad)
+        return cls(
+            path,
+            vocab_size=vocabulary_size(tokenizer),
+            eod_id=eod,
+            pad_id=pad,
+        )
 
     @property
     def tokenizer_path(self) -> Path:

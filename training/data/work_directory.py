@@ -1,4 +1,6 @@
-"""The directory in which a dataset is made, beside its place: it becomes the dataset, or it goes."""
+"""The directory in which a dataset is made, beside its place: it becomes the dataset,
+or it goes.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ class WorkDirectory:
         (self.path / OWNER).write_text(json.dumps(this_process(job="")) + "\n")
 
     def publish(self) -> None:
-        """Let it take the place of ``out``; of a previous dataset only the files of its manifest are removed."""
+        """Let it take the place of ``out``; of a previous dataset only the files of its manifest
+        are removed.
+        """
         with self._lock:
             (self.path / OWNER).unlink(missing_ok=True)
             previous = None
@@ -66,7 +70,9 @@ class WorkDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def abandon(self) -> str:
-        """Remove it for a process that is about to end, and say what is left; no other method returns after it."""
+        """Remove it for a process that is about to end, and say what is left; no other method
+        returns after it.
+        """
         self._lock.acquire()
         if self._published:
             return "the dataset is complete"
@@ -78,10 +84,11 @@ class WorkDirectory:
 
 @contextmanager
 def ended_by_signals(work: WorkDirectory | None) -> Iterator[None]:
-    """Inside, a signal that ends this process removes the working directory first; None: it only ends it.
+    """Inside, a signal that ends this process removes the working directory first; None: it only
+    ends it.
 
-    A thread does it: the main one may be inside a tokenizer or a collective for minutes, where no handler of Python's
-    runs. The kernel wakes the thread by a pipe.
+    A thread does it: the main one may be inside a tokenizer or a collective for minutes, where no
+    handler of Python's runs. The kernel wakes the thread by a pipe.
     """
     if work is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -90,7 +97,9 @@ def ended_by_signals(work: WorkDirectory | None) -> Iterator[None]:
     os.set_blocking(write_end, False)
     former_wakeup = signal.set_wakeup_fd(write_end)
     former = {number: signal.signal(number, _leave_to_thread) for number in SIGNALS}
-    threading.Thread(target=_remove_and_end, args=(read_end, work), name="prepare-signals", daemon=True).start()
+    threading.Thread(
+        target=_remove_and_end, args=(read_end, work), name="prepare-signals", daemon=True
+    ).start()
     try:
         yield
     finally:
@@ -131,7 +140,14 @@ def resolve_output(out: str) -> Path:
                 target = place.resolve()
                 if place != path or not target.parent.is_dir():
                     rule = f"lies under the link {place}, whose target {target} does not exist"
-                    raise RunError(Problem(field="out", value=out, rule=rule, fix="make the target, or mend the link"))
+                    raise RunError(
+                        Problem(
+                            field="out",
+                            value=out,
+                            rule=rule,
+                            fix="make the target, or mend the link",
+                        )
+                    )
         return path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links; no UTF-8
         raise _bad_output(printable(out), error) from error
@@ -155,15 +171,38 @@ def check_output(out: Path, value: str, overwrite: bool) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         if not overwrite:
             fix = "add --overwrite, or choose another directory"
-            raise RunError(Problem(field="out", value=value, rule="exists already", fix=fix))
-        foreign = sorted({path.name for path in out.iterdir()} - own_files(out)) if out.is_dir() else [out.name]
+            raise RunError(
+                Problem(
+                    field="out",
+                    value=value,
+                    rule="exists already",
+                    fix=fix,
+                )
+            )
+        foreign = (
+            sorted({path.name for path in out.iterdir()} - own_files(out))
+            if out.is_dir()
+            else [out.name]
+        )
         if foreign:
-            rule = f"holds {', '.join(foreign)}, not written by prepare, which replaces only its own files"
-            raise RunError(Problem(field="out", value=value, rule=rule, fix="choose another directory"))
+            rule = (
+                f"holds {', '.join(foreign)}, not written by prepare, which replaces only its "
+                "own files"
+            )
+            raise RunError(
+                Problem(
+                    field="out",
+                    value=value,
+                    rule=rule,
+                    fix="choose another directory",
+                )
+            )
 
 
 def own_files(directory: Path) -> set[str]:
-    """Names of the files that dataset.json says prepare wrote; none where there is no such record."""
+    """Names of the files that dataset.json says prepare wrote;
+    none where there is no such record.
+    """
     try:
         return {MANIFEST, *(Path(name).name for name in read_manifest(directory)["files"])}
     except RunError:
@@ -179,9 +218,11 @@ def remove_own_files(directory: Path) -> None:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Remove what killed runs left beside ``out``, and name on stderr what may belong to a run elsewhere.
+    """Remove what killed runs left beside ``out``, and name on stderr what may belong to a run
+    elsewhere.
 
-    A kill between the two renames of ``publish`` leaves the previous dataset beside its place: it gets it back.
+    A kill between the two renames of ``publish`` leaves the previous dataset beside its place: it
+    gets it back.
     """
     pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{12}}(\.previous)?")
     try:
@@ -223,7 +264,14 @@ def _is_dead(path: Path) -> tuple[bool, str]:
 def _bad_output(out: str, error: BaseException) -> RunError:
     reason = getattr(error, "strerror", None) or str(error)
     fix = "free space, or choose another directory with --out"
-    return RunError(Problem(field="out", value=out, rule=f"cannot be written: {reason}", fix=fix))
+    return RunError(
+        Problem(
+            field="out",
+            value=out,
+            rule=f"cannot be written: {reason}",
+            fix=fix,
+        )
+    )
 
 
 def _tell(line: str) -> None:

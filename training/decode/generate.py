@@ -1,4 +1,6 @@
-"""Text from a model, token by token: the same forward as in training, with the layers' states kept."""
+"""Text from a model, token by token: the same forward as in training,
+with the layers' states kept.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ from training.model.model import HybridModel
 from training.trainer import EngramMemory, memory_of
 
 
-def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def generate(
+    run: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
     """The prompt and its continuation by the newest checkpoint of a run, on this one process.
 
     Args:
@@ -30,7 +34,15 @@ def generate(run: Path, prompt: str, max_tokens: int, temperature: float, top_p:
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [known.eod_id]
     sampler = torch.Generator().manual_seed(seed)
     added = continue_tokens(
-        trained.model, trained.memory, ids, max_tokens, temperature, top_p, sampler, known.eod_id, known.vocab_size
+        trained.model,
+        trained.memory,
+        ids,
+        max_tokens,
+        temperature,
+        top_p,
+        sampler,
+        known.eod_id,
+        known.vocab_size,
     )
     return tokenizer.decode(ids + added)
 
@@ -50,7 +62,8 @@ def continue_tokens(
 ) -> list[int]:
     """Sample up to ``max_tokens`` tokens after ``ids``, stopping at the end of the document.
 
-    On several ranks they compute the same text together; there is no tensor parallelism (a token is not divided).
+    On several ranks they compute the same text together; there is no tensor parallelism (a token is
+    not divided).
 
     Args:
         agree: what several ranks make of the token that each has drawn: the same on all.
@@ -58,13 +71,24 @@ def continue_tokens(
     """
     caches: list[Cache] = [{} for _ in model.layers]
     device = model.norm.device
-    tokens, fed = list(ids), 0
+    tokens = list(ids)
+    fed = 0
     while len(tokens) - len(ids) < max_tokens:
         new_BL = torch.tensor([tokens[fed:]])
         rows = {} if memory is None else memory.tables.fetch(_row_ids(memory, tokens, fed))
-        logits_BLV = model.logits(new_BL.to(device), None, memory_of(rows), caches)
+        logits_BLV = model.logits(
+            new_BL.to(device),
+            None,
+            memory_of(rows),
+            caches,
+        )
         fed = len(tokens)
-        token = sample(logits_BLV[0, -1, :vocab_size].cpu(), temperature, top_p, sampler)
+        token = sample(
+            logits_BLV[0, -1, :vocab_size].cpu(),
+            temperature,
+            top_p,
+            sampler,
+        )
         if agree is not None:
             token = agree(token)
         if token == eod_id:
@@ -83,7 +107,9 @@ def _row_ids(memory: EngramMemory, tokens: list[int], fed: int) -> dict[int, tor
     return rows
 
 
-def sample(logits_V: torch.Tensor, temperature: float, top_p: float, sampler: torch.Generator) -> int:
+def sample(
+    logits_V: torch.Tensor, temperature: float, top_p: float, sampler: torch.Generator
+) -> int:
     """A token by nucleus sampling (arXiv 1904.09751); the likeliest at temperature 0."""
     if temperature == 0:
         return int(logits_V.argmax())

@@ -1,4 +1,6 @@
-"""A trained model on one process, whatever the layout that trained it: what generation and analysis start from."""
+"""A trained model on one process, whatever the layout that trained it: what generation and analysis
+start from.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,13 +45,21 @@ class LoadedModel:
         """The token files that it was trained on, as the run's configuration names them.
 
         Raises:
-            RunError: they are neither in this directory nor where the run was started, or of another tokenizer.
+            RunError: they are neither in this directory nor where the run was started, or of
+                another tokenizer.
         """
         files = TokenFiles.open(find_data(self.config.data.path, self.path))
         if files.tokenizer_sha256 != self.vocabulary.tokenizer_sha256:
             rule = f"was prepared with another tokenizer than that of {self.path}"
             fix = "start this where the token files of the training are"
-            raise RunError(Problem(field="data.path", value=files.path, rule=rule, fix=fix))
+            raise RunError(
+                Problem(
+                    field="data.path",
+                    value=files.path,
+                    rule=rule,
+                    fix=fix,
+                )
+            )
         return files
 
 
@@ -63,19 +73,38 @@ def load_model(source: Path) -> LoadedModel:
         RunError: no run.json, no complete checkpoint, or one of another model, tokenizer or hash.
     """
     run, path = find_checkpoint(source)
-    config, device = load_run_json(run / RUN_FILE), torch.device("cpu")
+    config = load_run_json(run / RUN_FILE)
+    device = torch.device("cpu")
     here = with_dtype(config, dtype_to_read_with(config, device))
     if config.train.dtype is None:
         config = here
-    vocabulary, mesh = find_vocabulary(config, path), single_mesh()
+    vocabulary = find_vocabulary(config, path)
+    mesh = single_mesh()
     token_map = run_token_map(config, vocabulary)
     for directory in (run, path):
-        check_artifact(directory, config.model.engram, token_map, vocabulary)
-    memory = build_memory(here, mesh, token_map, device, trainable=False)
+        check_artifact(
+            directory,
+            config.model.engram,
+            token_map,
+            vocabulary,
+        )
+    memory = build_memory(
+        here,
+        mesh,
+        token_map,
+        device,
+        trainable=False,
+    )
     model = build_model(
-        config.model, mesh, seed=config.train.seed, dtype=DTYPES[here.train.chosen_dtype], device=device
+        config.model,
+        mesh,
+        seed=config.train.seed,
+        dtype=DTYPES[here.train.chosen_dtype],
+        device=device,
     ).eval()
-    return LoadedModel(path, load_weights(path, model, mesh, memory), config, vocabulary, model, memory)
+    return LoadedModel(
+        path, load_weights(path, model, mesh, memory), config, vocabulary, model, memory
+    )
 
 
 def find_vocabulary(config: RunConfig, checkpoint: Path) -> Vocabulary:
@@ -88,7 +117,9 @@ def find_vocabulary(config: RunConfig, checkpoint: Path) -> Vocabulary:
 
 
 def find_data(path: str, checkpoint: Path) -> Path:
-    """``path`` from where the run was started, which is where runs/ is; else from the current directory."""
+    """``path`` from where the run was started, which is where runs/ is; else from the current
+    directory.
+    """
     above = checkpoint.absolute().parents
     started = above[min(3, len(above) - 1)] / path  # <here>/runs/<name>/checkpoints/step-N
     return started if (started / DATASET).is_file() else Path(path)
@@ -101,7 +132,14 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
         RunError: there is none.
     """
     if (source / MANIFEST).is_file():
-        run = next((place for place in (source, source.absolute().parents[1]) if (place / RUN_FILE).is_file()), None)
+        run = next(
+            (
+                place
+                for place in (source, source.absolute().parents[1])
+                if (place / RUN_FILE).is_file()
+            ),
+            None,
+        )
         newest: Path | None = source
     else:
         run = source if (source / RUN_FILE).is_file() else None
@@ -111,6 +149,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
         fix = "name the directory of a run, as in runs/tiny, or one of its checkpoints"
         raise RunError(Problem(field="run", value=source, rule=rule, fix=fix))
     if newest is None:
-        rule, fix = "has no complete checkpoint yet", "train until the first save"
+        rule = "has no complete checkpoint yet"
+        fix = "train until the first save"
         raise RunError(Problem(field="run", value=source, rule=rule, fix=fix))
     return run, newest

@@ -1,4 +1,6 @@
-"""Text from the model at the end of its training, by the ranks and in the memory that trained it."""
+"""Text from the model at the end of its training,
+by the ranks and in the memory that trained it.
+"""
 
 import torch
 import torch.distributed as dist
@@ -10,13 +12,16 @@ from training.trainer import Trainer
 
 PROMPT = "def __init__(self"
 SAMPLE_TOKENS = 120
-TEMPERATURE, TOP_P = 0.7, 0.9
+TEMPERATURE = 0.7
+TOP_P = 0.9
 
 
 def sample_text(trainer: Trainer, files: TokenFiles) -> str | None:
-    """A prompt and its continuation; None on a layout that cannot continue token by token. Collective over world.
+    """A prompt and its continuation; None on a layout that cannot continue token by token.
+    Collective over world.
 
-    Tensor ranks share a row's tokens in expert and Engram layers: one token cannot be divided among them.
+    Tensor ranks share a row's tokens in expert and Engram layers: one token cannot be divided among
+    them.
     """
     if trainer.mesh.size("tp") > 1:
         return None

@@ -1,8 +1,9 @@
 """What turns tokens into table rows, as one file: token map, seed, orders, multipliers and primes.
 
-A table trained under one hash is noise under another, and no shape shows it: a tokenizer of another revision may have
-the same size. So the hash is kept beside the rows and compared, field by field. Its numbers are stored, not only the
-seed: numpy does not promise that a seed draws the same numbers in every version.
+A table trained under one hash is noise under another, and no shape shows it: a tokenizer of another
+revision may have the same size. So the hash is kept beside the rows and compared, field by field.
+Its numbers are stored, not only the seed: numpy does not promise that a seed draws the same numbers
+in every version.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ from training.model.config import EngramConfig
 from training.trainer import engram_hashes
 
 FILE = "engram_hash.json"
-FORMAT, VERSION = "engramba-hash", 1
+FORMAT = "engramba-hash"
+VERSION = 1
 Artifact = dict[str, Any]
 
 
@@ -41,7 +43,10 @@ def make_artifact(config: EngramConfig, token_map: TokenMap, tokenizer_sha256: s
         "orders": list(config.orders),
         "num_heads": config.num_heads,
         "layers": {
-            str(layer): {"multipliers": list(spec.multipliers), "primes": [list(heads) for heads in spec.primes]}
+            str(layer): {
+                "multipliers": list(spec.multipliers),
+                "primes": [list(heads) for heads in spec.primes],
+            }
             for layer, spec in engram_hashes(config, token_map).items()
         },
     }
@@ -49,7 +54,9 @@ def make_artifact(config: EngramConfig, token_map: TokenMap, tokenizer_sha256: s
 
 
 def without_ids(artifact: Artifact) -> Artifact:
-    """The artefact without the map's ids, which its checksums still decide: for a checkpoint's manifest."""
+    """The artefact without the map's ids, which its checksums still decide: for a checkpoint's
+    manifest.
+    """
     return {key: value for key, value in artifact.items() if key != "ids"}
 
 
@@ -68,7 +75,8 @@ def read_artifact(path: Path) -> Artifact:
     """
     try:
         artifact = json.loads(path.read_bytes())
-        found, version = artifact["format"], artifact["version"]
+        found = artifact["format"]
+        version = artifact["version"]
     except OSError as error:
         raise _bad_file(path, f"cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -76,7 +84,9 @@ def read_artifact(path: Path) -> Artifact:
     if found != FORMAT or not isinstance(version, int):
         raise _bad_file(path, f"is not of format {FORMAT}")
     if version > VERSION:
-        raise _bad_file(path, f"has version {version}, newer than {VERSION}", "use the code that wrote it")
+        raise _bad_file(
+            path, f"has version {version}, newer than {VERSION}", "use the code that wrote it"
+        )
     check_whole(artifact, path)
     return artifact
 
@@ -95,7 +105,9 @@ def check_whole(artifact: Artifact, where: Path) -> None:
             ids = torch.tensor(artifact["ids"], dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_file(where, f"is damaged: {error}") from error
-        token_map = TokenMap(ids=ids, num_compressed=stored["num_compressed"], pad_id=stored["pad_id"])
+        token_map = TokenMap(
+            ids=ids, num_compressed=stored["num_compressed"], pad_id=stored["pad_id"]
+        )
         if token_map.checksum != stored["checksum"]:
             raise _bad_file(where, "is damaged: its token map's checksum differs")
 
@@ -107,13 +119,15 @@ def compare(here: Artifact, there: Artifact, where: Path) -> list[Problem]:
         here: the hash of this run's settings and token files.
         there: the one that the rows were trained with, from ``where``.
     """
-    mine, theirs = _fields(here), _fields(there)
+    mine = _fields(here)
+    theirs = _fields(there)
     fix = "use the token files and the model.engram fields that the rows were trained with"
     return [
         Problem(
             field=f"Engram hash: {name}",
             value=mine.get(name, "absent"),
-            rule=f"is {theirs.get(name, 'absent')} in {where}: rows trained under that hash are noise under this one",
+            rule=f"is {theirs.get(name, 'absent')} in {where}: rows trained under that hash are "
+            "noise under this one",
             fix=fix,
         )
         for name in mine | theirs
@@ -121,7 +135,9 @@ def compare(here: Artifact, there: Artifact, where: Path) -> list[Problem]:
     ]
 
 
-def keep_artifact(directory: Path, config: EngramConfig | None, token_map: TokenMap, files: TokenFiles) -> None:
+def keep_artifact(
+    directory: Path, config: EngramConfig | None, token_map: TokenMap, files: TokenFiles
+) -> None:
     """Write the artefact of a run that has none yet; where there is one, it must be this one.
 
     Raises:
@@ -135,8 +151,11 @@ def keep_artifact(directory: Path, config: EngramConfig | None, token_map: Token
         write_artifact(directory / FILE, make_artifact(config, token_map, files.tokenizer_sha256))
 
 
-def check_artifact(directory: Path, config: EngramConfig | None, token_map: TokenMap, files: Vocabulary) -> None:
-    """Compare a run's artefact, where it has one, with the hash of these settings and this tokenizer.
+def check_artifact(
+    directory: Path, config: EngramConfig | None, token_map: TokenMap, files: Vocabulary
+) -> None:
+    """Compare a run's artefact, where it has one, with the hash of these settings and this
+    tokenizer.
 
     Raises:
         RunError: as ``keep_artifact``.
@@ -167,5 +186,14 @@ def _checksum(artifact: Artifact) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _bad_file(path: Path, rule: str, fix: str = "restore it from a copy, or prepare and train again") -> RunError:
-    return RunError(Problem(field="Engram hash", value=path, rule=rule, fix=fix))
+def _bad_file(
+    path: Path, rule: str, fix: str = "restore it from a copy, or prepare and train again"
+) -> RunError:
+    return RunError(
+        Problem(
+            field="Engram hash",
+            value=path,
+            rule=rule,
+            fix=fix,
+        )
+    )

@@ -1,8 +1,10 @@
-"""Tokenizer compression for Engram: tokens that differ in case, accents or spaces only share one id.
+"""Tokenizer compression for Engram: tokens that differ in case, accents or spaces only share one
+id.
 
-arXiv 2601.07372, section 2.2 and appendix C; the same map as the official demo's ``CompressedTokenizer``, built on
-tokenizers' own decoder (transformers' ``decode`` may also clean up spaces, which is another map).
-The map decides every hash, so it is an artefact with checksums: a table trained under one map is noise under another.
+arXiv 2601.07372, section 2.2 and appendix C; the same map as the official demo's
+``CompressedTokenizer``, built on tokenizers' own decoder (transformers' ``decode`` may also clean
+up spaces, which is another map). The map decides every hash, so it is an artefact with checksums: a
+table trained under one map is noise under another.
 """
 
 import hashlib
@@ -82,18 +84,24 @@ def _default_pad(tokenizer: Tokenizer) -> int:
     """The tokenizer's padding id, else its first special token, else 0."""
     if tokenizer.padding is not None:
         return int(tokenizer.padding["pad_id"])
-    return min((id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special), default=0)
+    return min(
+        (id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special),
+        default=0,
+    )
 
 
-def build_token_map(tokenizer: Tokenizer, pad_token_id: int | None = None, compress: bool = True) -> TokenMap:
-    """The token map of a tokenizer; compressed ids number the distinct normalised texts by first occurrence.
+def build_token_map(
+    tokenizer: Tokenizer, pad_token_id: int | None = None, compress: bool = True
+) -> TokenMap:
+    """The token map of a tokenizer; compressed ids number the distinct normalised texts by first
+    occurrence.
 
-    A token that is a part of a UTF-8 character keeps its own id. An id below the largest that no token has counts as
-    the empty text.
+    A token that is a part of a UTF-8 character keeps its own id. An id below the largest that no
+    token has counts as the empty text.
 
     Args:
-        pad_token_id: token whose compressed id stands before a document; None takes the tokenizer's padding id, else
-            its first special token, else 0.
+        pad_token_id: token whose compressed id stands before a document; None takes the tokenizer's
+            padding id, else its first special token, else 0.
         compress: False keeps every token id as it is.
 
     Raises:
@@ -103,27 +111,43 @@ def build_token_map(tokenizer: Tokenizer, pad_token_id: int | None = None, compr
     pad = _default_pad(tokenizer) if pad_token_id is None else pad_token_id
     if not 0 <= pad < size:
         raise RunError(
-            Problem(field="pad_token_id", value=pad, rule=f"is not one of {size} tokens", fix="name a token's id")
+            Problem(
+                field="pad_token_id",
+                value=pad,
+                rule=f"is not one of {size} tokens",
+                fix="name a token's id",
+            )
         )
     if not compress:
         return TokenMap(ids=torch.arange(size), num_compressed=size, pad_id=pad)
-    normalizer, seen = _normalizer(), dict[str | None, int]()
+    normalizer = _normalizer()
+    seen = dict[str | None, int]()
     ids = torch.empty(size, dtype=torch.int64)
     for token in range(size):
         text = tokenizer.decode([token], skip_special_tokens=False)
-        key = tokenizer.id_to_token(token) if UNDECODABLE in text else normalizer.normalize_str(text) or text
+        key = (
+            tokenizer.id_to_token(token)
+            if UNDECODABLE in text
+            else normalizer.normalize_str(text) or text
+        )
         ids[token] = seen.setdefault(key, len(seen))
     return TokenMap(ids=ids, num_compressed=len(seen), pad_id=int(ids[pad]))
 
 
 def _file_checksum(path: Path) -> str:
     if not path.is_file():
-        raise RunError(Problem(field="tokenizer", value=path, rule="is not a file", fix="name a tokenizer.json"))
+        raise RunError(
+            Problem(
+                field="tokenizer", value=path, rule="is not a file", fix="name a tokenizer.json"
+            )
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_token_map(token_map: TokenMap, path: str | Path, tokenizer_path: str | Path) -> None:
-    """Write the map, its checksum and that of the tokenizer's file as JSON; the file appears whole or not at all."""
+    """Write the map, its checksum and that of the tokenizer's file as JSON; the file appears whole
+    or not at all.
+    """
     path = Path(path)
     content = {
         "version": FORMAT_VERSION,
@@ -139,7 +163,14 @@ def save_token_map(token_map: TokenMap, path: str | Path, tokenizer_path: str | 
 
 
 def _damaged(path: Path, rule: str) -> RunError:
-    return RunError(Problem(field="token map", value=path, rule=rule, fix="run prepare again"))
+    return RunError(
+        Problem(
+            field="token map",
+            value=path,
+            rule=rule,
+            fix="run prepare again",
+        )
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -160,7 +191,8 @@ def load_token_map(path: str | Path, tokenizer_path: str | Path) -> TokenMap:
     """Read a map and verify its version, its checksum, and that it belongs to the tokenizer's file.
 
     Raises:
-        RunError: the file is missing, damaged, of another version, or of another tokenizer; the message names it.
+        RunError: the file is missing, damaged, of another version, or of another tokenizer; the
+            message names it.
     """
     path, content = Path(path), _read(Path(path))
     try:

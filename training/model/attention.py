@@ -31,18 +31,33 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         config = self.config = model.attention
-        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
         parts = (
             Part(name="q", size=width, units=config.num_heads),
             Part(name="k", size=kv_width, units=config.num_kv_heads),
             Part(name="v", size=kv_width, units=config.num_kv_heads),
         )
-        self.qkv = ColumnParallelLinear(model.d_model, parts, mesh, weight_init(model))
-        self.out_proj = RowParallelLinear(width, model.d_model, mesh, output_init(model), units=config.num_heads)
+        self.qkv = ColumnParallelLinear(
+            model.d_model,
+            parts,
+            mesh,
+            weight_init(model),
+        )
+        self.out_proj = RowParallelLinear(
+            width, model.d_model, mesh, output_init(model), units=config.num_heads
+        )
 
-    def forward(self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D). ``cache`` holds the keys and values of a decoded sequence and is advanced."""
-        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in self.qkv.split(self.qkv(x_BLD)))
+    def forward(
+        self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D). ``cache`` holds the keys and values of a decoded sequence and is
+        advanced.
+        """
+        q, k, v = (
+            part.unflatten(-1, (-1, self.config.head_dim))
+            for part in self.qkv.split(self.qkv(x_BLD))
+        )
         past = 0 if not cache else cache["k"].shape[1]
         if self.config.positions == "rope":
             positions = self._positions(q, seq_idx_BL, past)
@@ -50,7 +65,8 @@ class Attention(nn.Module):
             k = apply_rotary(k, positions, self.config.rope_theta)
         if cache is not None:
             if cache:
-                k, v = torch.cat([cache["k"], k], 1), torch.cat([cache["v"], v], 1)
+                k = torch.cat([cache["k"], k], 1)
+                v = torch.cat([cache["v"], v], 1)
             cache["k"], cache["v"] = k, v
         y_BLHP = causal_attention(q, k, v, seq_idx_BL) if past == 0 else self._decode(q, k, v, past)
         return self.out_proj(y_BLHP.flatten(-2))
@@ -58,9 +74,16 @@ class Attention(nn.Module):
     @staticmethod
     def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
         """Queries that continue a sequence of ``past`` tokens: they see all of those."""
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(past)
+        mask = torch.ones(
+            q.shape[1],
+            k.shape[1],
+            dtype=torch.bool,
+            device=q.device,
+        ).tril(past)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        y_BHLP = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+        y_BHLP = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1]
+        )
         return y_BHLP.transpose(1, 2)
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""What a model is made of: one dataclass a block, composed by ModelConfig. No torch in here: the CLI imports it."""
+"""What a model is made of: one dataclass a block, composed by ModelConfig. No torch in here: the
+CLI imports it.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -91,18 +93,24 @@ class MoEConfig:
     route_scale: float = 1.0
     """Factor on the normalised weights (DeepSeek-V3: 2.5)."""
     bias_rate: float = 1e-3
-    """Step of the balancing bias towards underloaded experts (arXiv 2408.15664); 0 switches it off."""
+    """Step of the balancing bias towards underloaded experts (arXiv 2408.15664);
+    0 switches it off.
+    """
     aux_loss: float = 0.0
     """Weight of the sequence auxiliary loss (DeepSeek-V3: 1e-4)."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(router logits)^2)."""
     capacity_factor: float = 0.0
-    """0 is dropless; otherwise an expert takes at most factor x K x tokens / E tokens of each rank's tokens."""
+    """0 is dropless; otherwise an expert takes at most factor x K x tokens / E tokens of each
+    rank's tokens.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngramConfig:
-    """Engram (arXiv 2601.07372): n-gram memory looked up by hash, gated into the residual stream."""
+    """Engram (arXiv 2601.07372): n-gram memory looked up by hash,
+    gated into the residual stream.
+    """
 
     layers: tuple[int, ...] = (1,)
     """0-based places in the pattern before which memory is added."""
@@ -119,7 +127,9 @@ class EngramConfig:
     gate: bool = True
     """Context-aware gate; without it the value is added as it is."""
     per_stream: bool = True
-    """Gate and add for each residual stream; otherwise once, to what the layer's hyper-connection reads of them."""
+    """Gate and add for each residual stream; otherwise once, to what the layer's hyper-connection
+    reads of them.
+    """
     conv: bool = True
     """Short dilated convolution after the gate (the paper's; V4.1 has none)."""
     conv_width: int = 4
@@ -135,7 +145,9 @@ class ModelConfig:
     """A hybrid language model; one letter of ``pattern`` a layer."""
 
     pattern: str = "MEM*E"
-    """M Mamba-2, S Mamba-1, L S4D, * attention, - dense MLP, E mixture of experts (Megatron's notation)."""
+    """M Mamba-2, S Mamba-1, L S4D, * attention, - dense MLP, E mixture of experts (Megatron's
+    notation).
+    """
     d_model: int = 256
     """D, width of the residual stream."""
     vocab_size: int = 8192
@@ -143,11 +155,15 @@ class ModelConfig:
     mlp_dim: int = 512
     """Inner width of a dense SwiGLU MLP."""
     num_streams: int = 1
-    """S, residual streams: 1, or 4 with manifold-constrained hyper-connections (arXiv 2512.24880)."""
+    """S, residual streams: 1, or 4 with manifold-constrained hyper-connections (arXiv
+    2512.24880).
+    """
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     init_std: float = 0.0
-    """Standard deviation of the linear weights; 0 means sqrt(0.8 / D). Divided by sqrt(layers) on the way out."""
+    """Standard deviation of the linear weights; 0 means sqrt(0.8 / D). Divided by sqrt(layers) on
+    the way out.
+    """
     tie_embeddings: bool = False
     """The head is the embedding."""
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
@@ -164,7 +180,9 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
     if out_of_range := list(_range_rules(model)):
         return out_of_range  # the other rules divide by these
     rules = [_stack_rules(model)]
-    rules += [of_layer(model, tp) for letter, of_layer in LAYER_RULES.items() if letter in model.pattern]
+    rules += [
+        of_layer(model, tp) for letter, of_layer in LAYER_RULES.items() if letter in model.pattern
+    ]
     rules += [_expert_rules(model, tp, ep), _engram_rules(model)]
     return [problem for part in rules for problem in part]
 
@@ -196,20 +214,36 @@ def _stack_rules(model: ModelConfig) -> Rules:
     unknown = sorted(set(model.pattern) - set(MIXERS))
     fault = f"has letters {unknown} that name no layer" if unknown else "is empty"
     if unknown or not model.pattern:
-        yield _problem("pattern", repr(model.pattern), fault, f"use {''.join(MIXERS)}")
+        yield _problem(
+            "pattern",
+            repr(model.pattern),
+            fault,
+            f"use {''.join(MIXERS)}",
+        )
 
 
 def _mamba2_rules(model: ModelConfig, tp: int) -> Rules:
-    mamba, inner = model.mamba2, model.mamba2.expand * model.d_model
-    heads, groups = inner // mamba.head_dim, mamba.num_groups
+    mamba = model.mamba2
+    inner = model.mamba2.expand * model.d_model
+    heads = inner // mamba.head_dim
+    groups = mamba.num_groups
     if inner % mamba.head_dim:
         rule = f"does not divide the inner width {inner}"
-        yield _problem("mamba2.head_dim", mamba.head_dim, rule, "use a divisor")
+        yield _problem(
+            "mamba2.head_dim",
+            mamba.head_dim,
+            rule,
+            "use a divisor",
+        )
     if heads % groups:
-        yield _problem("mamba2.num_groups", groups, f"does not divide the {heads} heads", "use a divisor")
+        yield _problem(
+            "mamba2.num_groups", groups, f"does not divide the {heads} heads", "use a divisor"
+        )
     if heads % tp:
         rule = f"gives {heads} heads, which parallel.tp={tp} does not divide"
-        yield _problem("mamba2.head_dim", mamba.head_dim, rule, "use fewer tensor ranks or smaller heads")
+        yield _problem(
+            "mamba2.head_dim", mamba.head_dim, rule, "use fewer tensor ranks or smaller heads"
+        )
     yield from _divide_each_other("mamba2.num_groups", groups, tp)
 
 
@@ -221,19 +255,32 @@ def _s4d_rules(model: ModelConfig, tp: int) -> Rules:
     yield from _inner_width_rule(model, "s4d", model.s4d.expand, tp)
     if model.s4d.init != "real" and model.s4d.state_dim % 2:
         rule = f"is odd, but the states of init {model.s4d.init} come in conjugate pairs"
-        yield _problem("s4d.state_dim", model.s4d.state_dim, rule, "use an even number")
+        yield _problem(
+            "s4d.state_dim",
+            model.s4d.state_dim,
+            rule,
+            "use an even number",
+        )
 
 
 def _attention_rules(model: ModelConfig, tp: int) -> Rules:
     attention = model.attention
-    heads, kv = attention.num_heads, attention.num_kv_heads
+    heads = attention.num_heads
+    kv = attention.num_kv_heads
     if heads % kv:
-        yield _problem("attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor")
+        yield _problem(
+            "attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor"
+        )
     yield from _divisible("attention.num_heads", heads, tp)
     yield from _divide_each_other("attention.num_kv_heads", kv, tp)
     if attention.positions != "none" and attention.head_dim % 2:
         rule = "is odd, but rotary positions turn pairs of channels"
-        yield _problem("attention.head_dim", attention.head_dim, rule, "use an even number")
+        yield _problem(
+            "attention.head_dim",
+            attention.head_dim,
+            rule,
+            "use an even number",
+        )
 
 
 def _mlp_rules(model: ModelConfig, tp: int) -> Rules:
@@ -245,30 +292,59 @@ def _expert_rules(model: ModelConfig, tp: int, ep: int) -> Rules:
     if "E" not in model.pattern:
         if ep > 1:
             rule = f"is above 1, but model.pattern={model.pattern} has no E layer"
-            yield Problem(field="parallel.ep", value=ep, rule=rule, fix="use 1")
+            yield Problem(
+                field="parallel.ep",
+                value=ep,
+                rule=rule,
+                fix="use 1",
+            )
         return
     if moe.num_experts % ep:
-        divisors = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
+        divisors = ", ".join(
+            str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0
+        )
         rule = f"does not divide model.moe.num_experts={moe.num_experts}"
-        yield Problem(field="parallel.ep", value=ep, rule=rule, fix=f"use {divisors}")
+        yield Problem(
+            field="parallel.ep",
+            value=ep,
+            rule=rule,
+            fix=f"use {divisors}",
+        )
     if not 1 <= moe.top_k <= moe.num_experts:
         rule = f"is not between 1 and num_experts={moe.num_experts}"
-        yield _problem("moe.top_k", moe.top_k, rule, "choose fewer experts a token")
+        yield _problem(
+            "moe.top_k",
+            moe.top_k,
+            rule,
+            "choose fewer experts a token",
+        )
     yield from _divisible("moe.shared_dim", moe.shared_dim, tp)
 
 
 def _engram_rules(model: ModelConfig) -> Rules:
     if model.engram is None:
         return
-    layers, orders, depth = model.engram.layers, model.engram.orders, len(model.pattern)
+    layers = model.engram.layers
+    orders = model.engram.orders
+    depth = len(model.pattern)
     if places := [layer for layer in layers if not 0 <= layer < depth]:
         yield _problem(
-            "engram.layers", places, f"are outside the {depth} layers of the pattern", f"use 0 to {depth - 1}"
+            "engram.layers",
+            places,
+            f"are outside the {depth} layers of the pattern",
+            f"use 0 to {depth - 1}",
         )
     if len(set(layers)) < len(layers):
-        yield _problem("engram.layers", layers, "names a layer twice", "name each once")
+        yield _problem(
+            "engram.layers",
+            layers,
+            "names a layer twice",
+            "name each once",
+        )
     if orders != tuple(range(2, len(orders) + 2)):
-        yield _problem("engram.orders", orders, "is not 2, 3, ... without a gap", "use (2, 3) or (2, 3, 4)")
+        yield _problem(
+            "engram.orders", orders, "is not 2, 3, ... without a gap", "use (2, 3) or (2, 3, 4)"
+        )
 
 
 LAYER_RULES: dict[str, Callable[[ModelConfig, int], Rules]] = {
@@ -288,13 +364,28 @@ def _inner_width_rule(model: ModelConfig, layer: str, expand: int, tp: int) -> R
 
 def _divisible(name: str, value: int, tp: int) -> Rules:
     if value % tp:
-        yield _problem(name, value, f"is not divisible by parallel.tp={tp}", "use a multiple of tp")
+        yield _problem(
+            name,
+            value,
+            f"is not divisible by parallel.tp={tp}",
+            "use a multiple of tp",
+        )
 
 
 def _divide_each_other(name: str, value: int, tp: int) -> Rules:
     if value % tp and tp % value:
-        yield _problem(name, value, f"and parallel.tp={tp} do not divide each other", "let one divide the other")
+        yield _problem(
+            name,
+            value,
+            f"and parallel.tp={tp} do not divide each other",
+            "let one divide the other",
+        )
 
 
 def _problem(name: str, value: object, rule: str, fix: str) -> Problem:
-    return Problem(field=f"model.{name}", value=value, rule=rule, fix=fix)
+    return Problem(
+        field=f"model.{name}",
+        value=value,
+        rule=rule,
+        fix=fix,
+    )

@@ -21,13 +21,17 @@ IGNORE = -100
 
 
 def padded_vocab(model: ModelConfig) -> int:
-    """Rows of the embedding: the same on every layout, divisible by any tensor-parallel size up to 128."""
+    """Rows of the embedding: the same on every layout, divisible by any tensor-parallel size up to
+    128.
+    """
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def vocab_parameter(model: ModelConfig, mesh: Mesh) -> nn.Parameter:
     """(V, D) cut over tp by rows."""
-    placement = Placement(shape=(padded_vocab(model), model.d_model), init=weight_init(model), axis="tp")
+    placement = Placement(
+        shape=(padded_vocab(model), model.d_model), init=weight_init(model), axis="tp"
+    )
     return declare(placement, mesh)
 
 
@@ -36,7 +40,8 @@ class Embedding(nn.Module):
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.mesh, self.lookup = mesh, None
+        self.mesh = mesh
+        self.lookup = None
         if mesh.size("tp") == 1:
             self.weight = vocab_parameter(model, mesh)
             return
@@ -71,16 +76,24 @@ class Head(nn.Module):
 
     def __init__(self, model: ModelConfig, mesh: Mesh, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.mesh, self.vocab_size = mesh, model.vocab_size
+        self.mesh = mesh
+        self.vocab_size = model.vocab_size
         self.weight = vocab_parameter(model, mesh) if tied is None else tied
 
     def loss(self, h_BLD: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropies of the valid targets (-100 is none), fp32, the same on all tensor ranks."""
+        """Sum of the cross-entropies of the valid targets (-100 is none), fp32, the same on all
+        tensor ranks.
+        """
         if self.mesh.size("tp") == 1:
             return linear_cross_entropy(
-                h_BLD.flatten(0, 1), self.weight, targets_BL.flatten(), IGNORE, vocab_size=self.vocab_size
+                h_BLD.flatten(0, 1),
+                self.weight,
+                targets_BL.flatten(),
+                IGNORE,
+                vocab_size=self.vocab_size,
             )
-        h_TD, targets_T = self._whole(h_BLD).flatten(0, 1), targets_BL.flatten()
+        h_TD = self._whole(h_BLD).flatten(0, 1)
+        targets_T = targets_BL.flatten()
         if use_triton(None, h_TD):
             first = self.mesh.rank("tp") * self.weight.shape[0]
             return sharded_linear_cross_entropy(
@@ -94,7 +107,9 @@ class Head(nn.Module):
         return total
 
     def _merge(self, stats_2T: torch.Tensor) -> torch.Tensor:
-        """Log-sum-exp and target's logit of all tensor ranks, from those of their parts of the vocabulary."""
+        """Log-sum-exp and target's logit of all tensor ranks, from those of their parts of the
+        vocabulary.
+        """
         parts = [torch.empty_like(stats_2T) for _ in range(self.mesh.size("tp"))]
         torch.distributed.all_gather(parts, stats_2T.contiguous(), group=self.mesh.group("tp"))
         log_sums, logits = torch.stack(parts, 1)

@@ -1,6 +1,8 @@
-"""Engram (arXiv 2601.07372, section 2): hashed n-gram memory, gated into the residual streams before a layer's mixer.
+"""Engram (arXiv 2601.07372, section 2): hashed n-gram memory, gated into the residual streams
+before a layer's mixer.
 
-B batch, L length, S streams, D model width, M = O x W memory width (n-gram orders x heads x row width).
+B batch, L length, S streams, D model width, M = O x W memory width (n-gram orders x heads x row
+width).
 """
 
 import torch
@@ -21,16 +23,21 @@ from training.model.mamba2 import Cache
 class Engram(nn.Module):
     """k = W_K e, v = W_V e; u = gate(h, k) v; out = h + u + SiLU(conv(RMSNorm(u))).
 
-    A position that looks nothing up (e = 0) has u = 0, which is what the convolution reads of it, and out = h.
+    A position that looks nothing up (e = 0) has u = 0, which is what the convolution reads of it,
+    and out = h.
 
     Under tensor parallelism each tensor rank looks up and gates its share of the tokens.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        config, self.mesh, self.eps = model.engram, mesh, model.norm_eps
+        config = model.engram
+        self.mesh = mesh
+        self.eps = model.norm_eps
         assert config is not None, "a model without Engram has no Engram layer"
-        self.config, self.streams, width = config, model.num_streams if config.per_stream else 1, model.d_model
+        self.config = config
+        self.streams = model.num_streams if config.per_stream else 1
+        width = model.d_model
         memory = len(config.orders) * config.num_heads * config.head_dim
 
         def replica(*shape: int, init: Init, **kwargs) -> nn.Parameter:
@@ -39,11 +46,23 @@ class Engram(nn.Module):
         self.value = replica(width, memory, init=weight_init(model))
         if config.gate:
             self.key = replica(self.streams * width, memory, init=weight_init(model))
-            self.query_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
-            self.key_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
+            self.query_norm = replica(
+                self.streams, width, init=constant(1.0), decay=False, fp32=True
+            )
+            self.key_norm = replica(
+                self.streams,
+                width,
+                init=constant(1.0),
+                decay=False,
+                fp32=True,
+            )
         if config.conv:
-            self.conv_norm = replica(self.streams, width, init=constant(1.0), decay=False, fp32=True)
-            self.conv_weight = replica(self.streams * width, config.conv_width, init=constant(0.0), decay=False)
+            self.conv_norm = replica(
+                self.streams, width, init=constant(1.0), decay=False, fp32=True
+            )
+            self.conv_weight = replica(
+                self.streams * width, config.conv_width, init=constant(0.0), decay=False
+            )
 
     def forward(
         self,
@@ -57,24 +76,29 @@ class Engram(nn.Module):
 
         Args:
             h_BLSD: residual streams, in their own layout.
-            memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and heads.
+            memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and
+                heads.
             seq_idx_BL: documents of the whole row.
             masked_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
         """
         shared = self.mesh.size("tp") > 1 and not self.mesh.sequence_parallel
         if not self.config.conv and not shared:
             return self.gated(h_BLSD, memory_BLM, residual=True)[0]
-        # The convolution reads u itself, and shares are gathered in its dtype, which may be narrower than the streams'.
+        # The convolution reads u itself, and shares are gathered in its dtype, which may be
+        # narrower than the streams'.
         u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
             y_BLSD = F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
-            u_BLSD = u_BLSD + (y_BLSD if masked_BL is None else y_BLSD.masked_fill(masked_BL[..., None, None], 0))
+            u_BLSD = u_BLSD + (
+                y_BLSD if masked_BL is None else y_BLSD.masked_fill(masked_BL[..., None, None], 0)
+            )
         return h_BLSD + give_token_share(u_BLSD, self.mesh)
 
     def gated(
         self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor, residual: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1 without a gate.
+        """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1
+        without a gate.
 
         With ``residual`` the streams with their values added.
         """
@@ -84,18 +108,34 @@ class Engram(nn.Module):
             return h_BLSD + u_BLSD if residual else u_BLSD, v_BLD.new_ones((*h_BLSD.shape[:3],))
         k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
         norms = (self.query_norm, self.key_norm)
-        return engram_gate(h_BLSD, k_BLSD, v_BLD, *norms, self.eps, return_gate=True, residual=residual)
+        return engram_gate(
+            h_BLSD, k_BLSD, v_BLD, *norms, self.eps, return_gate=True, residual=residual
+        )
 
-    def _conv(self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the own one kept."""
-        group, dilation = self.mesh.group("tp"), max(self.config.orders)
+    def _conv(
+        self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the
+        own one kept.
+        """
+        group = self.mesh.group("tp")
+        dilation = max(self.config.orders)
         normed = rms_norm(u_BLSD, self.conv_norm, self.eps).flatten(-2)
         rows = gather_tokens(normed, group)
         if cache is None:
-            y = causal_conv1d(rows, self.conv_weight, seq_idx=seq_idx_BL, dilation=dilation)
+            y = causal_conv1d(
+                rows,
+                self.conv_weight,
+                seq_idx=seq_idx_BL,
+                dilation=dilation,
+            )
         else:
             y, cache["conv"] = causal_conv1d(
-                rows, self.conv_weight, initial_states=cache.get("conv"), return_final_states=True, dilation=dilation
+                rows,
+                self.conv_weight,
+                initial_states=cache.get("conv"),
+                return_final_states=True,
+                dilation=dilation,
             )
         if group is not None and self.mesh.size("tp") > 1:
             y = y.chunk(self.mesh.size("tp"), dim=1)[self.mesh.rank("tp")]

@@ -1,4 +1,5 @@
-"""Manifold-constrained hyper-connections (arXiv 2512.24880, section 4.2): S residual streams that mix at every layer.
+"""Manifold-constrained hyper-connections (arXiv 2512.24880, section 4.2): S residual streams that
+mix at every layer.
 
 B batch, L length, S streams, D model width.
 """
@@ -15,28 +16,37 @@ from parallel.placement import Placement, constant, declare
 from training.model.config import ModelConfig
 
 ALPHA = 0.01  # the paper's only published initial value (appendix A.1)
-POST_SPREAD = (
-    1.0  # equal streams would get equal gradients and stay equal for ever; the mean of H_post is 1 all the same
+# equal streams would get equal gradients and stay equal for ever; the mean of H_post is 1 all the
+# same
+POST_SPREAD = 1.0
+IDENTITY_LOGIT = (
+    5.0  # diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns
 )
-IDENTITY_LOGIT = 5.0  # diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns
 
 
 class HyperConnection(nn.Module):
     """Coefficients of one layer: u = H_pre x, x' = H_res x + H_post^T F(u).
 
-    H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn-Knopp; all from r^-1 x phi, fp32.
-    Initially H_pre = 1/S and H_post has mean 1, so the mean of the streams is the plain residual network's.
+    H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn-Knopp; all from r^-1 x
+    phi, fp32. Initially H_pre = 1/S and H_post has mean 1, so the mean of the streams is the plain
+    residual network's.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        streams, self.eps = model.num_streams, model.norm_eps
+        streams = model.num_streams
+        self.eps = model.norm_eps
         self.streams = streams
 
         def replica(*shape: int, init, whole: bool = False) -> nn.Parameter:
             return declare(
                 Placement(
-                    shape=shape, init=init, partial=mesh.sequence_parallel, decay=False, fp32=True, whole_init=whole
+                    shape=shape,
+                    init=init,
+                    partial=mesh.sequence_parallel,
+                    decay=False,
+                    fp32=True,
+                    whole_init=whole,
                 ),
                 mesh,
             )
@@ -52,17 +62,24 @@ class HyperConnection(nn.Module):
         self.bias = replica(size, init=bias, whole=True)
 
     def forward(self, x_BLSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the layer reads, and how its output returns: u_BLD, post_BLS, mix_BLSS (from stream, to stream)."""
-        flat, sizes = x_BLSD.flatten(-2).float(), [self.streams, self.streams, self.streams**2]
+        """What the layer reads, and how its output returns: u_BLD, post_BLS, mix_BLSS (from stream,
+        to stream).
+        """
+        flat = x_BLSD.flatten(-2).float()
+        sizes = [self.streams, self.streams, self.streams**2]
         inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
         scale = self.alpha.repeat_interleave(torch.tensor(sizes, device=self.alpha.device))
-        pre, post, res = (F.linear(flat, self.phi) * inverse_rms * scale + self.bias).split(sizes, dim=-1)
+        pre, post, res = (F.linear(flat, self.phi) * inverse_rms * scale + self.bias).split(
+            sizes, dim=-1
+        )
         mix = sinkhorn_knopp(res.unflatten(-1, (self.streams, self.streams)))
         u_BLD = torch.einsum("bls,blsd->bld", torch.sigmoid(pre), x_BLSD.float())
         return u_BLD, 2 * torch.sigmoid(post), mix
 
 
-def merge(x_BLSD: torch.Tensor, y_BLD: torch.Tensor, post_BLS: torch.Tensor, mix_BLSS: torch.Tensor) -> torch.Tensor:
+def merge(
+    x_BLSD: torch.Tensor, y_BLD: torch.Tensor, post_BLS: torch.Tensor, mix_BLSS: torch.Tensor
+) -> torch.Tensor:
     """x'[k] = post[k] y + sum_j mix[j, k] x[j]."""
     mixed = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD.float())
     return (mixed + post_BLS[..., None] * y_BLD[..., None, :].float()).to(x_BLSD.dtype)

@@ -1,4 +1,6 @@
-"""Mamba-1 (S6, arXiv 2312.00752), tensor-parallel over channels. B batch, L length, D model width, N state size."""
+"""Mamba-1 (S6, arXiv 2312.00752), tensor-parallel over channels. B batch, L length, D model width,
+N state size.
+"""
 
 import math
 
@@ -23,36 +25,76 @@ def _real_decay(_: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class Mamba1(nn.Module):
-    """in_proj -> [x, z]; conv and SiLU; x_proj -> [dt, B, C] (summed over tp); dt_proj; selective scan; out_proj."""
+    """in_proj -> [x, z]; conv and SiLU; x_proj -> [dt, B, C] (summed over tp); dt_proj; selective
+    scan; out_proj.
+    """
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        config, self.mesh = model.mamba1, mesh
-        inner, self.state_dim = config.expand * model.d_model, config.state_dim
+        config = model.mamba1
+        self.mesh = mesh
+        inner = config.expand * model.d_model
+        self.state_dim = config.state_dim
         self.dt_rank = config.dt_rank or math.ceil(model.d_model / 16)
 
         def channels(*shape: int, init, **kwargs) -> nn.Parameter:
-            return declare(Placement(shape=(inner, *shape), init=init, axis="tp", **kwargs), mesh)
+            return declare(
+                Placement(
+                    shape=(inner, *shape),
+                    init=init,
+                    axis="tp",
+                    **kwargs,
+                ),
+                mesh,
+            )
 
-        bound, rank_bound = 1 / math.sqrt(config.conv_width), self.dt_rank**-0.5
+        bound = 1 / math.sqrt(config.conv_width)
+        rank_bound = self.dt_rank**-0.5
         x, z = (Part(name=name, size=inner, units=inner) for name in "xz")
-        self.in_proj = ColumnParallelLinear(model.d_model, (x, z), mesh, weight_init(model))
+        self.in_proj = ColumnParallelLinear(
+            model.d_model,
+            (x, z),
+            mesh,
+            weight_init(model),
+        )
         self.conv_weight = channels(config.conv_width, init=uniform(-bound, bound), decay=False)
         self.conv_bias = channels(init=uniform(-bound, bound), decay=False)
         self.x_proj = RowParallelLinear(
-            inner, self.dt_rank + 2 * self.state_dim, mesh, normal(1 / math.sqrt(inner)), scatter=False
+            inner,
+            self.dt_rank + 2 * self.state_dim,
+            mesh,
+            normal(1 / math.sqrt(inner)),
+            scatter=False,
         )
         self.dt_proj = channels(self.dt_rank, init=uniform(-rank_bound, rank_bound))
-        self.dt_bias = channels(init=dt_bias_init, decay=False, fp32=True, whole_init=True)
-        self.A_log = channels(self.state_dim, init=_real_decay, decay=False, fp32=True, whole_init=True)
+        self.dt_bias = channels(
+            init=dt_bias_init,
+            decay=False,
+            fp32=True,
+            whole_init=True,
+        )
+        self.A_log = channels(
+            self.state_dim, init=_real_decay, decay=False, fp32=True, whole_init=True
+        )
         self.D = channels(init=constant(1.0), decay=False, fp32=True)
-        self.out_proj = RowParallelLinear(inner, model.d_model, mesh, output_init(model))
+        self.out_proj = RowParallelLinear(
+            inner,
+            model.d_model,
+            mesh,
+            output_init(model),
+        )
 
-    def forward(self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D). ``cache`` holds the conv and SSM states of a decoded sequence and is advanced."""
+    def forward(
+        self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D). ``cache`` holds the conv and SSM states of a decoded sequence and
+        is advanced.
+        """
         x, z = self.in_proj.split(self.in_proj(x_BLD))
         if cache is None:
-            x = causal_conv1d(x, self.conv_weight, self.conv_bias, seq_idx=seq_idx_BL, activation="silu")
+            x = causal_conv1d(
+                x, self.conv_weight, self.conv_bias, seq_idx=seq_idx_BL, activation="silu"
+            )
         else:
             x, cache["conv"] = causal_conv1d(
                 x,
@@ -62,7 +104,8 @@ class Mamba1(nn.Module):
                 return_final_states=True,
                 activation="silu",
             )
-        # Every tensor rank uses all of dt, B and C with its own channels, so their gradients are summed.
+        # Every tensor rank uses all of dt, B and C with its own channels, so their gradients are
+        # summed.
         dt_b_c = copy_to(self.x_proj(x), self.mesh.group("tp"))
         dt, b, c = dt_b_c.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         y_BDL, state = selective_scan(

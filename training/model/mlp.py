@@ -18,11 +18,24 @@ class SwiGLU(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, inner: int) -> None:
         super().__init__()
         parts = tuple(Part(name=name, size=inner, units=inner) for name in ("gate", "up"))
-        self.gate_up = ColumnParallelLinear(model.d_model, parts, mesh, weight_init(model))
-        self.down = RowParallelLinear(inner, model.d_model, mesh, output_init(model))
+        self.gate_up = ColumnParallelLinear(
+            model.d_model,
+            parts,
+            mesh,
+            weight_init(model),
+        )
+        self.down = RowParallelLinear(
+            inner,
+            model.d_model,
+            mesh,
+            output_init(model),
+        )
 
     def forward(
-        self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None = None, cache: Cache | None = None
+        self,
+        x_BLD: torch.Tensor,
+        seq_idx_BL: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
         return self.down(swiglu(self.gate_up(x_BLD)))

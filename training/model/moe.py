@@ -1,4 +1,5 @@
-"""Mixture of experts: shared + routed SwiGLU experts, routed after DeepSeek-V3 (arXiv 2412.19437, section 2.1).
+"""Mixture of experts: shared + routed SwiGLU experts, routed after DeepSeek-V3 (arXiv 2412.19437,
+section 2.1).
 
 B batch, L length, D model width, T = B x L tokens, E experts, K chosen experts.
 """
@@ -36,14 +37,24 @@ class MoE(nn.Module):
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.config, self.mesh = model.moe, mesh
+        self.config = model.moe
+        self.mesh = mesh
         experts = model.moe.num_experts
         placement = Placement(
-            shape=(experts, model.d_model), init=weight_init(model), partial=True, decay=False, fp32=True
+            shape=(experts, model.d_model),
+            init=weight_init(model),
+            partial=True,
+            decay=False,
+            fp32=True,
         )
         self.router = declare(placement, mesh)
         self.experts = ExpertParallelMLP(
-            model.d_model, model.moe.expert_dim, experts, mesh, weight_init(model), output_init(model)
+            model.d_model,
+            model.moe.expert_dim,
+            experts,
+            mesh,
+            weight_init(model),
+            output_init(model),
         )
         self.shared = SwiGLU(model, mesh, model.moe.shared_dim) if model.moe.shared_dim else None
         # Selection bias: fp32, the same on all ranks, moved by update_balance and by nothing else.
@@ -51,7 +62,9 @@ class MoE(nn.Module):
         self.counts_E = torch.zeros(experts, dtype=torch.int64)
 
     def forward(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, L, D) -> (B, L, D), and this rank's weighted auxiliary losses summed over its tokens (fp32 scalar)."""
+        """(B, L, D) -> (B, L, D), and this rank's weighted auxiliary losses summed over its tokens
+        (fp32 scalar).
+        """
         mine = take_token_share(x_BLD, self.mesh)
         x_TD = mine.flatten(0, 1)
         logits_TE = F.linear(x_TD.float(), self.router)
@@ -59,19 +72,24 @@ class MoE(nn.Module):
             logits_TE, self.config.top_k, self.config.scores, self.bias, self.config.route_scale
         )
         auxiliary = self._auxiliary_losses(logits_TE, scores_TE, num_sequences=x_BLD.shape[0])
-        wanted_E, dropless = None, not self.config.capacity_factor
+        wanted_E = None
+        dropless = not self.config.capacity_factor
         if not dropless:
             wanted_E = torch.bincount(ids_TK.flatten(), minlength=self.config.num_experts)
             capacity = -(-self.config.capacity_factor * ids_TK.numel() // self.config.num_experts)
             ids_TK = drop_over_capacity(ids_TK, int(capacity))
         y_TD, counts_E = self.experts(x_TD, ids_TK, weights_TK, dropless)
-        # Set, not added: recomputation in backward leaves the same value. The step collects it after each backward.
+        # Set, not added: recomputation in backward leaves the same value. The step collects it
+        # after each backward.
         self.counts_E = counts_E if wanted_E is None else wanted_E
         y_BLD = give_token_share(y_TD.view_as(mine), self.mesh)
         return (y_BLD if self.shared is None else y_BLD + self.shared(x_BLD)), auxiliary
 
-    def _auxiliary_losses(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, num_sequences: int) -> torch.Tensor:
-        tokens, total = logits_TE.shape[0], logits_TE.new_zeros(())
+    def _auxiliary_losses(
+        self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, num_sequences: int
+    ) -> torch.Tensor:
+        tokens = logits_TE.shape[0]
+        total = logits_TE.new_zeros(())
         if self.config.z_loss:
             total = total + self.config.z_loss * tokens * z_loss(logits_TE)
         if self.config.aux_loss:
@@ -92,10 +110,12 @@ def expert_loads(model: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def update_balance(model: nn.Module, loads: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """After a step: sum the loads over all ranks (they hold different tokens) and move each layer's bias.
+    """After a step: sum the loads over all ranks (they hold different tokens) and move each layer's
+    bias.
 
     Args:
-        loads: (layers, E) int64 of this rank over the step's micro-batches; reduced in place over ``world``.
+        loads: (layers, E) int64 of this rank over the step's micro-batches; reduced in place over
+            ``world``.
 
     Returns:
         Largest load / mean load over the layers: 1 is perfect balance.

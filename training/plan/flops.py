@@ -1,9 +1,12 @@
-"""Floating-point operations of a training step, counted from the parameters, and the peaks of known devices."""
+"""Floating-point operations of a training step, counted from the parameters, and the peaks of known
+devices.
+"""
 
 from training.model.config import ModelConfig
 from training.plan.parameters import count_parameters
 
-# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets). An unknown device has no MFU.
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets). An unknown device
+# has no MFU.
 PEAK_BF16 = {
     "H200": 989e12,
     "H100": 989e12,
@@ -14,10 +17,11 @@ PEAK_BF16 = {
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward: 6 a multiplied parameter, the causal products of attention and the states of the scans.
+    """Forward and backward: 6 a multiplied parameter, the causal products of attention and the
+    states of the scans.
 
-    Attention 6 L H P a layer (half of 12 L H P: causal); SSD with state N and chunk Q about 6 x (2 N + Q) x inner a
-    layer: the chunk's dual form and both products with the states.
+    Attention 6 L H P a layer (half of 12 L H P: causal); SSD with state N and chunk Q about 6 x (2
+    N + Q) x inner a layer: the chunk's dual form and both products with the states.
     """
     matrices = 6.0 * count_parameters(model).active
     inner = model.mamba2.expand * model.d_model

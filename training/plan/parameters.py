@@ -38,7 +38,16 @@ class ParameterCount:
     @property
     def dense(self) -> int:
         """Everything but routed experts and tables."""
-        parts = (self.embedding, self.head, self.mixers, self.mlp, self.router, self.engram, self.streams, self.norms)
+        parts = (
+            self.embedding,
+            self.head,
+            self.mixers,
+            self.mlp,
+            self.router,
+            self.engram,
+            self.streams,
+            self.norms,
+        )
         return sum(parts)
 
     @property
@@ -55,7 +64,9 @@ class ParameterCount:
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Count the parameters of ``model`` at tensor-parallel size 1."""
-    width, moe, layers = model.d_model, model.moe, model.pattern
+    width = model.d_model
+    moe = model.moe
+    layers = model.pattern
     counted = {"M": _mamba2(model), "S": _mamba1(model), "L": _s4d(model), "*": _attention(model)}
     expert_layers = layers.count("E")
     shared = 3 * width * moe.shared_dim
@@ -76,22 +87,30 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def _mamba2(model: ModelConfig) -> int:
-    mamba, width = model.mamba2, model.d_model
+    mamba = model.mamba2
+    width = model.d_model
     inner = mamba.expand * width
-    heads, convolved = inner // mamba.head_dim, inner + 2 * mamba.num_groups * mamba.state_dim
+    heads = inner // mamba.head_dim
+    convolved = inner + 2 * mamba.num_groups * mamba.state_dim
     projections = width * (inner + convolved + heads) + inner * width
     return projections + convolved * (mamba.conv_width + 1) + 3 * heads + inner
 
 
 def _mamba1(model: ModelConfig) -> int:
-    mamba, width = model.mamba1, model.d_model
-    inner, rank = mamba.expand * width, mamba.dt_rank or -(-width // 16)
-    projections = 2 * width * inner + inner * (rank + 2 * mamba.state_dim) + rank * inner + inner * width
+    mamba = model.mamba1
+    width = model.d_model
+    inner = mamba.expand * width
+    rank = mamba.dt_rank or -(-width // 16)
+    projections = (
+        2 * width * inner + inner * (rank + 2 * mamba.state_dim) + rank * inner + inner * width
+    )
     return projections + inner * (mamba.conv_width + 1) + inner * (mamba.state_dim + 2)
 
 
 def _s4d(model: ModelConfig) -> int:
-    """A (real and imaginary part) and C (a pair) for each stored state; log_dt and D once a channel."""
+    """A (real and imaginary part) and C (a pair) for each stored state; log_dt and D once a
+    channel.
+    """
     inner = model.s4d.expand * model.d_model
     states = model.s4d.state_dim if model.s4d.init == "real" else model.s4d.state_dim // 2
     return 3 * model.d_model * inner + inner * (4 * states + 2)
@@ -103,7 +122,8 @@ def _attention(model: ModelConfig) -> int:
 
 
 def _engram(model: ModelConfig, engram: EngramConfig) -> int:
-    width, memory = model.d_model, len(engram.orders) * engram.num_heads * engram.head_dim
+    width = model.d_model
+    memory = len(engram.orders) * engram.num_heads * engram.head_dim
     streams = model.num_streams if engram.per_stream else 1
     gate = streams * (memory * width + 2 * width) if engram.gate else 0
     conv = streams * width * (engram.conv_width + 1) if engram.conv else 0
@@ -111,12 +131,16 @@ def _engram(model: ModelConfig, engram: EngramConfig) -> int:
 
 
 def _engram_table(engram: EngramConfig) -> int:
-    primes = table_primes(len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads)
+    primes = table_primes(
+        len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads
+    )
     return engram.head_dim * sum(sum(heads) for layer in primes for heads in layer)
 
 
 def _hyper_connection(model: ModelConfig) -> int:
-    """Coefficients from all streams together (arXiv 2512.24880, section 4.2): phi, its bias and three scales."""
+    """Coefficients from all streams together (arXiv 2512.24880, section 4.2): phi, its bias and
+    three scales.
+    """
     streams = model.num_streams
     outputs = streams**2 + 2 * streams
     return 0 if streams == 1 else outputs * (streams * model.d_model + 1) + 3

@@ -1,4 +1,5 @@
-"""What Engram tables ask of a machine at any scale: memory, exchange, host traffic, by arithmetic. No torch in here.
+"""What Engram tables ask of a machine at any scale: memory, exchange, host traffic, by arithmetic.
+No torch in here.
 
 W values a row, R rows of a table, U distinct ids.
 """
@@ -13,15 +14,18 @@ from training.config import RunConfig
 from training.model.config import EngramConfig
 
 Curve = tuple[float, float, float]
-# Distinct n-grams among T tokens: ln U = c0 + c1 ln T + c2 (ln T)^2. Least squares at powers of two from 2^10 to 2^23
-# tokens of Python's standard library, in training's rows of 1,024 tokens; within 5 %. Its compressed vocabulary is
-# 4,990: web text with one of 100,000 repeats itself less, as do shorter rows (the fewer tokens of a document together).
+# Distinct n-grams among T tokens: ln U = c0 + c1 ln T + c2 (ln T)^2. Least squares at powers of two
+# from 2^10 to 2^23 tokens of Python's standard library, in training's rows of 1,024 tokens; within
+# 5 %. Its compressed vocabulary is 4,990: web text with one of 100,000 repeats itself less, as do
+# shorter rows (the fewer tokens of a document together).
 MEASURED: dict[int, Curve] = {
     2: (-2.6180, 1.46919, -0.031163),
     3: (-1.6719, 1.27697, -0.017116),
     4: (-1.2207, 1.19319, -0.011333),
 }
-ID_BYTES, GRADIENT_BYTES = 8, 4  # int64; gradients travel in fp32
+# int64; gradients travel in fp32
+ID_BYTES = 8
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +61,13 @@ class TableShape:
         return sum(len(heads) for layer in self.primes for heads in layer)
 
 
-def shape_of(name: str, engram: EngramConfig, step_tokens: int, micro_tokens: int, value_bytes: int = 2) -> TableShape:
+def shape_of(
+    name: str, engram: EngramConfig, step_tokens: int, micro_tokens: int, value_bytes: int = 2
+) -> TableShape:
     """The tables of a configuration."""
-    primes = table_primes(len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads)
+    primes = table_primes(
+        len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads
+    )
     return TableShape(
         name=name,
         orders=engram.orders,
@@ -73,28 +81,56 @@ def shape_of(name: str, engram: EngramConfig, step_tokens: int, micro_tokens: in
 
 def shape_of_run(config: RunConfig, engram: EngramConfig) -> TableShape:
     """The tables of a run; tensor ranks share a micro-batch's tokens."""
-    length, train = config.data.seq_length, config.train
+    length = config.data.seq_length
+    train = config.train
     micro_tokens = max(1, train.micro_batch * length // config.parallel.tp)
     value_bytes = 4 if train.dtype == "fp32" else 2  # not chosen yet: bf16, as on cards
-    return shape_of(config.name, engram, train.global_batch * length, micro_tokens, value_bytes)
+    return shape_of(
+        config.name,
+        engram,
+        train.global_batch * length,
+        micro_tokens,
+        value_bytes,
+    )
 
 
 def published(micro_tokens: int) -> list[TableShape]:
     """Tables of the published scale, with their batches.
 
-    Engram-27B, Engram-40B: arXiv 2601.07372, table 5, batch 1280 x 4096. 100B: the size of its offloading experiment,
-    whose shape is not printed; ours: Engram-27B with more rows. 196B: DeepSeek-V4.1-Flash (arXiv 2609.19969), batch
-    100.6M tokens.
+    Engram-27B, Engram-40B: arXiv 2601.07372, table 5, batch 1280 x 4096. 100B: the size of its
+    offloading experiment, whose shape is not printed; ours: Engram-27B with more rows. 196B:
+    DeepSeek-V4.1-Flash (arXiv 2609.19969), batch 100.6M tokens.
     """
-    paper, batch = EngramConfig(layers=(1, 14), num_heads=8, head_dim=80), 1280 * 4096
+    paper = EngramConfig(layers=(1, 14), num_heads=8, head_dim=80)
+    batch = 1280 * 4096
     sizes = {"5.7B (Engram-27B)": 2_262_400, "18.5B (Engram-40B)": 7_239_680, "100B": 39_062_500}
-    shapes = [shape_of(name, replace(paper, table_size=rows), batch, micro_tokens) for name, rows in sizes.items()]
-    flash = EngramConfig(layers=(1, 14), orders=(2, 3, 4), num_heads=8, head_dim=256, table_size=16_000_000)
-    return [*shapes, shape_of("196B (V4.1-Flash)", flash, 100_600_000, micro_tokens)]
+    shapes = [
+        shape_of(
+            name,
+            replace(paper, table_size=rows),
+            batch,
+            micro_tokens,
+        )
+        for name, rows in sizes.items()
+    ]
+    flash = EngramConfig(
+        layers=(1, 14), orders=(2, 3, 4), num_heads=8, head_dim=256, table_size=16_000_000
+    )
+    return [
+        *shapes,
+        shape_of(
+            "196B (V4.1-Flash)",
+            flash,
+            100_600_000,
+            micro_tokens,
+        ),
+    ]
 
 
 def distinct_ngrams(tokens: float, curve: Curve) -> float:
-    """Distinct n-grams among ``tokens`` by a fitted curve; at least 1, at most ``tokens``, never falling."""
+    """Distinct n-grams among ``tokens`` by a fitted curve; at least 1, at most ``tokens``, never
+    falling.
+    """
     c0, c1, c2 = curve
     log_tokens = math.log(max(1.0, tokens))
     if c2 < 0:
@@ -125,7 +161,9 @@ class Assumptions:
     curves: Mapping[int, Curve]
     """Distinct n-grams by tokens, for each order."""
     distinct: float | None = None
-    """Distinct ids of a micro-batch / its ids, instead of the curve's; a step's share is scaled alike."""
+    """Distinct ids of a micro-batch / its ids, instead of the curve's; a step's share is scaled
+    alike.
+    """
     step_s: float | None = None
     """Seconds a step; None derives them from ``tokens_per_s``."""
     tokens_per_s: float = 10_000.0
@@ -173,14 +211,18 @@ def plan_tables(
 ) -> TablePlan:
     """Plan one layout.
 
-    Each micro-batch asks each distinct row once; rows go out in the compute dtype, gradients come back in fp32;
-    ``1 / ranks`` of both stays on the rank. The host reads each answered row and writes it for the device, writes and
-    reads each gradient, and reads and writes the rows and the state that a step updates. Momentum + Sinkhorn also reads
-    the momentum of all moving rows once for every normalisation.
+    Each micro-batch asks each distinct row once; rows go out in the compute dtype, gradients come
+    back in fp32; ``1 / ranks`` of both stays on the rank. The host reads each answered row and
+    writes it for the device, writes and reads each gradient, and reads and writes the rows and the
+    state that a step updates. Momentum + Sinkhorn also reads the momentum of all moving rows once
+    for every normalisation.
     """
-    width, row, state = shape.width, row_bytes(format, shape.width), state_bytes(optimizer, shape.width)
+    width = shape.width
+    row = row_bytes(format, shape.width)
+    state = state_bytes(optimizer, shape.width)
     micro_batches = shape.step_tokens / (ranks * shape.micro_tokens)
-    micro_ids, ids = distinct_ids(shape, shape.micro_tokens, assumed.curves), shape.micro_tokens * shape.ids_per_token
+    micro_ids = distinct_ids(shape, shape.micro_tokens, assumed.curves)
+    ids = shape.micro_tokens * shape.ids_per_token
     scale = 1.0 if assumed.distinct is None else assumed.distinct * ids / micro_ids
     asked = micro_batches * micro_ids * scale
     away = (ranks - 1) / ranks
@@ -188,13 +230,17 @@ def plan_tables(
     def rows_of_steps(steps: float) -> float:
         """Distinct rows of this rank in so many steps."""
         tokens = shape.step_tokens * steps
-        return min(sum(shape.layer_rows), distinct_ids(shape, tokens, assumed.curves) * scale) / ranks
+        return (
+            min(sum(shape.layer_rows), distinct_ids(shape, tokens, assumed.curves) * scale) / ranks
+        )
 
     fetched = asked * (row + shape.value_bytes * width + 2 * GRADIENT_BYTES * width)
     updated = 2 * rows_of_steps(1) * (row + state)
     if optimizer == "momentum_sinkhorn":
         moving = rows_of_steps(moving_steps())
-        updated = 2 * rows_of_steps(1) * state + moving * (2 * row + TableConfig().sinkhorn_iterations * 4 * width)
+        updated = 2 * rows_of_steps(1) * state + moving * (
+            2 * row + TableConfig().sinkhorn_iterations * 4 * width
+        )
     rows = sum(-(-layer // ranks) for layer in shape.layer_rows)
     node = rows * (row + state) * min(ranks, assumed.ranks_per_node)
     return TablePlan(
@@ -217,6 +263,8 @@ def plan_tables(
 
 
 def moving_steps() -> float:
-    """Steps that a row goes on moving after its last touch under momentum + Sinkhorn: ln(threshold) / ln(momentum)."""
+    """Steps that a row goes on moving after its last touch under momentum + Sinkhorn: ln(threshold)
+    / ln(momentum).
+    """
     table = TableConfig()
     return math.log(table.sinkhorn_threshold) / math.log(table.momentum)

@@ -25,31 +25,51 @@ def prepare_directory(
     mode: StartMode,
     origin: Origin,
 ) -> None:
-    """runs/<name> with its run.json and Engram's hash. An overwritten run is moved aside, never deleted. Collective.
+    """runs/<name> with its run.json and Engram's hash. An overwritten run is moved aside, never
+    deleted. Collective.
 
-    Called once nothing can refuse to start any more, so that a refused run leaves everything as it was.
+    Called once nothing can refuse to start any more, so that a refused run leaves everything as it
+    was.
     """
     if process.rank == 0:
         if mode is StartMode.OVERWRITE and holds_files(directory):
             numbers = itertools.count(1)
-            aside = next(path for n in numbers if not (path := directory.with_name(f"{config.name}.{n}")).exists())
+            aside = next(
+                path
+                for n in numbers
+                if not (path := directory.with_name(f"{config.name}.{n}")).exists()
+            )
             directory.rename(aside)
             print(f"the earlier run is now {aside}", flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         history = load_history(directory / "run.json")
         if origin.changes:
             history.append({"step": origin.step, "time": time.time(), "changes": origin.changes})
-        save_run_json(directory / "run.json", config, process.world_size, history)
-        keep_artifact(directory, config.model.engram, token_map, files)
+        save_run_json(
+            directory / "run.json",
+            config,
+            process.world_size,
+            history,
+        )
+        keep_artifact(
+            directory,
+            config.model.engram,
+            token_map,
+            files,
+        )
     dist.barrier()
 
 
 def holds_files(directory: Path) -> bool:
-    """Whether there is more in ``directory`` than the directories that this run has made for itself."""
+    """Whether there is more in ``directory`` than the directories that this run has made for
+    itself.
+    """
     return any(path.is_file() for path in directory.rglob("*"))
 
 
 def attached(directory: Path, files: TokenFiles) -> dict[str, Path]:
-    """What a checkpoint holds beside its tensors, by name: with it, the checkpoint's directory can be used alone."""
+    """What a checkpoint holds beside its tensors, by name: with it, the checkpoint's directory can
+    be used alone.
+    """
     ours = {name: directory / name for name in ("run.json", "metrics.jsonl", "engram_hash.json")}
     return ours | {"tokenizer.json": files.tokenizer_path, "token_map.json": files.token_map_path}

@@ -1,4 +1,6 @@
-"""What a run tells while it trains: metrics.jsonl is the truth, the console and TensorBoard are views of it."""
+"""What a run tells while it trains: metrics.jsonl is the truth, the console and TensorBoard are
+views of it.
+"""
 
 import json
 import math
@@ -43,8 +45,17 @@ def log_line(record: dict[str, Any], num_steps: int) -> str:
     """One line of the console from a record of metrics.jsonl."""
     parts = [f"step {record['step']}/{num_steps}"]
     if "val_loss" in record:
-        return " ".join([*parts, f"validation loss {record['val_loss']:.4f} perplexity {record['perplexity']:.1f}"])
-    parts += [f"loss {record['loss']:.4f}", f"gnorm {record['grad_norm']:.2f}", f"lr {record['lr']:.1e}"]
+        return " ".join(
+            [
+                *parts,
+                f"validation loss {record['val_loss']:.4f} perplexity {record['perplexity']:.1f}",
+            ]
+        )
+    parts += [
+        f"loss {record['loss']:.4f}",
+        f"gnorm {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.1e}",
+    ]
     parts += [
         f"tok/s {short(record['tokens_per_s'])}",
         f"mfu {_percent(record['mfu'])}",
@@ -64,9 +75,14 @@ def _percent(share: float | None) -> str:
 class Metrics:
     """Writes records on rank 0; does nothing on the others."""
 
-    def __init__(self, directory: Path, num_steps: int, *, active: bool, resumed_at: int = 0) -> None:
-        """Append to ``directory``/metrics.jsonl, dropping what an interrupted run logged past ``resumed_at``."""
-        self.num_steps, self.active = num_steps, active
+    def __init__(
+        self, directory: Path, num_steps: int, *, active: bool, resumed_at: int = 0
+    ) -> None:
+        """Append to ``directory``/metrics.jsonl, dropping what an interrupted run logged past
+        ``resumed_at``.
+        """
+        self.num_steps = num_steps
+        self.active = active
         self._progress = None
         if not active:
             return
@@ -76,7 +92,13 @@ class Metrics:
         self._file = PatientFile(path, self.say)
         self._board = Board(directory / "tensorboard", resumed_at or None, self.say)
         if sys.stdout is not None and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             self._progress = Progress(
                 TextColumn("step"),
@@ -97,14 +119,21 @@ class Metrics:
             if name != "step" and isinstance(value, int | float):
                 self._board.add(name, value, record["step"])
         if self._progress is not None and "loss" in record:
-            self._progress.update(self._task, completed=record["step"], description=f"loss {record['loss']:.3f}")
+            self._progress.update(
+                self._task, completed=record["step"], description=f"loss {record['loss']:.3f}"
+            )
         if echo:
             self.say(log_line(record, self.num_steps))
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._progress.console.print(
+                text,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         elif self.active:
             print(text, flush=True)
 
@@ -112,7 +141,10 @@ class Metrics:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not self.active:
             return

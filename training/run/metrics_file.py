@@ -1,7 +1,7 @@
 """metrics.jsonl as it is found: every record that can be read, whatever lies between them.
 
-A kill cuts a line short, a power loss leaves blocks of zeros, an editor an empty line. None of that may cost the
-records before or after it.
+A kill cuts a line short, a power loss leaves blocks of zeros, an editor an empty line. None of that
+may cost the records before or after it.
 """
 
 import contextlib
@@ -41,7 +41,9 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a metrics.jsonl, each with a number ``step``; lines that are none are left out."""
+    """All records of a metrics.jsonl, each with a number ``step``; lines that are none are left
+    out.
+    """
     return [line.record for line in read_lines(path) if line.record is not None]
 
 
@@ -57,8 +59,8 @@ def tell_bad_lines(lines: list[Line]) -> str:
 def drop_later_records(path: Path, step: int) -> str:
     """Take the records past ``step`` out of a metrics.jsonl, and what is no record.
 
-    The file is replaced whole, and the former one kept beside it under a numbered name. Where there is nothing to take
-    out the file is not touched, but for the end of its last line.
+    The file is replaced whole, and the former one kept beside it under a numbered name. Where there
+    is nothing to take out the file is not touched, but for the end of its last line.
 
     Returns:
         What was done, in a line for the reader; empty where nothing was.
@@ -78,7 +80,9 @@ def drop_later_records(path: Path, step: int) -> str:
     bad = tell_bad_lines(lines)
     num_later = len(lines) - len(kept) - sum(line.record is None for line in lines)
     later = f"{num_later} record{'s' * (num_later > 1)} past step {step}" if num_later else ""
-    return f"{path}: left out {' and '.join(filter(None, (later, bad)))}; the former file is {former}"
+    return (
+        f"{path}: left out {' and '.join(filter(None, (later, bad)))}; the former file is {former}"
+    )
 
 
 def _parse(content: bytes) -> Record | None:
@@ -86,7 +90,11 @@ def _parse(content: bytes) -> Record | None:
         record = json.loads(content.strip(b"\0"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not _is_number(record.get("step")) or not math.isfinite(record["step"]):
+    if (
+        not isinstance(record, dict)
+        or not _is_number(record.get("step"))
+        or not math.isfinite(record["step"])
+    ):
         return None
     return record if all(_is_number(record[name]) for name in NUMBERS if name in record) else None
 

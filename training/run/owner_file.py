@@ -1,7 +1,9 @@
-"""The file that says which process trains a run: made, renewed and taken over so that one process at a time holds it.
+"""The file that says which process trains a run: made, renewed and taken over so that one process
+at a time holds it.
 
-It needs nothing of a file system but that a link, a rename and an exclusive creation are atomic, as they are on NFS and
-Lustre. Clocks of hosts are never compared: another host's owner is dead when its file stands still while we watch it.
+It needs nothing of a file system but that a link, a rename and an exclusive creation are atomic, as
+they are on NFS and Lustre. Clocks of hosts are never compared: another host's owner is dead when
+its file stands still while we watch it.
 """
 
 import contextlib
@@ -50,19 +52,26 @@ class Owner:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it ran here and does so no more; a number that another process has by now is no proof of life."""
+        """Whether it ran here and does so no more; a number that another process has by now is no
+        proof of life.
+        """
         return self.is_here and start_of(self.record["pid"]) != self.record["start"]
 
 
 def read_owner(path: Path) -> Owner | None:
-    """The owner that a file names, None where there is no file; an owner of no record where it cannot be understood."""
+    """The owner that a file names, None where there is no file; an owner of no record where it
+    cannot be understood.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
         record = json.loads(content)
-        known = isinstance(record, dict) and {"host", "machine", "pid", "start", "since"} <= record.keys()
+        known = (
+            isinstance(record, dict)
+            and {"host", "machine", "pid", "start", "since"} <= record.keys()
+        )
     except ValueError:
         known = False
     return Owner(record if known else {}, content)
@@ -82,7 +91,9 @@ def this_process(job: str) -> Record:
 
 
 def machine() -> str:
-    """Equal in two processes that see each other's numbers: one boot of one kernel, one container. Empty: unknown."""
+    """Equal in two processes that see each other's numbers: one boot of one kernel, one container.
+    Empty: unknown.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -91,7 +102,9 @@ def machine() -> str:
 
 
 def start_of(pid: int) -> str:
-    """When a process of this machine began, in the kernel's ticks; empty where none of that number lives."""
+    """When a process of this machine began, in the kernel's ticks; empty where none of that number
+    lives.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -134,11 +147,15 @@ class OwnerFile:
             return True
 
     def beat(self) -> bool:
-        """Show that this process lives; False where the file is no longer its own. Never writes into another's."""
+        """Show that this process lives; False where the file is no longer its own. Never writes
+        into another's.
+        """
         if not self.is_own():
             return False
         self._beats += 1
-        os.pwrite(self._handle, self._content(), 0)  # into the file that it made, wherever the name leads by now
+        os.pwrite(
+            self._handle, self._content(), 0
+        )  # into the file that it made, wherever the name leads by now
         os.fdatasync(self._handle)
         return True
 
@@ -155,7 +172,9 @@ class OwnerFile:
         os.close(self._handle)
 
     def claim_of(self, token: str) -> Path:
-        """The file that the one process holds which may replace or remove the owner of that token."""
+        """The file that the one process holds which may replace or remove the owner of
+        that token.
+        """
         return self.path.with_name(f"{self.path.name}.{token}.claim")
 
     @contextlib.contextmanager
@@ -183,7 +202,9 @@ class OwnerFile:
         return handle, temporary
 
     def _create_exclusively(self) -> bool:
-        """For file systems without links: others may find the file before it is filled, and wait then."""
+        """For file systems without links: others may find the file before it is filled, and wait
+        then.
+        """
         try:
             self._handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
@@ -197,7 +218,9 @@ def owner_files(directory: Path, record: Record) -> list[OwnerFile]:
     """The files of a run: beside the directory as it is named, and beside where a link leads."""
     named = directory.parent.resolve() / directory.name
     places = sorted({named, named.resolve()})
-    return [OwnerFile(place.with_name(f".{_shortened(place.name)}.owner"), record) for place in places]
+    return [
+        OwnerFile(place.with_name(f".{_shortened(place.name)}.owner"), record) for place in places
+    ]
 
 
 def _shortened(name: str) -> str:

@@ -1,4 +1,6 @@
-"""One process trains a run at a time: rank 0 owns its name from before anything is read until nothing is written."""
+"""One process trains a run at a time: rank 0 owns its name from before anything is read until
+nothing is written.
+"""
 
 import contextlib
 import threading
@@ -11,7 +13,8 @@ from parallel.errors import LostRun, Problem, RunError
 from training.run.owner_file import Owner, OwnerFile, owner_files, read_owner, this_process
 
 BEAT_S = 5.0
-# An owner on another host, or in another container, is dead once it has not been heard of for so long.
+# An owner on another host, or in another container, is dead once it has not been heard of for so
+# long.
 SILENT_S = 60.0
 POLL_S = 0.2
 
@@ -20,7 +23,8 @@ class Ownership:
     """A run's name, owned by this process from ``acquire`` to ``release``."""
 
     def __init__(self, directory: Path, job: str = "") -> None:
-        self._directory, self._job = directory, job
+        self._directory = directory
+        self._job = job
         self._files: list[OwnerFile] = []
         self._made: Path | None = None
         self._renewed_at = 0.0
@@ -61,7 +65,8 @@ class Ownership:
                 self._made.rmdir()
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the run over: this one was frozen, or cut off from the disk.
+        """Whether another process has taken the run over: this one was frozen, or cut off from the
+        disk.
 
         Asked between all steps: the file is looked at only where the last heartbeat is long ago.
         """
@@ -82,7 +87,14 @@ class Ownership:
         now = f"now trained by {owner}" if owner else "no longer this process's"
         rule = f"is {now}: this process did not answer for a while, or its owner's file was removed"
         fix = "nothing more was written; stop the other one before you resume"
-        raise LostRun(Problem(field="name", value=self._directory.name, rule=rule, fix=fix))
+        raise LostRun(
+            Problem(
+                field="name",
+                value=self._directory.name,
+                rule=rule,
+                fix=fix,
+            )
+        )
 
     def _make_place(self) -> None:
         place = self._directory.parent
@@ -110,7 +122,8 @@ class Ownership:
     def _is_silent(self, file: OwnerFile, owner: Owner) -> bool:
         """Whether an owner that cannot be looked up shows no sign of life while it is watched."""
         print(
-            f"{self._directory.name} is owned by {owner}: waiting up to {SILENT_S:.0f} s for a sign of life of it",
+            f"{self._directory.name} is owned by {owner}: waiting up to {SILENT_S:.0f} s for a "
+            "sign of life of it",
             flush=True,
         )
         deadline = time.monotonic() + SILENT_S
@@ -135,18 +148,38 @@ class Ownership:
 
     def _taken(self, file: OwnerFile, owner: Owner, more: str = "") -> RunError:
         rule = f"is in training: {owner}"
-        fix = f"choose another --name, or stop that process; if you know that it is dead, remove {file.path}{more}"
-        return RunError(Problem(field="name", value=self._directory.name, rule=rule, fix=fix))
+        fix = (
+            "choose another --name, or stop that process; if you know that it is dead, remove "
+            f"{file.path}{more}"
+        )
+        return RunError(
+            Problem(
+                field="name",
+                value=self._directory.name,
+                rule=rule,
+                fix=fix,
+            )
+        )
 
     def _unwritable(self, error: OSError | RuntimeError) -> RunError:
         place = self._directory.parent
         if place.is_symlink() and not place.exists():
-            rule, fix = "is a link to nothing", f"make {place.readlink()}, or remove the link"
+            rule = "is a link to nothing"
+            fix = f"make {place.readlink()}, or remove the link"
         elif place.exists() and not place.is_dir():
-            rule, fix = "is a file, and runs need a directory there", "move it away"
+            rule = "is a file, and runs need a directory there"
+            fix = "move it away"
         else:
-            rule, fix = f"cannot hold a run: {error}", "check the disk's space and permissions"
-        return RunError(Problem(field="runs", value=place.absolute(), rule=rule, fix=fix))
+            rule = f"cannot hold a run: {error}"
+            fix = "check the disk's space and permissions"
+        return RunError(
+            Problem(
+                field="runs",
+                value=place.absolute(),
+                rule=rule,
+                fix=fix,
+            )
+        )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 class PatientFile:
-    """Appends lines; what cannot be written now is kept in memory and written, each byte once, when it can be."""
+    """Appends lines; what cannot be written now is kept in memory and written, each byte once, when
+    it can be.
+    """
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         """Nothing is opened yet.
@@ -21,7 +23,9 @@ class PatientFile:
         self._kept_back = False
 
     def write(self, line: str) -> None:
-        """Append ``line`` and its end, after all that is kept back. Never raises for the disk's sake."""
+        """Append ``line`` and its end, after all that is kept back. Never raises for the disk's
+        sake.
+        """
         self._pending += line.encode() + b"\n"
         try:
             if self._file is None:
@@ -55,5 +59,6 @@ class PatientFile:
         if not self._kept_back:
             self._kept_back = True
             self._tell(
-                f"{self._path} cannot be written ({error}): training goes on, its lines are kept until it can be"
+                f"{self._path} cannot be written ({error}): training goes on, its lines are kept "
+                "until it can be"
             )

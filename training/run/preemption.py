@@ -1,4 +1,6 @@
-"""Ending between two steps when the system asks for it: Slurm's USR1 before a time limit, TERM, a user's Ctrl-C."""
+"""Ending between two steps when the system asks for it: Slurm's USR1 before a time limit, TERM, a
+user's Ctrl-C.
+"""
 
 import signal
 from types import TracebackType
@@ -16,8 +18,8 @@ UNSIGNALLED = 1000
 class StopRequest:
     """While entered, ranks agree between steps on whether one of them was asked to stop.
 
-    The signals of a process are caught by whoever caught them before, as the launcher does from its first instruction,
-    or from entering until leaving.
+    The signals of a process are caught by whoever caught them before, as the launcher does from its
+    first instruction, or from entering until leaving.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
@@ -33,7 +35,8 @@ class StopRequest:
         self._asks = True
 
     def agreed(self) -> bool:
-        """Whether any rank has been asked to stop: the same answer on all. Collective over world, one scalar.
+        """Whether any rank has been asked to stop: the same answer on all. Collective over world,
+        one scalar.
 
         Rank 0 tells of what another rank has received.
         """
@@ -57,7 +60,10 @@ class StopRequest:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         # A launcher terminates the peers of a dead rank: they live on to say which one it was.
         if error is None and not self._borrowed:

@@ -1,4 +1,6 @@
-"""Where a run goes on: which checkpoint, from which row, and what may differ from the run as it was."""
+"""Where a run goes on: which checkpoint, from which row, and what may differ from the run as it
+was.
+"""
 
 import json
 import shutil
@@ -42,7 +44,12 @@ class Origin:
 
 
 def find_origin(
-    directory: Path, config: RunConfig, token_map: TokenMap, data_print: str, mode: StartMode, comm: Comm
+    directory: Path,
+    config: RunConfig,
+    token_map: TokenMap,
+    data_print: str,
+    mode: StartMode,
+    comm: Comm,
 ) -> Origin:
     """Where the run in ``directory`` begins. Nothing is built and nothing changed. Collective.
 
@@ -51,8 +58,9 @@ def find_origin(
         mode: what was asked for.
 
     Raises:
-        RunError: on every rank: there is a run and there must be none, or the other way round; no checkpoint is whole;
-            all that has been trained is gone; or what must stay the same has changed.
+        RunError: on every rank: there is a run and there must be none, or the other way round; no
+            checkpoint is whole; all that has been trained is gone; or what must stay the same has
+            changed.
     """
     on_rank_0(comm, lambda: _require(directory_problems(directory, mode)))
     if not mode.continues or not on_rank_0(comm, lambda: has_run(directory)):
@@ -61,7 +69,16 @@ def find_origin(
     checkpoints = directory / "checkpoints"
 
     def check(path: Path) -> None:
-        _require(_forbidden_changes(path, read_manifest(path), former, config, token_map, data_print))
+        _require(
+            _forbidden_changes(
+                path,
+                read_manifest(path),
+                former,
+                config,
+                token_map,
+                data_print,
+            )
+        )
 
     # Before all bytes are read: what was mistyped is told at once.
     if (newest := latest(checkpoints)) is not None:
@@ -79,7 +96,8 @@ def find_origin(
 def rows_consumed(path: Path, manifest: Manifest, config: RunConfig) -> int:
     """Rows of the training split that the steps behind a checkpoint have consumed.
 
-    Before rows were recorded a run had one batch: that of the run.json beside the checkpoint, or else of ``config``.
+    Before rows were recorded a run had one batch: that of the run.json beside the checkpoint, or
+    else of ``config``.
     """
     extra = manifest.get("extra", {})
     if "rows" in extra:
@@ -93,7 +111,8 @@ def rows_consumed(path: Path, manifest: Manifest, config: RunConfig) -> int:
 
 def restore_metrics(directory: Path, path: Path) -> None:
     """Where a run has lost its metrics, begin with those that the checkpoint holds."""
-    ours, theirs = directory / "metrics.jsonl", path / "metrics.jsonl"
+    ours = directory / "metrics.jsonl"
+    theirs = path / "metrics.jsonl"
     if theirs.exists() and not ours.exists():
         shutil.copyfile(theirs, ours)
 
@@ -107,11 +126,20 @@ def _origin_at(choice: Choice, former: RunConfig | None, config: RunConfig) -> O
     notes += [f"{name}: {was} -> {now}" for name, (was, now) in changes.items()]
     notes += _rate_note(former, config, step)
     rows = rows_consumed(choice.path, manifest, former or config)
-    return Origin(choice.path, step, rows, tuple(choice.defects), changes, tuple(notes))
+    return Origin(
+        choice.path,
+        step,
+        rows,
+        tuple(choice.defects),
+        changes,
+        tuple(notes),
+    )
 
 
 def _former_config(directory: Path) -> RunConfig | None:
-    """The run as it was; None where its run.json is gone or was written by code that is not this."""
+    """The run as it was; None where its run.json is gone or was written by code that is
+    not this.
+    """
     try:
         return load_run_json(directory / "run.json")
     except RunError:
@@ -144,15 +172,40 @@ def _forbidden_changes(
         was = getattr(config.data if former is None else former.data, name)
         if (now := getattr(config.data, name)) != was:
             rule = f"is {was} in the run: it no longer gives the rows that {path} was trained on"
-            problems.append(Problem(field=f"data.{name}", value=now, rule=rule, fix="leave it as it was"))
-    if not problems and config.model.engram is not None and manifest["token_map"] != token_map.checksum:
+            problems.append(
+                Problem(
+                    field=f"data.{name}",
+                    value=now,
+                    rule=rule,
+                    fix="leave it as it was",
+                )
+            )
+    if (
+        not problems
+        and config.model.engram is not None
+        and manifest["token_map"] != token_map.checksum
+    ):
         rule = f"is not the one of {path} ({manifest['token_map']}): its rows would be noise"
         fix = "use the token files and Engram settings that the run was trained with"
-        problems.append(Problem(field="token map", value=token_map.checksum, rule=rule, fix=fix))
+        problems.append(
+            Problem(
+                field="token map",
+                value=token_map.checksum,
+                rule=rule,
+                fix=fix,
+            )
+        )
     if not problems and manifest.get("extra", {}).get("data_fingerprint") != data_print:
         rule = f"no longer gives the rows that {path} was trained on"
         fix = "restore the token files, data.seed and data.seq_length of run.json"
-        problems.append(Problem(field="data.path", value=config.data.path, rule=rule, fix=fix))
+        problems.append(
+            Problem(
+                field="data.path",
+                value=config.data.path,
+                rule=rule,
+                fix=fix,
+            )
+        )
     return problems
 
 
@@ -161,28 +214,61 @@ def _require_steps(path: Path, config: RunConfig) -> None:
     step = read_manifest(path)["step"]
     if config.train.steps < step:
         rule = f"is below the {step} steps that {path} has behind it"
-        raise RunError(Problem(field="train.steps", value=config.train.steps, rule=rule, fix=f"use more than {step}"))
+        raise RunError(
+            Problem(
+                field="train.steps",
+                value=config.train.steps,
+                rule=rule,
+                fix=f"use more than {step}",
+            )
+        )
 
 
 def _require_nothing_lost(directory: Path, choice: Choice, mode: StartMode) -> None:
-    """Without a whole checkpoint a run may begin at step 0 only where nothing has been saved, and that is wanted."""
-    problems = [checkpoint_problem(path, defect, RESTORE).problems[0] for path, defect in choice.defects.items()]
+    """Without a whole checkpoint a run may begin at step 0 only where nothing has been saved, and
+    that is wanted.
+    """
+    problems = [
+        checkpoint_problem(path, defect, RESTORE).problems[0]
+        for path, defect in choice.defects.items()
+    ]
     if problems:
         rule = "has no whole checkpoint left to go on from; nothing was changed"
-        raise RunError(*problems, Problem(field="name", value=directory.name, rule=rule, fix=WAYS_OUT))
+        raise RunError(
+            *problems,
+            Problem(
+                field="name",
+                value=directory.name,
+                rule=rule,
+                fix=WAYS_OUT,
+            ),
+        )
     path = directory / "metrics.jsonl"
     lines = read_lines(path) if path.exists() else []
     records = [line.record for line in lines if line.record is not None]
     step = max((record["step"] for record in records), default=0)
     if any("save_s" in record for record in records):
-        rule = f"has been saved, and trained up to step {step}, but {directory / 'checkpoints'} has no checkpoint"
+        rule = (
+            f"has been saved, and trained up to step {step}, but {directory / 'checkpoints'} "
+            "has no checkpoint"
+        )
         fix = f"restore the checkpoints from a copy, or {WAYS_OUT}"
     elif lines and mode is StartMode.RESUME:
         rule = f"ended at step {step}, before its first save: there is nothing to resume"
-        fix = "begin it again with --auto-resume (its metrics are kept) or --overwrite (it is moved aside)"
+        fix = (
+            "begin it again with --auto-resume (its metrics are kept) or --overwrite (it is "
+            "moved aside)"
+        )
     else:
         return
-    raise RunError(Problem(field="name", value=directory.name, rule=rule, fix=fix))
+    raise RunError(
+        Problem(
+            field="name",
+            value=directory.name,
+            rule=rule,
+            fix=fix,
+        )
+    )
 
 
 def _require(problems: list[Problem]) -> None:

@@ -1,4 +1,5 @@
-"""run.json: a run's resolved configuration and where it ran. It reloads strictly and can start another run.
+"""run.json: a run's resolved configuration and where it ran. It reloads strictly and can start
+another run.
 
 A resumed run starts from it. What was changed then, and at which step, is its ``history``.
 """
@@ -17,13 +18,24 @@ from typing import Any, get_args, get_type_hints
 from parallel.errors import Problem, RunError, nearest
 from training.config import RunConfig
 
-PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "mpi4py", "numpy", "tokenizers", "datasets")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "triton",
+    "mpi4py",
+    "numpy",
+    "tokenizers",
+    "datasets",
+)
 PARTS = {"config", "commit", "versions", "hardware", "history"}
 # Field -> its value before and after.
 Changes = dict[str, tuple[Any, Any]]
 
 
-def save_run_json(path: Path, config: RunConfig, world_size: int, history: Sequence[dict[str, Any]] = ()) -> None:
+def save_run_json(
+    path: Path, config: RunConfig, world_size: int, history: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write ``config``, the git commit, versions and hardware to ``path``, at once or not at all.
 
     Args:
@@ -33,7 +45,11 @@ def save_run_json(path: Path, config: RunConfig, world_size: int, history: Seque
         "config": asdict(config),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions()},
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "processes": world_size},
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "processes": world_size,
+        },
     }
     if history:
         content["history"] = list(history)
@@ -49,7 +65,8 @@ def load_run_json(path: Path) -> RunConfig:
     """The configuration in ``path``.
 
     Raises:
-        RunError: no such file, not JSON, an unknown key (with the nearest known one), or a value of the wrong type.
+        RunError: no such file, not JSON, an unknown key (with the nearest known one), or a value of
+            the wrong type.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -57,10 +74,19 @@ def load_run_json(path: Path) -> RunConfig:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(
-            Problem(field="--config", value=path, rule=f"cannot be read: {error}", fix="name the run.json of a run")
+            Problem(
+                field="--config",
+                value=path,
+                rule=f"cannot be read: {error}",
+                fix="name the run.json of a run",
+            )
         ) from error
     if not isinstance(content, dict) or "config" not in content:
-        raise RunError(Problem(field="--config", value=path, rule="has no config", fix="name the run.json of a run"))
+        raise RunError(
+            Problem(
+                field="--config", value=path, rule="has no config", fix="name the run.json of a run"
+            )
+        )
     problems = [_unknown("", key, PARTS) for key in content if key not in PARTS]
     problems += _unknown_keys(RunConfig, content["config"])
     if problems:
@@ -71,7 +97,10 @@ def load_run_json(path: Path) -> RunConfig:
         raise RunError(
             *(
                 Problem(
-                    field=".".join(map(str, e["loc"])), value=e["input"], rule=e["msg"], fix=f"correct it in {path}"
+                    field=".".join(map(str, e["loc"])),
+                    value=e["input"],
+                    rule=e["msg"],
+                    fix=f"correct it in {path}",
                 )
                 for e in error.errors()
             )
@@ -79,7 +108,9 @@ def load_run_json(path: Path) -> RunConfig:
 
 
 def load_history(path: Path) -> list[dict[str, Any]]:
-    """What resumes have changed, oldest first; empty where the file says nothing of it, or cannot be read."""
+    """What resumes have changed, oldest first; empty where the file says nothing of it, or cannot
+    be read.
+    """
     try:
         history = json.loads(path.read_text())["history"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -88,8 +119,11 @@ def load_history(path: Path) -> list[dict[str, Any]]:
 
 
 def find_changes(former: RunConfig, config: RunConfig) -> Changes:
-    """The fields, by dotted name, in which two configurations differ; the run's name does not count."""
-    before, after = flat_fields(former), flat_fields(config)
+    """The fields, by dotted name, in which two configurations differ; the run's name does not
+    count.
+    """
+    before = flat_fields(former)
+    after = flat_fields(config)
     names = [name for name in before | after if name != "name"]
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -103,7 +137,9 @@ def flat_fields(config: RunConfig) -> dict[str, Any]:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
@@ -120,26 +156,43 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with ``+`` where files differ from it; None outside a git checkout."""
+    """The commit of this code, with ``+`` where files differ from it;
+    None outside a git checkout.
+    """
     git = ("git", "-C", str(Path(__file__).parent))
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _unknown(prefix: str, key: str, known: set[str]) -> Problem:
-    fix = nearest(key, known, f"known are {', '.join(sorted(known))}", prefix)
-    return Problem(field=prefix + key, value="...", rule="is not a known key", fix=fix)
+    fix = nearest(
+        key,
+        known,
+        f"known are {', '.join(sorted(known))}",
+        prefix,
+    )
+    return Problem(
+        field=prefix + key,
+        value="...",
+        rule="is not a known key",
+        fix=fix,
+    )
 
 
 def _unknown_keys(kind: type, values: Any, prefix: str = "") -> list[Problem]:
     """Keys of nested ``values`` that name no field of the dataclass ``kind``."""
     if not isinstance(values, dict):
         return []
-    known, hints = {item.name for item in fields(kind)}, get_type_hints(kind)
+    known = {item.name for item in fields(kind)}
+    hints = get_type_hints(kind)
     problems = [_unknown(prefix, key, known) for key in values if key not in known]
     for key in known & set(values):
         if (nested := dataclass_of(hints[key])) is not None:
@@ -150,4 +203,6 @@ def _unknown_keys(kind: type, values: Any, prefix: str = "") -> list[Problem]:
 def dataclass_of(hint: Any) -> type | None:
     """The dataclass in a type hint ``X`` or ``X | None``; None where there is none."""
     choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return next((choice for choice in choices if is_dataclass(choice) and isinstance(choice, type)), None)
+    return next(
+        (choice for choice in choices if is_dataclass(choice) and isinstance(choice, type)), None
+    )

@@ -16,11 +16,15 @@ class Speedometer:
     """Turns step results into records: tokens a second, MFU, shares of time, time left."""
 
     def __init__(self, config: RunConfig, num_ranks: int, device: torch.device, start: int) -> None:
-        self.steps, self.start, self.device = config.train.steps, start, device
+        self.steps = config.train.steps
+        self.start = start
+        self.device = device
         self.tokens = config.train.global_batch * config.data.seq_length
         self.flops = self.tokens * flops_per_token(config.model, config.data.seq_length)
         self.peak = (peak_flops(device_name(device)) or 0.0) * num_ranks
-        self.last, self.spent, self.counted = time.perf_counter(), 0.0, 0
+        self.last = time.perf_counter()
+        self.spent = 0.0
+        self.counted = 0
 
     def pause(self) -> None:
         """Do not count the time since the last record: evaluation, saving."""
@@ -29,7 +33,8 @@ class Speedometer:
     def record(self, done: int, result: StepResult, rate: float) -> dict[str, Any]:
         """The record of the step that made ``done`` steps."""
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        seconds = now - self.last
+        self.last = now
         if self.counted:  # the first step allocates and compiles
             self.spent += seconds
         self.counted += 1

@@ -1,4 +1,6 @@
-"""How a run is asked to begin, and what its directory must be for that. No torch in here: the CLI imports it."""
+"""How a run is asked to begin, and what its directory must be for that. No torch in here: the CLI
+imports it.
+"""
 
 from enum import StrEnum
 from pathlib import Path
@@ -31,13 +33,35 @@ def has_run(directory: Path) -> bool:
 
 def directory_problems(directory: Path, mode: StartMode) -> list[Problem]:
     """What keeps a run from beginning in ``directory`` in this way."""
-    name, exists = directory.name, has_run(directory)
+    name = directory.name
+    exists = has_run(directory)
     if exists and mode is StartMode.FRESH:
         fix = "add --resume to continue it, --overwrite to start anew, or choose another --name"
-        return [Problem(field="name", value=name, rule=f"names the existing {directory}", fix=fix)]
+        return [
+            Problem(
+                field="name",
+                value=name,
+                rule=f"names the existing {directory}",
+                fix=fix,
+            )
+        ]
     if not exists and mode is StartMode.RESUME:
         runs = directory.parent
-        others = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-        fix = nearest(name, others, "leave --resume out to start it", "--name ")
-        return [Problem(field="name", value=name, rule=f"has no {directory} to resume", fix=fix)]
+        others = (
+            sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        )
+        fix = nearest(
+            name,
+            others,
+            "leave --resume out to start it",
+            "--name ",
+        )
+        return [
+            Problem(
+                field="name",
+                value=name,
+                rule=f"has no {directory} to resume",
+                fix=fix,
+            )
+        ]
     return []

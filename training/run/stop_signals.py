@@ -1,4 +1,6 @@
-"""The signals that ask a run to stop, caught from its first instruction on. No torch: the launcher imports it first."""
+"""The signals that ask a run to stop, caught from its first instruction on. No torch: the launcher
+imports it first.
+"""
 
 import os
 import signal
@@ -13,8 +15,9 @@ STDERR = 2
 class StopSignals:
     """Keeps the first signal that asks this process to stop; further ones change nothing.
 
-    A launcher and a batch system each send one, a second apart or less: if the second killed, it would kill the save
-    that the first one asked for. SIGQUIT is not caught: it ends the process at once.
+    A launcher and a batch system each send one, a second apart or less: if the second killed, it
+    would kill the save that the first one asked for. SIGQUIT is not caught: it ends the process at
+    once.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,9 @@ class StopSignals:
         self._former = {}
 
     def ignore(self) -> None:
-        """For the last instructions of a process that was asked: no signal changes its exit code."""
+        """For the last instructions of a process that was asked:
+        no signal changes its exit code.
+        """
         for number in self._former:
             signal.signal(number, signal.SIG_IGN)
 
@@ -61,7 +66,9 @@ class StopSignals:
             self.say(received)
 
     def _write(self, line: str) -> None:
-        """One write call: a handler may interrupt a write to sys.stderr, which cannot be entered twice."""
+        """One write call: a handler may interrupt a write to sys.stderr, which cannot be entered
+        twice.
+        """
         try:
             below_the_bar = "\n" if os.isatty(STDERR) else ""
             os.write(STDERR, f"{below_the_bar}{line}\n".encode())

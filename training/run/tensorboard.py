@@ -8,11 +8,14 @@ from typing import Any
 class Board:
     """Scalars for TensorBoard, where it is installed and as long as it can write."""
 
-    def __init__(self, directory: Path, purge_step: int | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, purge_step: int | None, tell: Callable[[str], None]
+    ) -> None:
         """Begin to write.
 
         Args:
-            purge_step: the step from which on an interrupted run's scalars are hidden; None for a new run.
+            purge_step: the step from which on an interrupted run's scalars are hidden; None for a
+                new run.
             tell: told, once, why there are no scalars from now on.
         """
         self._tell = tell
@@ -44,4 +47,7 @@ class Board:
 
     def _give_up(self, error: Exception) -> None:
         self._writer = None
-        self._tell(f"TensorBoard writes no scalars ({type(error).__name__}: {error}); metrics.jsonl has all of them")
+        self._tell(
+            f"TensorBoard writes no scalars ({type(error).__name__}: {error}); metrics.jsonl has "
+            "all of them"
+        )

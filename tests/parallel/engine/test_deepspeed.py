@@ -1,4 +1,6 @@
-"""Every silent trap of DeepSpeed has an assertion here that fires; what the bridge reads from ZeRO is what it means."""
+"""Every silent trap of DeepSpeed has an assertion here that fires; what the bridge reads from ZeRO
+is what it means.
+"""
 
 import importlib
 from types import MappingProxyType
@@ -34,7 +36,8 @@ from parallel.placement import Placement, declare, initialize_parameters, normal
 from tests.helpers.ranks import run_ranks
 from tests.parity import quiet_libraries
 
-WIDTH, EXPERTS = 6, 4
+WIDTH = 6
+EXPERTS = 4
 
 
 class Experts(ExpertMarker):
@@ -42,17 +45,30 @@ class Experts(ExpertMarker):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__(EXPERTS, mesh)
-        self.weight = declare(Placement(shape=(EXPERTS, WIDTH, WIDTH), init=normal(1.0), axis="ep"), mesh)
+        self.weight = declare(
+            Placement(shape=(EXPERTS, WIDTH, WIDTH), init=normal(1.0), axis="ep"), mesh
+        )
 
 
 class Small(nn.Module):
-    """A matrix that decays, a vector that does not, and experts; every element has a gradient of its own."""
+    """A matrix that decays, a vector that does not, and experts; every element has a gradient of
+    its own.
+    """
 
     def __init__(self, mesh: Mesh, partial: bool = False) -> None:
         super().__init__()
         self.mesh = mesh
         self.dense = declare(Placement(shape=(5, WIDTH), init=normal(1.0), partial=partial), mesh)
-        self.gain = declare(Placement(shape=(7,), init=normal(1.0), decay=False, fp32=True, partial=partial), mesh)
+        self.gain = declare(
+            Placement(
+                shape=(7,),
+                init=normal(1.0),
+                decay=False,
+                fp32=True,
+                partial=partial,
+            ),
+            mesh,
+        )
         self.experts = Experts(mesh)
 
     def forward(self) -> torch.Tensor:
@@ -70,10 +86,17 @@ class Unmarked(nn.Module):
 
 def mesh_of(tp: int = 1, sequence_parallel: bool = False) -> Mesh:
     """Rank 0 of a mesh without groups."""
-    return Mesh(plan_mesh(ParallelConfig(tp=tp), tp), 0, MappingProxyType({}), sequence_parallel)
+    return Mesh(
+        plan_mesh(ParallelConfig(tp=tp), tp),
+        0,
+        MappingProxyType({}),
+        sequence_parallel,
+    )
 
 
-def engine_of(model: nn.Module, mesh: Mesh, zero_stage: int = 1, optimizer=torch.optim.AdamW) -> Any:
+def engine_of(
+    model: nn.Module, mesh: Mesh, zero_stage: int = 1, optimizer=torch.optim.AdamW
+) -> Any:
     """The engine as the trainer starts it."""
     quiet_libraries()
     return start_engine(
@@ -91,7 +114,12 @@ def started(parallel: ParallelConfig, **engine_fields) -> tuple[Small, Any]:
     mesh = build_mesh(parallel)
     model = Small(mesh)
     initialize_parameters(model, mesh, seed=0)
-    return model, engine_of(model, mesh, parallel.zero_stage, **engine_fields)
+    return model, engine_of(
+        model,
+        mesh,
+        parallel.zero_stage,
+        **engine_fields,
+    )
 
 
 # --- before DeepSpeed sees the model ---
@@ -100,7 +128,9 @@ def started(parallel: ParallelConfig, **engine_fields) -> tuple[Small, Any]:
 def test_experts_outside_an_expert_marker_are_refused():
     model = nn.ModuleDict({"moe": Unmarked(single_mesh())})
     tag_experts(model)
-    with pytest.raises(RuntimeError, match=r"expert parameter moe\.weight is not tagged; .* subclass ExpertMarker"):
+    with pytest.raises(
+        RuntimeError, match=r"expert parameter moe\.weight is not tagged; .* subclass ExpertMarker"
+    ):
         check_placements(model, single_mesh())
 
 
@@ -118,7 +148,9 @@ def test_a_replica_under_sequence_parallelism_must_be_partial():
     mesh = mesh_of(tp=2, sequence_parallel=True)
     model = Small(mesh)
     tag_experts(model)
-    with pytest.raises(RuntimeError, match="dense is replicated over tp under sequence parallelism"):
+    with pytest.raises(
+        RuntimeError, match="dense is replicated over tp under sequence parallelism"
+    ):
         check_placements(model, mesh)
     declared = Small(mesh, partial=True)
     tag_experts(declared)
@@ -152,8 +184,12 @@ def test_a_table_that_is_a_plain_attribute_and_a_small_buffer_pass():
 
 
 def test_megatrons_parallel_state_is_no_mpu():
-    parallel_state = importlib.import_module("megatron.core.parallel_state")  # banned everywhere but in the mesh
-    with pytest.raises(RuntimeError, match="lacks get_model_parallel_rank, get_model_parallel_world_size; use"):
+    parallel_state = importlib.import_module(
+        "megatron.core.parallel_state"
+    )  # banned everywhere but in the mesh
+    with pytest.raises(
+        RuntimeError, match="lacks get_model_parallel_rank, get_model_parallel_world_size; use"
+    ):
         check_mpu(parallel_state)
     check_mpu(MeshMpu(single_mesh()))
 
@@ -161,14 +197,19 @@ def test_megatrons_parallel_state_is_no_mpu():
 def mpu_answers() -> dict[str, Any]:
     mpu = MeshMpu(build_mesh(ParallelConfig(tp=2)))
     answers = {name: getattr(mpu, name)() for name in MPU_METHODS}
-    groups = {name: dist.get_process_group_ranks(answers.pop(name)) for name in MPU_METHODS if name.endswith("group")}
+    groups = {
+        name: dist.get_process_group_ranks(answers.pop(name))
+        for name in MPU_METHODS
+        if name.endswith("group")
+    }
     others = ("get_tensor_model_parallel_src_rank", "get_data_parallel_group_ranks")
     return answers | groups | {name: getattr(mpu, name)() for name in others}
 
 
 def test_mpu_answers_for_each_rank():
     for rank, answers in enumerate(run_ranks(mpu_answers, 4)):
-        tensor, data = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        tensor = [rank // 2 * 2, rank // 2 * 2 + 1]
+        data = [rank % 2, rank % 2 + 2]
         for prefix, ranks in (("model", tensor), ("tensor_model", tensor), ("data", data)):
             assert answers[f"get_{prefix}_parallel_group"] == ranks
             assert answers[f"get_{prefix}_parallel_rank"] == ranks.index(rank)
@@ -179,22 +220,30 @@ def test_mpu_answers_for_each_rank():
 
 def test_optimizer_groups_part_decay_dtype_and_experts():
     model = Small(single_mesh())
-    model.dense.data, model.experts.weight.data = model.dense.data.bfloat16(), model.experts.weight.data.bfloat16()
+    model.dense.data = model.dense.data.bfloat16()
+    model.experts.weight.data = model.experts.weight.data.bfloat16()
     tag_experts(model)
     names = {id(parameter): name for name, parameter in placed_parameters(model)}
     groups = [
         ([names[id(p)] for p in group["params"]], group["weight_decay"], group.get("moe", False))
         for group in optimizer_groups(model, 0.1)
     ]
-    assert sorted(groups) == [(["dense"], 0.1, False), (["experts.weight"], 0.1, True), (["gain"], 0.0, False)]
+    assert sorted(groups) == [
+        (["dense"], 0.1, False),
+        (["experts.weight"], 0.1, True),
+        (["gain"], 0.0, False),
+    ]
 
 
 # --- what DeepSpeed made of it ---
 
 
 def refusal(fault: str) -> str:
-    """The error of an engine that is started with a fault; empty if none was raised on this rank."""
-    make_config, make_groups = deepspeed_bridge.deepspeed_config, deepspeed_bridge.optimizer_groups
+    """The error of an engine that is started with a fault;
+    empty if none was raised on this rank.
+    """
+    make_config = deepspeed_bridge.deepspeed_config
+    make_groups = deepspeed_bridge.optimizer_groups
 
     def faulty_config(zero_stage: int, *args) -> dict[str, Any]:
         config = make_config(zero_stage, *args)
@@ -236,8 +285,14 @@ def refusal(fault: str) -> str:
         ("none", ""),
         (", own norm", "DeepSpeed would clip by its own norm"),
         # With its own norm off, DeepSpeed 0.19.8 refuses by itself what would need it,
-        ("default clipping", "zero_optimization.compute_grad_norm=false requires gradient_clipping=0"),
-        ("bf16 section", "zero_optimization.compute_grad_norm=false does not support ZeRO Stage 1 with BF16"),
+        (
+            "default clipping",
+            "zero_optimization.compute_grad_norm=false requires gradient_clipping=0",
+        ),
+        (
+            "bf16 section",
+            "zero_optimization.compute_grad_norm=false does not support ZeRO Stage 1 with BF16",
+        ),
         ("stage 0", "1 validation error for DeepSpeedZeroConfig"),
         ("stage 3", "1 validation error for DeepSpeedZeroConfig"),
         # and with it on, we do.
@@ -258,7 +313,10 @@ def test_a_rank_with_other_values_is_refused():
     """DeepSpeed overwrites them by rank 0's without a word: the rank that was changed says so."""
     first, second = run_ranks(refusal, 2, "ranks disagree")
     assert first == ""
-    assert second == "deepspeed.initialize changed gain: ranks disagreed about its values or it was cast"
+    assert (
+        second
+        == "deepspeed.initialize changed gain: ranks disagreed about its values or it was cast"
+    )
 
 
 def table_after_initialize() -> tuple[float, float]:
@@ -270,12 +328,16 @@ def table_after_initialize() -> tuple[float, float]:
     model.table = nn.Parameter(torch.full((4, 2), float(dist.get_rank())), requires_grad=False)
     model.attribute = torch.full((4, 2), float(dist.get_rank()))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_bridge.deepspeed_config(1, 1, 1))
+    deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_bridge.deepspeed_config(1, 1, 1)
+    )
     return float(model.table.sum()), float(model.attribute.sum())
 
 
 def test_why_tables_are_attributes():
-    """A frozen parameter that no optimizer holds: rank 1's rows become rank 0's. An attribute is left alone."""
+    """A frozen parameter that no optimizer holds: rank 1's rows become rank 0's. An attribute is
+    left alone.
+    """
     assert run_ranks(table_after_initialize, 2) == [(0.0, 0.0), (0.0, 8.0)]
 
 
@@ -283,15 +345,21 @@ def test_why_tables_are_attributes():
 
 
 def fragments(parallel: ParallelConfig):
-    """For each parameter this rank's (start, gradient values), and the local gradient that they are a part of."""
+    """For each parameter this rank's (start, gradient values), and the local gradient that they are
+    a part of.
+    """
     model, engine = started(parallel)
     mesh = model.mesh
     engine.backward(engine())
     names = {id(parameter): name for name, parameter in placed_parameters(model)}
     owned = [(names[id(p)], start, size) for p, _, start, size in owned_fragments(engine)]
-    found = [(names[id(p)], start, values.numpy().copy()) for p, start, values in gradient_fragments(engine)]
+    found = [
+        (names[id(p)], start, values.numpy().copy())
+        for p, start, values in gradient_fragments(engine)
+    ]
     assert owned == [(name, start, len(values)) for name, start, values in found]
-    # Data rank r contributes (r + 1) p, an expert's replicas only; DeepSpeed divides all by the number of data ranks.
+    # Data rank r contributes (r + 1) p, an expert's replicas only; DeepSpeed divides all by the
+    # number of data ranks.
     expected = {}
     for name, parameter in placed_parameters(model):
         holders = mesh.ranks("expt_dp" if parameter.placement.axis == "ep" else "dp")
@@ -313,7 +381,12 @@ def test_gradient_fragments_are_the_averaged_gradients_once(size, ep, stage):
                     if other == name:
                         assert np.isnan(whole[start : start + len(values)]).all(), "owned twice"
                         whole[start : start + len(values)] = values
-            np.testing.assert_allclose(whole, ranks[shard][1][name], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                whole,
+                ranks[shard][1][name],
+                rtol=1e-6,
+                err_msg=name,
+            )
 
 
 def moved_parameter() -> str:
@@ -347,10 +420,14 @@ def scaled_step(factor: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize("factor", [1.0, 0.25, 0.0])
 def test_the_factor_scales_every_gradient(factor):
-    """The gradient of p on data rank r is (r + 1) p: 1.5 p on average, p for an expert's replicas too."""
+    """The gradient of p on data rank r is (r + 1) p: 1.5 p on average, p for an expert's replicas
+    too.
+    """
     for rank in run_ranks(scaled_step, 2, factor):
         for name, (before, after) in rank.items():
-            np.testing.assert_allclose(after, before * (1 - 1.5 * factor), rtol=1e-6, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(
+                after, before * (1 - 1.5 * factor), rtol=1e-6, atol=1e-7, err_msg=name
+            )
 
 
 def doubled_masters(ep: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -366,7 +443,10 @@ def doubled_masters(ep: int) -> list[tuple[np.ndarray, np.ndarray]]:
         assert (live["exp_avg"] != 0).all()
         live["fp32"].mul_(2)
     refresh_parameters(engine)
-    return [(2 * old.numpy(), new.detach().numpy()) for old, new in zip(before, model.parameters(), strict=True)]
+    return [
+        (2 * old.numpy(), new.detach().numpy())
+        for old, new in zip(before, model.parameters(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("size", "ep"), [(2, 2), (4, 2)])

@@ -26,7 +26,12 @@ def test_grouping_equals_unique(ids, scale):
     assert torch.equal(groups.order, expected_order)
     values = torch.randn(len(ids), 3)
     expected = torch.zeros(len(rows), 3).double().index_add_(0, inverse, values[ids >= 0].double())
-    assert_close("sums", sum_groups(values, groups), expected.float(), 1e-6)
+    assert_close(
+        "sums",
+        sum_groups(values, groups),
+        expected.float(),
+        1e-6,
+    )
 
 
 def test_bf16_is_summed_in_fp32():
@@ -51,4 +56,6 @@ def test_layout_covers_every_row_once(num_rows, size):
         assert max(map(len, owned)) - min(map(len, owned)) <= 1
     for rank in range(size):
         places = [layout.local(layer, rank) for layer in layout.layers]
-        assert [row for part in places for row in range(part.start, part.stop)] == list(range(layout.local_rows[rank]))
+        assert [row for part in places for row in range(part.start, part.stop)] == list(
+            range(layout.local_rows[rank])
+        )

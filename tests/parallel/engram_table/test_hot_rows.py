@@ -1,4 +1,6 @@
-"""Hot rows: the same bits with and without, never stale; which rows are hot; how their use is counted."""
+"""Hot rows: the same bits with and without, never stale; which rows are hot; how their use is
+counted.
+"""
 
 import math
 from dataclasses import replace
@@ -21,17 +23,23 @@ from tests.parity import quiet_libraries
 from training.step import train_step
 
 CPU = torch.device("cpu")
-WIDTH, TOKENS, STEPS = 32, 24, 50
+WIDTH = 32
+TOKENS = 24
+STEPS = 50
 SHAPES = {1: TableShape(61, WIDTH), 3: TableShape(40, WIDTH)}
 OPTIMIZERS = ("adam", "rowwise_adam", "momentum_sinkhorn")
 
 
 def make_tables(config: TableConfig, device=CPU, dtype=torch.float32, **options) -> EngramTables:
-    return EngramTables(SHAPES, make_mesh(), config, init_std=0.5, seed=3, device=device, dtype=dtype, **options)
+    return EngramTables(
+        SHAPES, make_mesh(), config, init_std=0.5, seed=3, device=device, dtype=dtype, **options
+    )
 
 
 def ids_of(step: int, micro: int, rank: int) -> dict[int, torch.Tensor]:
-    """(TOKENS, 2) a layer: a few rows in most micro-batches, which drift, and others now and then; some are masked."""
+    """(TOKENS, 2) a layer: a few rows in most micro-batches, which drift, and others now and then;
+    some are masked.
+    """
     generator = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
     uniform = torch.rand(len(SHAPES), TOKENS, 2, generator=generator)
     ids = {}
@@ -41,17 +49,22 @@ def ids_of(step: int, micro: int, rank: int) -> dict[int, torch.Tensor]:
     return ids
 
 
-def train(tables: EngramTables, num_micro: int, busy=lambda: None, first_step: int = 0, ahead: bool = True) -> dict:
+def train(
+    tables: EngramTables, num_micro: int, busy=lambda: None, first_step: int = 0, ahead: bool = True
+) -> dict:
     """What ``embed`` gave in every micro-batch, and the state after all steps.
 
     Args:
         busy: other work of the device, beside which the table's work must keep its order.
         first_step: the number of the first step, for the optimizer.
-        ahead: rows move a micro-batch ahead, past the update of the step before; otherwise when they are needed.
+        ahead: rows move a micro-batch ahead, past the update of the step before; otherwise when
+            they are needed.
     """
-    rank, device = tables.mesh.rank("engram"), tables.device
+    rank = tables.mesh.rank("engram")
+    device = tables.device
     order = [(step, micro) for step in range(STEPS) for micro in range(num_micro)]
-    outputs, coming = [], [tables.fetch(ids_of(*order[0], rank))] if ahead else []
+    outputs = []
+    coming = [tables.fetch(ids_of(*order[0], rank))] if ahead else []
     for place, (step, micro) in enumerate(order):
         if place + ahead < len(order):
             coming.append(tables.fetch(ids_of(*order[place + ahead], rank)))
@@ -67,11 +80,15 @@ def train(tables: EngramTables, num_micro: int, busy=lambda: None, first_step: i
             tables.squared_grad_norm()
             tables.step(1e-2, 0.5, first_step + step)
     report = {str(n): output.cpu().numpy() for n, output in enumerate(outputs)}
-    return report | {name: piece.tensor.cpu().float().numpy() for name, piece in tables.state().items()}
+    return report | {
+        name: piece.tensor.cpu().float().numpy() for name, piece in tables.state().items()
+    }
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
 
 
 def run(config: TableConfig, num_micro: int, dtype: str = "float32") -> dict:
@@ -84,9 +101,15 @@ def run(config: TableConfig, num_micro: int, dtype: str = "float32") -> dict:
     [("fp32", "float32", 1, 1), ("bf16", "bfloat16", 0, 2), ("fp8", "float32", 2, 2)],
 )
 def test_hot_rows_change_no_bit(form, dtype, prefetch, num_micro, optimizer):
-    config = TableConfig(rows=form, optimizer=optimizer, prefetch=prefetch, weight_decay=0.0)
+    config = TableConfig(
+        rows=form,
+        optimizer=optimizer,
+        prefetch=prefetch,
+        weight_decay=0.0,
+    )
     tables = make_tables(replace(config, hot_rows=16), dtype=getattr(torch, dtype))
-    kept, hits = [], []
+    kept = []
+    hits = []
     ask = tables._hot.ask
 
     def watched(rows_U):
@@ -111,7 +134,8 @@ def test_hot_rows_change_no_bit_on_two_ranks(optimizer):
 
 def uneven_run(config: TableConfig) -> dict:
     """Ranks with 24, 5 and no tokens in a micro-batch, in turns; the last rank never has one."""
-    everything, size = ids_of, make_mesh().size("engram")
+    everything = ids_of
+    size = make_mesh().size("engram")
 
     def mine(step, micro, rank):
         tokens = 0 if rank == size - 1 else (24, 5, 0)[(step + micro + rank) % 3]
@@ -133,16 +157,23 @@ def test_hot_and_prefetched_on_ranks_with_uneven_tokens_is_synchronous_bit_for_b
 
 
 def interrupted_run(config: TableConfig, at: int) -> dict:
-    """As ``run``, but the state of step ``at`` goes into tables of their own, which know of no hot row."""
+    """As ``run``, but the state of step ``at`` goes into tables of their own, which know of no hot
+    row.
+    """
     tables = make_tables(config)
     with mock.patch.dict(globals(), STEPS=at):
         first = train(tables, 2)
-    resumed, rest = make_tables(config), ids_of
+    resumed = make_tables(config)
+    rest = ids_of
     resumed.load_state(tables.state())
-    with mock.patch.dict(globals(), STEPS=STEPS - at, ids_of=lambda step, *place: rest(step + at, *place)):
+    with mock.patch.dict(
+        globals(), STEPS=STEPS - at, ids_of=lambda step, *place: rest(step + at, *place)
+    ):
         second = train(resumed, 2, first_step=at)
     outputs = {name: value for name, value in first.items() if name.isdigit()}
-    late = {str(int(name) + len(outputs)): value for name, value in second.items() if name.isdigit()}
+    late = {
+        str(int(name) + len(outputs)): value for name, value in second.items() if name.isdigit()
+    }
     return outputs | late | {name: value for name, value in second.items() if not name.isdigit()}
 
 
@@ -182,7 +213,8 @@ def assigned(tables: EngramTables, other: EngramTables) -> None:
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_rows_that_were_loaded_are_read_anew(change, prefetch):
     config = TableConfig(prefetch=prefetch)
-    tables, other = make_tables(replace(config, hot_rows=200)), make_tables(config)
+    tables = make_tables(replace(config, hot_rows=200))
+    other = make_tables(config)
     train(tables, 1)
     everything = {layer: torch.arange(shape.num_rows)[:, None] for layer, shape in SHAPES.items()}
     tables.lookup(everything)
@@ -197,7 +229,14 @@ def test_rows_that_were_loaded_are_read_anew(change, prefetch):
 
 def make_hot(size: int, num_rows: int) -> HotRows:
     table = torch.arange(num_rows * 2.0).view(num_rows, 2)
-    return HotRows(size, num_rows, 2, torch.float32, CPU, lambda rows_U: table[rows_U])
+    return HotRows(
+        size,
+        num_rows,
+        2,
+        torch.float32,
+        CPU,
+        lambda rows_U: table[rows_U],
+    )
 
 
 def kept(hot: HotRows) -> set[int]:
@@ -205,8 +244,11 @@ def kept(hot: HotRows) -> set[int]:
 
 
 def test_the_rows_asked_for_most_stay_until_others_are():
-    """In one set the rows kept are those of the largest aged counts, summed here in fp64; they change with the uses."""
-    uses, draw = np.zeros(100), np.random.default_rng(0)
+    """In one set the rows kept are those of the largest aged counts, summed here in fp64; they
+    change with the uses.
+    """
+    uses = np.zeros(100)
+    draw = np.random.default_rng(0)
     with mock.patch.object(hot_rows, "HALF_LIFE", 8):
         hot = make_hot(8, 100)
         for fetch in range(120):
@@ -220,7 +262,8 @@ def test_the_rows_asked_for_most_stay_until_others_are():
 
 
 def test_heat_is_the_logarithm_of_aged_uses():
-    hot, uses = make_hot(4, 30), np.zeros(30)
+    hot = make_hot(4, 30)
+    uses = np.zeros(30)
     for fetch in range(400):
         rows = np.arange(0, 30, 1 + fetch % 3)
         hot.ask(torch.from_numpy(rows))
@@ -255,7 +298,9 @@ def test_any_rows_may_be_asked_for(rows):
 def test_use_is_of_the_fetches_accumulated_since_the_last_step():
     tables = make_tables(TableConfig(prefetch=0, hot_rows=200))
     ids = {layer: torch.arange(7)[:, None] for layer in SHAPES}
-    for _ in range(2):  # a fetch that is not trained on, as in evaluation, heats rows and is not counted
+    for _ in range(
+        2
+    ):  # a fetch that is not trained on, as in evaluation, heats rows and is not counted
         tables.lookup(ids)
     assert tables.hot_use == (0, 0)
     wider = {layer: torch.arange(10)[:, None] for layer in SHAPES}
@@ -274,12 +319,22 @@ def shares(hot: int) -> list[tuple[tuple[int, int], float | None]]:
     quiet_libraries()
     config = tiny_config(pattern="M-")
     trainer = make_trainer(replace(config, table=replace(config.table, hot_rows=hot)))
-    tables, rank, size = trainer.memory.tables, trainer.mesh.rank("dp"), trainer.mesh.size("dp")
-    found, norm = [], tables.squared_grad_norm
+    tables = trainer.memory.tables
+    rank = trainer.mesh.rank("dp")
+    size = trainer.mesh.size("dp")
+    found = []
+    norm = tables.squared_grad_norm
     for step in range(3):
         uses = []
-        with mock.patch.object(tables, "squared_grad_norm", lambda uses=uses: (uses.append(tables.hot_use), norm())[1]):
-            result = train_step(trainer, made_up_batches(step, config, rank, size), 1e-2, step)
+        with mock.patch.object(
+            tables, "squared_grad_norm", lambda uses=uses: (uses.append(tables.hot_use), norm())[1]
+        ):
+            result = train_step(
+                trainer,
+                made_up_batches(step, config, rank, size),
+                1e-2,
+                step,
+            )
         found.append((uses[0], result.engram_hot_hits))
     return found
 
@@ -308,7 +363,14 @@ def test_wrong_configurations_are_named():
 
 @pytest.mark.parametrize(("size", "num_rows"), [(1, 100), (17, 100), (1000, 100), (8, 0)])
 def test_bytes_are_those_allocated(size, num_rows):
-    hot = HotRows(size, num_rows, WIDTH, torch.bfloat16, CPU, lambda rows_U: rows_U)
+    hot = HotRows(
+        size,
+        num_rows,
+        WIDTH,
+        torch.bfloat16,
+        CPU,
+        lambda rows_U: rows_U,
+    )
     host = hot._heat_R.nbytes + hot._kept_SV.nbytes + hot._heat_SV.nbytes
     assert hot_bytes(size, num_rows, WIDTH, 2) == (host, hot._values.nbytes)
     assert len(hot._values) == hot_sets(size, num_rows) * 8 >= min(size, num_rows)
@@ -317,7 +379,12 @@ def test_bytes_are_those_allocated(size, num_rows):
 def test_they_are_counted_before_anything_is_allocated(tmp_path):
     rows = sum(shape.num_rows for shape in SHAPES.values())
     needed = sum(hot_bytes(16, rows, WIDTH, 4))
-    config = TableConfig(prefetch=0, placement="file", directory=str(tmp_path), hot_rows=16)
+    config = TableConfig(
+        prefetch=0,
+        placement="file",
+        directory=str(tmp_path),
+        hot_rows=16,
+    )
     for free in (needed, needed - 1):
         with mock.patch.object(storage, "available_host_bytes", return_value=free):
             if free < needed:
@@ -334,7 +401,15 @@ def test_they_are_counted_before_anything_is_allocated(tmp_path):
 
 def test_rows_that_are_only_read_have_no_hot_ones():
     tables = EngramTables(
-        SHAPES, single_mesh(), TableConfig(hot_rows=16), init_std=0, seed=0, device=CPU, trainable=False
+        SHAPES,
+        single_mesh(),
+        TableConfig(hot_rows=16),
+        init_std=0,
+        seed=0,
+        device=CPU,
+        trainable=False,
     )
     assert tables._hot is None
-    assert not math.isnan(float(tables.lookup({layer: torch.zeros(1, 1).long() for layer in SHAPES})[1].sum()))
+    assert not math.isnan(
+        float(tables.lookup({layer: torch.zeros(1, 1).long() for layer in SHAPES})[1].sum())
+    )

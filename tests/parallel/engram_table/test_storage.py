@@ -31,7 +31,12 @@ def test_bytes_a_row_are_those_allocated(form, optimizer):
 def test_rows_in_a_file_are_rows_in_memory(form, tmp_path):
     states = []
     for placement in ("host", "file"):
-        config = TableConfig(prefetch=0, rows=form, placement=placement, directory=str(tmp_path))
+        config = TableConfig(
+            prefetch=0,
+            rows=form,
+            placement=placement,
+            directory=str(tmp_path),
+        )
         tables = make_tables(TableShape(50, 64), config)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
@@ -57,16 +62,24 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_mapped(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(RunError, match="not a directory"):
-        make_tables(TableShape(5, 64), TableConfig(prefetch=0, placement="file", directory=str(tmp_path / "no")))
+        make_tables(
+            TableShape(5, 64),
+            TableConfig(prefetch=0, placement="file", directory=str(tmp_path / "no")),
+        )
     with pytest.raises(RunError, match=r"disk at .* for rows"):
         make_tables(TableShape(2**40, 64), config)
 
 
 @pytest.mark.parametrize(
     ("function", "number", "told"),
-    [("posix_fallocate", errno.ENOSPC, "No space left on device"), ("open", errno.EROFS, "Read-only file system")],
+    [
+        ("posix_fallocate", errno.ENOSPC, "No space left on device"),
+        ("open", errno.EROFS, "Read-only file system"),
+    ],
 )
-def test_a_disk_that_refuses_is_told_before_anything_is_mapped(function, number, told, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_is_told_before_anything_is_mapped(
+    function, number, told, tmp_path, monkeypatch
+):
     def refuse(*arguments, **named):
         raise OSError(number, os.strerror(number))
 
@@ -89,7 +102,9 @@ def refused_on_the_last_rank(directory: str, lost: bool) -> str:
 
     if last and not lost:
         os.posix_fallocate = refuse
-    config = TableConfig(prefetch=0, placement="file", directory=directory + "/lost" * (last and lost))
+    config = TableConfig(
+        prefetch=0, placement="file", directory=directory + "/lost" * (last and lost)
+    )
     try:
         make_tables(TableShape(50, 64), config)
     except RunError as error:
@@ -97,7 +112,9 @@ def refused_on_the_last_rank(directory: str, lost: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("lost", "told"), [(False, "No space left on device"), (True, "lost is not a directory")])
+@pytest.mark.parametrize(
+    ("lost", "told"), [(False, "No space left on device"), (True, "lost is not a directory")]
+)
 def test_what_one_rank_cannot_have_is_told_by_all(lost, told, tmp_path):
     first, *others = run_ranks(refused_on_the_last_rank, 3, str(tmp_path), lost)
     assert told in first
@@ -119,7 +136,15 @@ def test_wrong_configurations_are_listed():
         for problem in table_problems(config, width)
     ]
     assert fields == [
-        f"table.{name}" for name in ("rows", "directory", "prefetch", "sinkhorn_iterations", "momentum", "weight_decay")
+        f"table.{name}"
+        for name in (
+            "rows",
+            "directory",
+            "prefetch",
+            "sinkhorn_iterations",
+            "momentum",
+            "weight_decay",
+        )
     ]
     assert table_problems(TableConfig(), 5) == []
 

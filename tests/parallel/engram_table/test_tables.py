@@ -1,4 +1,6 @@
-"""Sharded tables against a dense embedding and a plain Adam a row; N ranks against one; exactness of every exchange."""
+"""Sharded tables against a dense embedding and a plain Adam a row; N ranks against one; exactness
+of every exchange.
+"""
 
 from itertools import pairwise
 from types import MappingProxyType
@@ -14,9 +16,15 @@ from parallel.mesh_plan import ParallelConfig, plan_mesh
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
 
-WIDTH, HEADS = 5, 3
-SHAPES = {4: TableShape(23, WIDTH), 1: TableShape(6007, WIDTH)}  # 6007 rows: two blocks of initial rows
-CONFIG = TableConfig(prefetch=0, learning_rate_multiple=5.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+WIDTH = 5
+HEADS = 3
+SHAPES = {
+    4: TableShape(23, WIDTH),
+    1: TableShape(6007, WIDTH),
+}  # 6007 rows: two blocks of initial rows
+CONFIG = TableConfig(
+    prefetch=0, learning_rate_multiple=5.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
+)
 CPU = torch.device("cpu")
 SHARDS = (1, 2, 4)
 
@@ -28,16 +36,27 @@ def make_mesh() -> Mesh:
     return Mesh(plan, dist.get_rank(), MappingProxyType({"engram": dist.group.WORLD}))
 
 
-def make_tables(shapes=SHAPES, config=CONFIG, dtype=torch.float32, std=0.5, mesh=None) -> EngramTables:
-    return EngramTables(shapes, mesh or make_mesh(), config, init_std=std, seed=3, device=CPU, dtype=dtype)
+def make_tables(
+    shapes=SHAPES, config=CONFIG, dtype=torch.float32, std=0.5, mesh=None
+) -> EngramTables:
+    return EngramTables(
+        shapes, mesh or make_mesh(), config, init_std=std, seed=3, device=CPU, dtype=dtype
+    )
 
 
 def make_ids(step: int, tokens: int = 40) -> dict[int, torch.Tensor]:
-    """The ids of all ranks' tokens: shard borders for all numbers of ranks, a hot row, masked ids, repeats."""
+    """The ids of all ranks' tokens: shard borders for all numbers of ranks, a hot row, masked ids,
+    repeats.
+    """
     generator = torch.Generator().manual_seed(step)
     ids = {}
     for layer, shape in SHAPES.items():
-        rows = torch.randint(0, shape.num_rows, (tokens, HEADS), generator=generator)
+        rows = torch.randint(
+            0,
+            shape.num_rows,
+            (tokens, HEADS),
+            generator=generator,
+        )
         borders = [eighth * shape.num_rows // 8 + d for eighth in range(9) for d in (-1, 0)]
         borders = torch.tensor([row for row in borders if 0 <= row < shape.num_rows])
         rows[: len(borders), 0] = borders
@@ -51,26 +70,38 @@ def loss_of(embedded: dict[int, torch.Tensor], tokens: slice) -> torch.Tensor:
     """A sum over tokens that is not linear in the rows, with weights by global token."""
     total = torch.zeros((), dtype=torch.float64)
     for layer, out_TF in sorted(embedded.items()):
-        weight_TF = torch.randn(40, HEADS * WIDTH, generator=torch.Generator().manual_seed(layer))[tokens]
+        weight_TF = torch.randn(40, HEADS * WIDTH, generator=torch.Generator().manual_seed(layer))[
+            tokens
+        ]
         total = total + ((out_TF.double() + weight_TF).square() * weight_TF).sum()
     return total
 
 
 def adam_by_rows(weight, state, grad, touched, learning_rate, config):
     """Reference: one touched row after the other, in fp64, as the paper's algorithm reads."""
-    rate, (beta1, beta2) = learning_rate * config.learning_rate_multiple, config.betas
+    rate = learning_rate * config.learning_rate_multiple
+    (beta1, beta2) = config.betas
     for row in touched:
-        row_state = state.setdefault(row, {"t": 0, "m": torch.zeros(WIDTH).double(), "v": torch.zeros(WIDTH).double()})
+        row_state = state.setdefault(
+            row, {"t": 0, "m": torch.zeros(WIDTH).double(), "v": torch.zeros(WIDTH).double()}
+        )
         row_state["t"] += 1
         row_state["m"] = beta1 * row_state["m"] + (1 - beta1) * grad[row]
         row_state["v"] = beta2 * row_state["v"] + (1 - beta2) * grad[row] ** 2
-        mean, square = (row_state[k] / (1 - b ** row_state["t"]) for k, b in (("m", beta1), ("v", beta2)))
-        weight[row] -= rate * config.weight_decay * weight[row] + rate * mean / (square.sqrt() + config.eps)
+        mean, square = (
+            row_state[k] / (1 - b ** row_state["t"]) for k, b in (("m", beta1), ("v", beta2))
+        )
+        weight[row] -= rate * config.weight_decay * weight[row] + rate * mean / (
+            square.sqrt() + config.eps
+        )
 
 
 def dense_run(weights: dict[int, torch.Tensor], steps: int):
     """All tokens in one process with dense fp64 embeddings; the same report as ``sharded_run``."""
-    tables = {layer: torch.nn.Embedding.from_pretrained(w.double(), freeze=False) for layer, w in weights.items()}
+    tables = {
+        layer: torch.nn.Embedding.from_pretrained(w.double(), freeze=False)
+        for layer, w in weights.items()
+    }
     states: dict[int, dict] = {layer: {} for layer in tables}
     report = {"outputs": [], "norms": []}
     for step in range(steps):
@@ -86,31 +117,55 @@ def dense_run(weights: dict[int, torch.Tensor], steps: int):
         for layer, table in tables.items():
             touched = sorted(set(ids[layer].flatten().tolist()) - {-1})
             grad = table.weight.grad * min(1.0, 1.0 / norm.sqrt().item())
-            adam_by_rows(table.weight.data, states[layer], grad, touched, 1e-2, CONFIG)
+            adam_by_rows(
+                table.weight.data,
+                states[layer],
+                grad,
+                touched,
+                1e-2,
+                CONFIG,
+            )
             table.weight.grad = None
     report["rows"] = {layer: table.weight.detach() for layer, table in tables.items()}
-    report["exp_avg"] = {layer: {row: state["m"] for row, state in states[layer].items()} for layer in states}
-    report["steps"] = {layer: {row: state["t"] for row, state in states[layer].items()} for layer in states}
+    report["exp_avg"] = {
+        layer: {row: state["m"] for row, state in states[layer].items()} for layer in states
+    }
+    report["steps"] = {
+        layer: {row: state["t"] for row, state in states[layer].items()} for layer in states
+    }
     return report
 
 
 def token_cuts(size: int) -> list[slice]:
     """Uneven shares of 40 tokens; the last rank of several has none."""
-    bounds = {1: [0, 40], 2: [0, 40, 40], 4: [0, 13, 14, 40, 40], 8: [0, 9, 9, 10, 17, 30, 31, 40, 40]}[size]
+    bounds = {
+        1: [0, 40],
+        2: [0, 40, 40],
+        4: [0, 13, 14, 40, 40],
+        8: [0, 9, 9, 10, 17, 30, 31, 40, 40],
+    }[size]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def sharded_run(steps: int, num_micro: int):
-    """Train on this rank's tokens, in ``num_micro`` micro-batches that are all in flight at once."""
-    tables, mesh = make_tables(), make_mesh()
+    """Train on this rank's tokens, in ``num_micro`` micro-batches that are all in flight
+    at once.
+    """
+    tables = make_tables()
+    mesh = make_mesh()
     mine = range(40)[token_cuts(mesh.size("engram"))[mesh.rank("engram")]]
-    cuts = [slice(part[0], part[-1] + 1) if len(part) else slice(0, 0) for part in np.array_split(mine, num_micro)]
+    cuts = [
+        slice(part[0], part[-1] + 1) if len(part) else slice(0, 0)
+        for part in np.array_split(mine, num_micro)
+    ]
     report = {"outputs": [], "norms": []}
     for step in range(steps):
         ids = make_ids(step)
         fetched = [tables.fetch({layer: ids[layer][cut] for layer in ids}) for cut in cuts]
         embedded = [{layer: rows.embed() for layer, rows in micro.items()} for micro in fetched]
-        report["outputs"].append([{k: v.detach().numpy() for k, v in micro.items()} for micro in embedded])
+        report["outputs"].append(
+            [{k: v.detach().numpy() for k, v in micro.items()} for micro in embedded]
+        )
         for micro, rows, cut in reversed(list(zip(embedded, fetched, cuts, strict=True))):
             loss_of(micro, cut).backward()
             tables.accumulate(rows, scale=0.25)
@@ -119,13 +174,16 @@ def sharded_run(steps: int, num_micro: int):
             dist.all_reduce(norm)
         report["norms"].append(norm.item())
         tables.step(1e-2, grad_scale=min(1.0, 1.0 / norm.sqrt().item()))
-    report["state"] = {name: (piece.tensor.numpy(), *piece[1:]) for name, piece in tables.state().items()}
+    report["state"] = {
+        name: (piece.tensor.numpy(), *piece[1:]) for name, piece in tables.state().items()
+    }
     return report
 
 
 def whole(reports, name: str) -> torch.Tensor:
     """The logical tensor ``name`` from all ranks' pieces; they must cover it once, in order."""
-    row, parts = 0, []
+    row = 0
+    parts = []
     for report in reports:
         values, start, num_rows = report["state"][name]
         assert start == row, f"{name}: a piece starts at {start}, expected {row}"
@@ -136,7 +194,12 @@ def whole(reports, name: str) -> torch.Tensor:
 
 
 def initial_state():
-    return {"state": {name: (piece.tensor.numpy(), *piece[1:]) for name, piece in make_tables().state().items()}}
+    return {
+        "state": {
+            name: (piece.tensor.numpy(), *piece[1:])
+            for name, piece in make_tables().state().items()
+        }
+    }
 
 
 def run(fn, size: int, *args):
@@ -156,20 +219,36 @@ def test_sharded_training_equals_dense(dense, size, num_micro):
         for layer in SHAPES:
             parts = [micro[layer] for report in reports for micro in report["outputs"][step]]
             got = torch.from_numpy(np.concatenate(parts))
-            assert_close(f"step {step} outputs {layer}", got, dense["outputs"][step][layer].float(), 1e-6)
-            assert step or torch.equal(got, dense["outputs"][step][layer].float()), "rows that nobody has updated yet"
+            assert_close(
+                f"step {step} outputs {layer}", got, dense["outputs"][step][layer].float(), 1e-6
+            )
+            assert step or torch.equal(got, dense["outputs"][step][layer].float()), (
+                "rows that nobody has updated yet"
+            )
         assert {report["norms"][step] for report in reports} == {reports[0]["norms"][step]}
         assert reports[0]["norms"][step] == pytest.approx(dense["norms"][step], rel=1e-6)
     assert min(dense["norms"]) > 1, "clipping must be active"
     for layer in SHAPES:
         rows = whole(reports, f"engram.{layer}.weight")
-        assert_close(f"rows {layer}", rows, dense["rows"][layer].float(), 1e-6)
+        assert_close(
+            f"rows {layer}",
+            rows,
+            dense["rows"][layer].float(),
+            1e-6,
+        )
         steps = whole(reports, f"engram.{layer}.step")
-        expected, mean = torch.zeros_like(steps), torch.zeros_like(rows)
+        expected = torch.zeros_like(steps)
+        mean = torch.zeros_like(rows)
         for row, count in dense["steps"][layer].items():
-            expected[row], mean[row] = count, dense["exp_avg"][layer][row]
+            expected[row] = count
+            mean[row] = dense["exp_avg"][layer][row]
         assert torch.equal(steps, expected)
-        assert_close(f"exp_avg {layer}", whole(reports, f"engram.{layer}.exp_avg"), mean, 1e-6)
+        assert_close(
+            f"exp_avg {layer}",
+            whole(reports, f"engram.{layer}.exp_avg"),
+            mean,
+            1e-6,
+        )
 
 
 @pytest.mark.parametrize("size", SHARDS)
@@ -207,7 +286,12 @@ def gradients_of(ids: torch.Tensor, dtype_name: str = "float32"):
         dist.all_reduce(norm)
     tables.step(1.0, 1.0)
     state = {name: (piece.tensor.numpy(), *piece[1:]) for name, piece in tables.state().items()}
-    return {"state": state, "before": before.numpy(), "norm": norm.item(), "out": out.detach().float().numpy()}
+    return {
+        "state": state,
+        "before": before.numpy(),
+        "norm": norm.item(),
+        "out": out.detach().float().numpy(),
+    }
 
 
 @pytest.mark.parametrize("size", [*SHARDS, 8])
@@ -216,7 +300,12 @@ def test_all_tokens_on_one_row(size):
     reports = run(gradients_of, size, ids)
     grad = torch.arange(1, 50 * HEADS * WIDTH + 1).double().view(-1, WIDTH).sum(0) * size
     assert reports[0]["norm"] == pytest.approx(grad.square().sum().item(), rel=1e-6)
-    assert_close("exp_avg", whole(reports, "engram.4.exp_avg")[11], (0.1 * grad).float(), 1e-6)
+    assert_close(
+        "exp_avg",
+        whole(reports, "engram.4.exp_avg")[11],
+        (0.1 * grad).float(),
+        1e-6,
+    )
     assert whole(reports, "engram.4.step").tolist() == [int(row == 11) for row in range(23)]
 
 
@@ -234,10 +323,20 @@ def test_masked_ids_are_zero_and_learn_nothing():
     ids = torch.tensor([[-1, 2, -1], [-1, -1, -1]])
     (report,) = run(gradients_of, 1, ids)
     out_NW = torch.from_numpy(report["out"]).view(-1, WIDTH)
-    assert_close("live", out_NW[1], torch.from_numpy(report["before"])[2], 0.0)
+    assert_close(
+        "live",
+        out_NW[1],
+        torch.from_numpy(report["before"])[2],
+        0.0,
+    )
     assert not out_NW[[0, 2, 3, 4, 5]].any()
     expected = torch.arange(6, 11).float()  # the gradient at the one live id
-    assert_close("exp_avg", whole([report], "engram.4.exp_avg")[2], 0.1 * expected, 1e-6)
+    assert_close(
+        "exp_avg",
+        whole([report], "engram.4.exp_avg")[2],
+        0.1 * expected,
+        1e-6,
+    )
     assert whole([report], "engram.4.step").sum() == 1
 
 
@@ -246,11 +345,18 @@ def test_bf16_rows_have_fp32_gradients(size):
     ids = make_ids(0)[4]
     reports, exact = (run(gradients_of, size, ids, name) for name in ("bfloat16", "float32"))
     expected = torch.from_numpy(exact[0]["out"]).bfloat16().float()
-    assert_close("rows are the fp32 rows, rounded once", torch.from_numpy(reports[0]["out"]), expected, 0.0)
+    assert_close(
+        "rows are the fp32 rows, rounded once", torch.from_numpy(reports[0]["out"]), expected, 0.0
+    )
     rounded = torch.arange(1, expected.numel() + 1).bfloat16().double().view(-1, WIDTH)
     flat = ids.flatten()
     grad = torch.zeros(23, WIDTH).double().index_add_(0, flat[flat >= 0], rounded[flat >= 0]) * size
-    assert_close("exp_avg", whole(reports, "engram.4.exp_avg"), 0.1 * grad.float(), 1e-6)
+    assert_close(
+        "exp_avg",
+        whole(reports, "engram.4.exp_avg"),
+        0.1 * grad.float(),
+        1e-6,
+    )
 
 
 def empty_run():
@@ -277,7 +383,11 @@ def tiny_run():
     out.sum().backward()
     tables.accumulate(rows, 1.0)
     tables.step(1e-3, 1.0)
-    return out.detach().numpy(), len(tables.owned(0)), tables.state()["engram.0.step"].tensor.tolist()
+    return (
+        out.detach().numpy(),
+        len(tables.owned(0)),
+        tables.state()["engram.0.step"].tensor.tolist(),
+    )
 
 
 def test_ranks_that_own_no_row():
@@ -294,7 +404,9 @@ def test_touching_every_row_is_torch_adamw(width, poison):
     shape = {0: TableShape(29, width)}
     tables = make_tables(shape)
     weight = torch.nn.Parameter(tables.state()["engram.0.weight"].tensor.clone())
-    adam = torch.optim.AdamW([weight], lr=5e-2, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1)
+    adam = torch.optim.AdamW(
+        [weight], lr=5e-2, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1
+    )
     ids = torch.cat([torch.arange(29), torch.arange(1)]).view(-1, HEADS)
     for step in range(5):
         factor = torch.randn(30, width, generator=torch.Generator().manual_seed(step))
@@ -305,11 +417,17 @@ def test_touching_every_row_is_torch_adamw(width, poison):
         adam.zero_grad()
         (weight[ids.flatten()] * factor).sum().backward()
         adam.step()
-    assert_close("rows", tables.state()["engram.0.weight"].tensor, weight, 1e-6)
+    assert_close(
+        "rows",
+        tables.state()["engram.0.weight"].tensor,
+        weight,
+        1e-6,
+    )
 
 
 def test_recomputation_changes_nothing():
-    ids, norms = make_ids(0), []
+    ids = make_ids(0)
+    norms = []
     for checkpointed in (False, True):
         tables = make_tables()
         rows = tables.fetch(ids)
@@ -317,7 +435,11 @@ def test_recomputation_changes_nothing():
         def forward(rows=rows):
             return loss_of({layer: row.embed() for layer, row in rows.items()}, slice(None))
 
-        loss = torch.utils.checkpoint.checkpoint(forward, use_reentrant=False) if checkpointed else forward()
+        loss = (
+            torch.utils.checkpoint.checkpoint(forward, use_reentrant=False)
+            if checkpointed
+            else forward()
+        )
         loss.backward()
         tables.accumulate(rows, 1.0)
         norms.append(tables.squared_grad_norm().item())
@@ -342,8 +464,10 @@ def test_embedding_twice_adds_gradients_and_accumulating_twice_does_not():
 
 
 def test_lookup_is_the_forward_without_a_graph():
-    tables, ids = make_tables(), make_ids(0)
-    looked, fetched = tables.lookup(ids), tables.fetch(ids)
+    tables = make_tables()
+    ids = make_ids(0)
+    looked = tables.lookup(ids)
+    fetched = tables.fetch(ids)
     with torch.inference_mode():
         inferred = tables.lookup(ids)
     for layer in SHAPES:
@@ -366,8 +490,11 @@ def trained_state(pieces=None):
 
 
 def test_loaded_state_continues_bitwise():
-    once = {name: piece._replace(tensor=piece.tensor.clone()) for name, piece in trained_state().items()}
-    resumed, again = trained_state(once), trained_state(once)
+    once = {
+        name: piece._replace(tensor=piece.tensor.clone()) for name, piece in trained_state().items()
+    }
+    resumed = trained_state(once)
+    again = trained_state(once)
     for name in once:
         assert torch.equal(resumed[name].tensor, again[name].tensor)
     assert resumed["engram.1.step"].tensor.max() >= 4
@@ -379,7 +506,8 @@ def test_loaded_state_continues_bitwise():
 
 @pytest.mark.parametrize("bad", [23, -2, 2**40])
 def test_ids_outside_the_table_name_the_layer(bad):
-    tables, ids = make_tables(), make_ids(0)
+    tables = make_tables()
+    ids = make_ids(0)
     ids[4][3, 1] = bad
     with pytest.raises(ValueError, match=rf"layer 4: .*0 to 22, got .*{bad}"):
         tables.fetch(ids)
@@ -389,7 +517,8 @@ def test_wrong_arguments():
     tables = make_tables()
     with pytest.raises(ValueError, match=r"expected layers \[1, 4\], got \[4\]"):
         tables.fetch({4: make_ids(0)[4]})
-    first, second = tables.fetch(make_ids(0)), tables.fetch(make_ids(1))
+    first = tables.fetch(make_ids(0))
+    second = tables.fetch(make_ids(1))
     with pytest.raises(ValueError, match="one fetch"):
         tables.accumulate({1: first[1], 4: second[4]}, 1.0)
     with pytest.raises(ValueError, match=r"one width, got \[4, 5\]"):
@@ -411,9 +540,11 @@ def test_placement_on_the_device_is_the_same_run():
 
 
 def test_a_queued_fetch_that_fails_stops_everything_behind_it():
-    tables, ids = make_tables(config=TableConfig(prefetch=1)), make_ids(0)
+    tables = make_tables(config=TableConfig(prefetch=1))
+    ids = make_ids(0)
     rows = tables.state()["engram.4.weight"].tensor
-    before, good = rows.clone(), tables.fetch(ids)
+    before = rows.clone()
+    good = tables.fetch(ids)
     bad = tables.fetch({1: ids[1], 4: torch.tensor([[99]])})
     good[4].embed().sum().backward()
     tables.accumulate(good)

@@ -16,7 +16,7 @@ from parallel.errors import RunError
 from parallel.host_memory import host_zeros
 from parallel.mesh import single_mesh
 from parallel.table_config import row_bytes
-from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
+from tests.helpers.runs import run_forked, words
 from training.analysis.engram_report import analyze_engram, lines
 from training.analysis.pictures import COLUMNS, draw_gates, gate_lines, gate_page, visible, wrapped
 from training.checkpoint import load_weights
@@ -29,10 +29,22 @@ from training.trainer import build_memory, memory_of, run_token_map
 
 
 @pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):  # noqa: F811
+def run(corpus, tmp_path_factory):
     """A run of eight steps on two ranks."""
     directory = tmp_path_factory.mktemp("analysed")
-    run_forked(directory, words(corpus, "two", "--parallel.ep", "2", "--model.engram.layers", "1", "3"), 2)
+    run_forked(
+        directory,
+        words(
+            corpus,
+            "two",
+            "--parallel.ep",
+            "2",
+            "--model.engram.layers",
+            "1",
+            "3",
+        ),
+        2,
+    )
     return directory / "runs" / "two"
 
 
@@ -52,7 +64,9 @@ def test_trained_rows_are_the_rows_of_the_tokens_that_training_read(analysed):
 
 def test_the_loss_is_the_one_that_training_evaluated(run, tmp_path):
     report, _ = analyze_engram(run, None, 6 * 32, tmp_path)
-    evaluated = [record["val_loss"] for record in read_metrics(run / "metrics.jsonl") if "val_loss" in record]
+    evaluated = [
+        record["val_loss"] for record in read_metrics(run / "metrics.jsonl") if "val_loss" in record
+    ]
     assert report.effect.loss == pytest.approx(evaluated[-1], rel=1e-5)
 
 
@@ -61,7 +75,9 @@ def test_files_hold_the_report(run, analysed):
     assert output == run / "analysis" / "step-00000008"
     stored = json.loads((output / "report.json").read_text())
     assert stored["effect"]["tokens"] == report.effect.tokens
-    assert [head["hit_rows"] for head in stored["heads"]] == [head.hit_rows for head in report.heads]
+    assert [head["hit_rows"] for head in stored["heads"]] == [
+        head.hit_rows for head in report.heads
+    ]
     printed = (output / "report.txt").read_text()
     assert printed == "\n".join(lines(report)) + "\n"
     assert f"{report.effect.loss:.4f}, without rows {report.effect.loss_without:.4f}" in printed
@@ -72,7 +88,9 @@ def test_files_hold_the_report(run, analysed):
 
 def test_a_text_of_ones_own(run, tmp_path):
     text = "def __init__(self): return\nimport os"
-    report, output = analyze_engram(run / "checkpoints" / "step-00000004", text, 1, tmp_path / "deep" / "out")
+    report, output = analyze_engram(
+        run / "checkpoints" / "step-00000004", text, 1, tmp_path / "deep" / "out"
+    )
     assert (report.step, report.text, output) == (4, "given text", tmp_path / "deep" / "out")
     parser = Spans()
     parser.feed((output / "gates.html").read_text())
@@ -80,16 +98,27 @@ def test_a_text_of_ones_own(run, tmp_path):
 
 
 def test_fewer_tokens_may_be_counted(run, tmp_path):
-    report, _ = analyze_engram(run, "x = 1", 1, tmp_path, counted_tokens=64)
+    report, _ = analyze_engram(
+        run,
+        "x = 1",
+        1,
+        tmp_path,
+        counted_tokens=64,
+    )
     assert (report.seen_tokens, report.counted_tokens) == (1024, 64)
     assert all(head.hit_rows <= head.trained_rows for head in report.heads)
 
 
-def test_what_is_refused(run, corpus, tmp_path):  # noqa: F811
+def test_what_is_refused(run, corpus, tmp_path):
     with pytest.raises(RunError, match="holds no token"):
         analyze_engram(run, "", 1, tmp_path)
     with pytest.raises(RunError, match="does not exist"):
-        analyze_engram(run / "checkpoints" / "step-00000005", "x", 1, tmp_path)
+        analyze_engram(
+            run / "checkpoints" / "step-00000005",
+            "x",
+            1,
+            tmp_path,
+        )
     with pytest.raises(RunError, match=r"has no run\.json"):
         analyze_engram(tmp_path, "x", 1, tmp_path)
     (tmp_path / "file").write_text("")
@@ -101,7 +130,9 @@ def test_a_checkpoint_of_another_hash_is_refused(run, tmp_path):
     """The rows would load, and be noise: the run's artefact tells."""
     config = load_run_json(run / "run.json")
     files = TokenFiles.open(config.data.path)
-    other = make_artifact(replace(config.model.engram, seed=7), run_token_map(config, files), "0" * 64)
+    other = make_artifact(
+        replace(config.model.engram, seed=7), run_token_map(config, files), "0" * 64
+    )
     copy = shutil.copytree(run, tmp_path / "copy")
     write_artifact(copy / FILE, other)
     with pytest.raises(RunError, match=r"Engram hash: seed=0 is 7 in .*engram_hash\.json") as error:
@@ -109,10 +140,12 @@ def test_a_checkpoint_of_another_hash_is_refused(run, tmp_path):
     assert "Engram hash: tokenizer sha256=" in str(error.value)
 
 
-def test_a_model_without_engram_is_refused(corpus, tmp_path):  # noqa: F811
+def test_a_model_without_engram_is_refused(corpus, tmp_path):
     typed = words(corpus, "plain", "--train.steps", "1")
     places = [place for place, word in enumerate(typed) if word.startswith("--model.engram.")]
-    kept = [word for place, word in enumerate(typed) if place not in places and place - 1 not in places]
+    kept = [
+        word for place, word in enumerate(typed) if place not in places and place - 1 not in places
+    ]
     run_forked(tmp_path, [*kept, "--model.engram", "none"])
     run = tmp_path / "runs" / "plain"
     with pytest.raises(RunError, match="is of a model without Engram"):
@@ -144,8 +177,11 @@ class Spans(HTMLParser):
 
 
 def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
-    """A third of the memory with Adam: where that is all there is, a model is read and a trainable one refused."""
-    taken, ids_BL = [], torch.arange(3, 40).view(1, -1)
+    """A third of the memory with Adam: where that is all there is, a model is read and a trainable
+    one refused.
+    """
+    taken = []
+    ids_BL = torch.arange(3, 40).view(1, -1)
 
     def recorded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         taken.append(prod(shape) * dtype.itemsize)
@@ -160,18 +196,31 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
     assert set(state) == {"engram.1.weight", "engram.3.weight"}
     needed = sum(piece.num_rows for piece in state.values()) * row_bytes("fp32", 8)
     assert sum(taken) == needed
-    model, config = trained.model, trained.config
+    model = trained.model
+    config = trained.config
     token_map = run_token_map(config, trained.files)
-    whole = build_memory(config, single_mesh(), token_map, torch.device("cpu"))
+    whole = build_memory(
+        config,
+        single_mesh(),
+        token_map,
+        torch.device("cpu"),
+    )
     load_weights(trained.path, model, single_mesh(), whole)
     assert torch.equal(logits(model, trained.memory), logits(model, whole))
-    with pytest.raises(ValueError, match="expected trainable tables, got rows without an optimizer"):
+    with pytest.raises(
+        ValueError, match="expected trainable tables, got rows without an optimizer"
+    ):
         trained.memory.tables.step(1e-3)
 
     monkeypatch.setattr(storage, "available_host_bytes", lambda: needed)
     load_model(run)
     with pytest.raises(RunError, match=r"of host memory.* for rows and optimizer state"):
-        build_memory(config, single_mesh(), token_map, torch.device("cpu"))
+        build_memory(
+            config,
+            single_mesh(),
+            token_map,
+            torch.device("cpu"),
+        )
     monkeypatch.setattr(storage, "available_host_bytes", lambda: needed - 1)
     with pytest.raises(RunError, match=r"of host memory.* for rows, and"):
         load_model(run)
@@ -191,12 +240,24 @@ def test_lines_hold_all_tokens_in_order_and_fit():
 def test_one_line_for_each_layer_and_stream():
     gates = {1: np.array([[0.1], [0.2]]), 5: np.array([[0.3, 0.4], [0.5, 0.6]])}
     found = [(label, gate_T.tolist()) for label, gate_T in gate_lines(gates)]
-    assert found == [("layer 1", [0.1, 0.2]), ("layer 5 stream 0", [0.3, 0.5]), ("layer 5 stream 1", [0.4, 0.6])]
+    assert found == [
+        ("layer 1", [0.1, 0.2]),
+        ("layer 5 stream 0", [0.3, 0.5]),
+        ("layer 5 stream 1", [0.4, 0.6]),
+    ]
 
 
 def test_a_page_shows_every_token_darker_for_a_higher_gate(tmp_path):
-    texts, gate_T = ["<b>&", " two", "\n"], np.array([0.2, 0.9, 0.5], dtype=np.float32)
-    page = gate_page(tmp_path / "page.html", texts, {2: gate_T[:, None]}, {"loss": gate_T * 2}, "<title>", "a < b")
+    texts = ["<b>&", " two", "\n"]
+    gate_T = np.array([0.2, 0.9, 0.5], dtype=np.float32)
+    page = gate_page(
+        tmp_path / "page.html",
+        texts,
+        {2: gate_T[:, None]},
+        {"loss": gate_T * 2},
+        "<title>",
+        "a < b",
+    )
     parser = Spans()
     parser.feed(page.read_text())
     assert [text for text, _ in parser.spans] == texts
@@ -208,9 +269,18 @@ def test_a_page_shows_every_token_darker_for_a_higher_gate(tmp_path):
 
 
 def test_the_picture_colours_tokens_by_gate(tmp_path):
-    """The blocks of a low, a middle and a high gate in the picture, from left to right: ever less blue."""
+    """The blocks of a low, a middle and a high gate in the picture, from left to right: ever less
+    blue.
+    """
     gates = {0: np.array([[0.0], [0.5], [1.0]])}
-    drawn = image.imread(draw_gates(tmp_path / "gates.png", ["a" * 30, "b" * 30, "c" * 30], gates, ""))[..., :3]
+    drawn = image.imread(
+        draw_gates(
+            tmp_path / "gates.png",
+            ["a" * 30, "b" * 30, "c" * 30],
+            gates,
+            "",
+        )
+    )[..., :3]
     height, width = drawn.shape[:2]
     band = drawn[int(height * 0.05) : int(height * 0.6)]
     coloured = np.argwhere((band.max(-1) - band.min(-1)) > 0.15)

@@ -14,37 +14,67 @@ from parallel.engram_table import EngramTables
 from parallel.engram_table.hot_rows import HotRows
 from parallel.errors import RunError
 from training.bench import engram as bench_engram
-from training.bench.engram import HEAD, RESIDENT, Result, bench, check_placements, copied_in, placements, table
+from training.bench.engram import (
+    HEAD,
+    RESIDENT,
+    Result,
+    bench,
+    check_placements,
+    copied_in,
+    placements,
+    table,
+)
 from training.bench.engram_loop import Loop, Work
 from training.presets import PRESETS
 
 RUN = PRESETS[bench_engram.PRESET]()
-FEW = replace(RUN, model=replace(RUN.model, engram=replace(RUN.model.engram, table_size=50, head_dim=16)))
+FEW = replace(
+    RUN, model=replace(RUN.model, engram=replace(RUN.model.engram, table_size=50, head_dim=16))
+)
 NAMES = list(placements(100))
 
 
 def make_work(**changed) -> Work:
-    return replace(Work(run=FEW, device=torch.device("cpu"), tokens=24, micro_batches=2, side=8, products=6), **changed)
+    return replace(
+        Work(
+            run=FEW,
+            device=torch.device("cpu"),
+            tokens=24,
+            micro_batches=2,
+            side=8,
+            products=6,
+        ),
+        **changed,
+    )
 
 
 def run_main(*arguments, absent):
     """The command on a machine without a card, where some packages are not installed."""
     program = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.argv[1:] = {arguments!r}; "
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.argv[1:] = "
+        f"{arguments!r}; "
         "from training.bench.engram import main; main()"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
 
 
 def test_dry_run_needs_torch_triton_and_numba_only():
     done = run_main(absent=("deepspeed", "megatron", "xxhash", "transformers", "datasets"))
     assert done.returncode == 0, done.stderr
     assert "No CUDA device: placements are checked, and no speed is measured." in done.stdout
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in done.stdout.splitlines()
+        if line[:1] == "|"
+    ]
     assert rows[0] == HEAD
     assert rows[2][:3] == ["no table", "", "not measured"]
-    assert [row[:2] for row in rows[3:]] == [[name, form] for form in ("fp32", "bf16") for name in NAMES]
+    assert [row[:2] for row in rows[3:]] == [
+        [name, form] for form in ("fp32", "bf16") for name in NAMES
+    ]
     for row in rows[3:]:
         assert row[2:9] == ["not measured"] * 7
         assert 50 < float(row[9]) < 100
@@ -57,7 +87,9 @@ def test_without_numba_one_line_says_so():
     assert done.stderr == "training.bench.engram needs numba: pip install numba\n"
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--compute-ms", "nan"), ("--tokens", "-1")])
+@pytest.mark.parametrize(
+    "arguments", [("--steps", "0"), ("--compute-ms", "nan"), ("--tokens", "-1")]
+)
 def test_arguments_must_be_positive(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_engram", *arguments])
     with pytest.raises(SystemExit) as stop:
@@ -83,13 +115,18 @@ def test_a_placement_that_leaves_other_bits_prints_no_speed(name, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         bench_engram.main()
     first = NAMES[1] if name == RESIDENT else name  # all others differ from the one that is first
-    assert stop.value.code == f"wrong: {first}, fp32: engram.10.weight differs from that of rows {RESIDENT}; no speed"
+    assert (
+        stop.value.code
+        == f"wrong: {first}, fp32: engram.10.weight differs from that of rows {RESIDENT}; no speed"
+    )
     assert "|" not in capsys.readouterr().out
 
 
 def test_rows_that_a_step_did_not_patch_are_found(monkeypatch):
     update = EngramTables._update
-    monkeypatch.setattr(EngramTables, "_update", lambda self, *arguments: update(self, *arguments[:-1], []))
+    monkeypatch.setattr(
+        EngramTables, "_update", lambda self, *arguments: update(self, *arguments[:-1], [])
+    )
     with pytest.raises(SystemExit, match="wrong: host, no prefetch, fp32"):
         check_placements(make_work())
 
@@ -101,7 +138,9 @@ def test_stale_hot_rows_are_found(monkeypatch):
 
 
 def test_the_loop_is_the_trainers_order_of_calls(monkeypatch):
-    """Of two steps: the next micro-batch is sent for before this one computes; an update follows each norm."""
+    """Of two steps: the next micro-batch is sent for before this one computes; an update follows
+    each norm.
+    """
     calls = []
     for name in ("fetch", "accumulate", "squared_grad_norm", "step"):
         method = getattr(EngramTables, name)
@@ -134,21 +173,33 @@ def test_the_work_is_the_presets():
 
 
 def test_the_text_repeats_by_zipfs_law():
-    work, vocab = make_work(run=RUN, tokens=4096), RUN.model.vocab_size
+    work = make_work(run=RUN, tokens=4096)
+    vocab = RUN.model.vocab_size
     phrases = work.stream.reshape(-1, 4).numpy()
     counts = np.sort(np.unique(phrases, axis=0, return_counts=True)[1])[::-1]
     for rank in (1, 10, 1000):  # the sum of 1 / r, as an integral
-        assert counts[:rank].sum() / counts.sum() == pytest.approx(math.log(rank + 1) / math.log(vocab), rel=0.02)
-    pairs, triples = (np.lib.stride_tricks.sliding_window_view(work.stream[:50].numpy(), n, 1) for n in (2, 3))
+        assert counts[:rank].sum() / counts.sum() == pytest.approx(
+            math.log(rank + 1) / math.log(vocab), rel=0.02
+        )
+    pairs, triples = (
+        np.lib.stride_tricks.sliding_window_view(work.stream[:50].numpy(), n, 1) for n in (2, 3)
+    )
     for grams, distinct in ((pairs, 0.70), (triples, 0.81)):
         shares = [len(np.unique(row, axis=0)) / len(row) for row in grams]
         assert np.mean(shares) == pytest.approx(distinct, abs=0.02)
 
 
 def test_figures_of_a_row():
-    """Steps of 11 ms beside 10 without a table, of which 2 waiting, 3 working; rows on the device cost 1.05x."""
+    """Steps of 11 ms beside 10 without a table, of which 2 waiting, 3 working; rows on the device
+    cost 1.05x.
+    """
     times = np.array([[10.0, 2, 3], [11, 2, 3], [11, 2, 3], [12, 2, 3]])
-    result = Result(times=times, idle=np.array([[9.0, 0, 0], [10, 0, 0], [11, 0, 0]]), copied=(4.04, 5), shares=(1, 0))
+    result = Result(
+        times=times,
+        idle=np.array([[9.0, 0, 0], [10, 0, 0], [11, 0, 0]]),
+        copied=(4.04, 5),
+        shares=(1, 0),
+    )
     assert result.ratio == pytest.approx(1.1)
     expected = ["11.00 (10.60-11.40)", "+10.00", "+4.76", "2.00", "3.00", "4.0", "5.0"]
     assert result.cells(1.05) == expected
@@ -157,10 +208,22 @@ def test_figures_of_a_row():
 
 def test_copies_are_counted_by_their_direction():
     events = [
-        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "args": {"bytes": 3_000_000}},
-        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)", "args": {"bytes": 1_000_000}},
+        {
+            "cat": "gpu_memcpy",
+            "name": "Memcpy HtoD (Pinned -> Device)",
+            "args": {"bytes": 3_000_000},
+        },
+        {
+            "cat": "gpu_memcpy",
+            "name": "Memcpy HtoD (Pageable -> Device)",
+            "args": {"bytes": 1_000_000},
+        },
         {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "args": {"bytes": 500_000}},
-        {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "args": {"bytes": 7_000_000}},
+        {
+            "cat": "gpu_memcpy",
+            "name": "Memcpy DtoD (Device -> Device)",
+            "args": {"bytes": 7_000_000},
+        },
         {"cat": "kernel", "name": "gemm HtoD", "args": {"bytes": 9}},
         {"name": "process_name"},
     ]

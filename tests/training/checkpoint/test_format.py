@@ -42,9 +42,13 @@ def test_range_boxes_are_the_range_in_order(shape, data):
     boxes = list(range_boxes(shape, start, stop))
     assert len(boxes) <= 2 * len(shape) - 1
     assert all(box.numel for box in boxes)
-    got = [values[tuple(slice(a, a + n) for a, n in zip(box.offset, box.sizes, strict=True))] for box in boxes]
+    got = [
+        values[tuple(slice(a, a + n) for a, n in zip(box.offset, box.sizes, strict=True))]
+        for box in boxes
+    ]
     assert torch.equal(
-        torch.cat([block.flatten() for block in got] or [values[:0].flatten()]), torch.arange(start, stop)
+        torch.cat([block.flatten() for block in got] or [values[:0].flatten()]),
+        torch.arange(start, stop),
     )
 
 
@@ -60,7 +64,9 @@ def test_split_covers_the_box_with_small_ones(shape, max_numel, shift):
 
 @st.composite
 def placements(draw) -> tuple[Placement, int]:
-    """A placement of 1 to 3 packed parts, cut along any dim, and a number of tensor ranks that it allows."""
+    """A placement of 1 to 3 packed parts, cut along any dim, and a number of tensor ranks that it
+    allows.
+    """
     ranks = draw(st.sampled_from([1, 2, 4]))
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     dim = draw(st.integers(0, len(shape) - 1))
@@ -71,19 +77,27 @@ def placements(draw) -> tuple[Placement, int]:
     )
     shape[dim] = sum(part.size for part in parts)
     axis = draw(st.sampled_from(["tp", None])) if len(parts) == 1 else "tp"
-    return Placement(shape=tuple(shape), init=constant(0.0), axis=axis, dim=dim, parts=parts if axis else ()), ranks
+    return Placement(
+        shape=tuple(shape), init=constant(0.0), axis=axis, dim=dim, parts=parts if axis else ()
+    ), ranks
 
 
 @settings(max_examples=150, deadline=None)
 @given(placements(), st.data())
 def test_fragments_of_any_cut_reassemble(drawn, data):
-    """Each tensor rank's flat parameter, cut anywhere into ZeRO fragments, gives every global element exactly once."""
+    """Each tensor rank's flat parameter, cut anywhere into ZeRO fragments, gives every global
+    element exactly once.
+    """
     placement, num_ranks = drawn
     plan = plan_mesh(ParallelConfig(tp=num_ranks), num_ranks)
     parts = placement.parts or (Part(size=placement.shape[placement.dim], units=1),)
     whole = torch.arange(math.prod(placement.shape), dtype=torch.float32).view(placement.shape)
     expected = dict(
-        zip([part.name for part in parts], whole.split([p.size for p in parts], placement.dim), strict=True)
+        zip(
+            [part.name for part in parts],
+            whole.split([p.size for p in parts], placement.dim),
+            strict=True,
+        )
     )
     tensors = {
         "w" + (f".{name}" if name else ""): LogicalTensor(tuple(values.shape), torch.float32)
@@ -92,7 +106,8 @@ def test_fragments_of_any_cut_reassemble(drawn, data):
     for rank in range(num_ranks):
         mesh = Mesh(plan, rank, MappingProxyType({}))
         pieces = [
-            expected[piece.part.name].narrow(placement.dim, piece.start, piece.size) for piece in placement.slices(mesh)
+            expected[piece.part.name].narrow(placement.dim, piece.start, piece.size)
+            for piece in placement.slices(mesh)
         ]
         parameter = PlacedParameter(torch.cat(pieces, placement.dim))
         parameter.placement = placement
@@ -100,12 +115,24 @@ def test_fragments_of_any_cut_reassemble(drawn, data):
         flat = parameter.detach().flatten()
         cuts = sorted(data.draw(st.integers(0, flat.numel())) for _ in range(2))
         for start, stop in zip([0, *cuts], [*cuts, flat.numel()], strict=True):
-            _add_fragment(tensors, "w", parameter, start, flat[start:stop], mesh)
+            _add_fragment(
+                tensors,
+                "w",
+                parameter,
+                start,
+                flat[start:stop],
+                mesh,
+            )
     for name, tensor in tensors.items():
-        assert cover_problem(tensor.shape, [chunk.box for chunk in tensor.chunks if chunk.writes]) is None
+        assert (
+            cover_problem(tensor.shape, [chunk.box for chunk in tensor.chunks if chunk.writes])
+            is None
+        )
         for chunk in tensor.chunks:  # copies, too
             values = expected[name.partition(".")[2]]
-            place = tuple(slice(a, a + n) for a, n in zip(chunk.box.offset, chunk.box.sizes, strict=True))
+            place = tuple(
+                slice(a, a + n) for a, n in zip(chunk.box.offset, chunk.box.sizes, strict=True)
+            )
             assert torch.equal(chunk.values, values[place])
 
 
@@ -135,8 +162,11 @@ def halves(values: torch.Tensor, **second) -> Tensors:
 
 def write(directory: Path, step: int, value: float) -> Path:
     """A small complete checkpoint of this process."""
-    record, files = {"format": storage.FORMAT, "step": step, "extra": {}}, {"run.json": b"{}", "token_map.json": b"[]"}
-    return run.write(directory, halves(torch.full((4, 3), float(value))), record, run._comm(), files)
+    record = {"format": storage.FORMAT, "step": step, "extra": {}}
+    files = {"run.json": b"{}", "token_map.json": b"[]"}
+    return run.write(
+        directory, halves(torch.full((4, 3), float(value))), record, run._comm(), files
+    )
 
 
 def value_of(path: Path) -> float:
@@ -158,14 +188,21 @@ def value_of(path: Path) -> float:
 )
 def test_a_gap_or_overlap_is_not_saved(second, problem, tmp_path):
     with pytest.raises(RunError, match=problem):
-        run.write(tmp_path, halves(torch.ones(4, 3), **second), {"format": 1, "step": 1}, run._comm())
+        run.write(
+            tmp_path, halves(torch.ones(4, 3), **second), {"format": 1, "step": 1}, run._comm()
+        )
     assert latest(tmp_path) is None
 
 
 def test_a_tensor_that_no_rank_holds_is_missed(tmp_path):
     tensors = halves(torch.ones(4, 3)) | {"y": LogicalTensor((2,), torch.float32)}
     with pytest.raises(RunError, match="y: 2 of 2 elements are missing"):
-        run.write(tmp_path, tensors, {"format": 1, "step": 1}, run._comm())
+        run.write(
+            tmp_path,
+            tensors,
+            {"format": 1, "step": 1},
+            run._comm(),
+        )
 
 
 def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, monkeypatch):
@@ -183,8 +220,12 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
     tensors = halves(torch.zeros(4, 3))
     nothing_held = {"x": LogicalTensor((4, 3), torch.float32)}
     assert "holds 6 of the 12" in read(lambda saved: saved["x"].chunks.pop(), tensors)
-    assert "6 of 12 elements are missing" in read(lambda saved: saved["x"].chunks.pop(), nothing_held)
-    assert "overlap" in read(lambda saved: saved["x"].chunks.append(saved["x"].chunks[0]), nothing_held)
+    assert "6 of 12 elements are missing" in read(
+        lambda saved: saved["x"].chunks.pop(), nothing_held
+    )
+    assert "overlap" in read(
+        lambda saved: saved["x"].chunks.append(saved["x"].chunks[0]), nothing_held
+    )
     assert "x is not in the checkpoint" in read(lambda saved: saved.pop("x"), tensors)
     other_dtype = {"x": LogicalTensor((4, 3), torch.float64, tensors["x"].chunks)}
     assert "expected ((4, 3), torch.float64)" in read(lambda saved: None, other_dtype)
@@ -193,15 +234,20 @@ def test_gaps_overlaps_and_other_tensors_in_a_checkpoint_are_found(tmp_path, mon
 def test_chunks_are_small_and_read_by_other_cuts(tmp_path, monkeypatch):
     monkeypatch.setattr(planners, "MAX_CHUNK_BYTES", 64)
     values = torch.randn(3, 7, 5)
-    tensors = {"x": LogicalTensor((3, 7, 5), torch.float32, [Chunk(Box((0, 0, 0), (3, 7, 5)), values)])}
+    tensors = {
+        "x": LogicalTensor((3, 7, 5), torch.float32, [Chunk(Box((0, 0, 0), (3, 7, 5)), values)])
+    }
     planners.write_tensors(tmp_path / "a", tensors, None)
     chunks = dcp.FileSystemReader(tmp_path / "a").read_metadata().state_dict_metadata["x"].chunks
     assert max(math.prod(chunk.sizes) for chunk in chunks) * 4 <= 64
     got = torch.full_like(values, float("nan"))
     columns = [
-        Chunk(Box((0, 0, first), (3, 7, size)), got[..., first : first + size]) for first, size in [(0, 2), (2, 3)]
+        Chunk(Box((0, 0, first), (3, 7, size)), got[..., first : first + size])
+        for first, size in [(0, 2), (2, 3)]
     ]
-    planners.read_tensors(tmp_path / "a", {"x": LogicalTensor((3, 7, 5), torch.float32, columns)}, None)
+    planners.read_tensors(
+        tmp_path / "a", {"x": LogicalTensor((3, 7, 5), torch.float32, columns)}, None
+    )
     assert torch.equal(got, values)
 
 
@@ -217,8 +263,10 @@ def killed(directory: Path, step: int, where: str) -> None:
         if where == "writing":
             planners.ChunkSavePlanner.resolve_data = die
         else:
-            # The renames of a save: DCP's metadata, a checkpoint of the same step aside, the new one, the old one away.
-            real, renames = os.rename, int(where)
+            # The renames of a save: DCP's metadata, a checkpoint of the same step aside, the new
+            # one, the old one away.
+            real = os.rename
+            renames = int(where)
             calls = iter(range(renames))
             os.rename = lambda old, new: real(old, new) if next(calls, None) is not None else die()
         write(directory, step, 2.0)
@@ -259,8 +307,11 @@ def test_prune_keeps_the_newest_and_what_others_wrote(tmp_path):
     (tmp_path / "step-best").mkdir()
     prune(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000001", "step-00000002", "step-00000020", "step-best"
-    ]  # fmt: skip
+        "step-00000001",
+        "step-00000002",
+        "step-00000020",
+        "step-best",
+    ]
     assert [path.name for path in (tmp_path / "step-00000001").iterdir()] == ["notes.txt"]
     assert len(list((tmp_path / "step-00000002").iterdir())) == 4
     assert value_of(latest(tmp_path)) == 20.0
@@ -278,7 +329,8 @@ def test_prune_keeps_every_so_many_steps_for_good(tmp_path):
 
 
 def test_a_manifest_of_another_run_is_found(tmp_path):
-    mine, other = write(tmp_path / "mine", 1, 1.0), write(tmp_path / "other", 1, 2.0)
+    mine = write(tmp_path / "mine", 1, 1.0)
+    other = write(tmp_path / "other", 1, 2.0)
     (mine / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     with pytest.raises(RunError, match=r"__0_0\.distcp differs from its checksum"):
         value_of(mine)
@@ -289,7 +341,13 @@ def test_only_files_that_are_removed_again_can_be_attached(tmp_path):
     for name in storage.ATTACHED:
         assert storage.WRITTEN.fullmatch(name)
     with pytest.raises(AssertionError, match=r"notes\.txt"):
-        run.write(tmp_path, halves(torch.ones(4, 3)), {"format": 1, "step": 1}, run._comm(), {"notes.txt": b""})
+        run.write(
+            tmp_path,
+            halves(torch.ones(4, 3)),
+            {"format": 1, "step": 1},
+            run._comm(),
+            {"notes.txt": b""},
+        )
 
 
 def test_latest_counts_by_number(tmp_path):
@@ -307,7 +365,9 @@ def test_later_checkpoints_that_are_passed_over_are_told(tmp_path):
     assert latest(tmp_path) == paths[6]
     cut, unreadable = storage.passed_over(tmp_path, paths[6])
     assert cut == f"passed over {paths[9]}: it is incomplete: __0_0.distcp is missing"
-    assert unreadable.startswith(f"passed over {paths[12]}: it is damaged: manifest.json cannot be read")
+    assert unreadable.startswith(
+        f"passed over {paths[12]}: it is damaged: manifest.json cannot be read"
+    )
     assert len(storage.passed_over(tmp_path, None)) == 3
 
 
@@ -326,7 +386,8 @@ def save_with_a_full_disk(directory: Path) -> tuple[str, float]:
     comm = run._comm()
     rows = torch.full((2, 3), 5.0)
     mine = [Chunk(Box((2 * comm.rank, 0), (2, 3)), rows)]
-    tensors, record = {"x": LogicalTensor((4, 3), torch.float32, mine)}, {"format": 1, "step": 4}
+    tensors = {"x": LogicalTensor((4, 3), torch.float32, mine)}
+    record = {"format": 1, "step": 4}
     real = planners.ChunkSavePlanner.resolve_data
 
     def full(self, write_item):
@@ -361,14 +422,28 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 def test_any_flipped_byte_is_found_and_only_its_tensor_named(tmp_path):
     names = [f"tensor{number}" for number in range(3)]
     boxes = Box((0, 0), (4, 3))
-    tensors = {name: LogicalTensor((4, 3), torch.float32, [Chunk(boxes, torch.randn(4, 3))]) for name in names}
-    path = run.write(tmp_path, tensors, {"format": storage.FORMAT, "step": 1}, run._comm())
+    tensors = {
+        name: LogicalTensor((4, 3), torch.float32, [Chunk(boxes, torch.randn(4, 3))])
+        for name in names
+    }
+    path = run.write(
+        tmp_path,
+        tensors,
+        {"format": storage.FORMAT, "step": 1},
+        run._comm(),
+    )
     places = dcp.FileSystemReader(path).read_metadata().storage_data.items()
-    data, manifest = (path / "__0_0.distcp").read_bytes(), storage.read_manifest(path)
+    data = (path / "__0_0.distcp").read_bytes()
+    manifest = storage.read_manifest(path)
     assert sum(place.length for _, place in places) == len(data)
     for index, place in places:
-        for byte in {*range(place.offset, place.offset + place.length, 37), place.offset + place.length - 1}:
-            (path / "__0_0.distcp").write_bytes(data[:byte] + bytes([data[byte] ^ 0x80]) + data[byte + 1 :])
+        for byte in {
+            *range(place.offset, place.offset + place.length, 37),
+            place.offset + place.length - 1,
+        }:
+            (path / "__0_0.distcp").write_bytes(
+                data[:byte] + bytes([data[byte] ^ 0x80]) + data[byte + 1 :]
+            )
             with pytest.raises(RunError, match=rf"differs from its checksum \(in {index.fqn}\)"):
                 storage.verify(path, manifest, run._comm())
 
@@ -379,7 +454,9 @@ def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(piece
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(checksums, "WRITE_BYTES", 4096)
         patch.setattr(checksums, "WRITE_BEHIND_BYTES", 8192)
-        path, whole, ends = Path(place) / "file", b"", {0}
+        path = Path(place) / "file"
+        whole = b""
+        ends = {0}
         with checksums.ChecksummedFile(path) as file:
             for size, flush in pieces:
                 assert file.write(random.Random(len(whole)).randbytes(size)) == size
@@ -398,17 +475,26 @@ def test_a_summed_file_is_what_was_written_and_its_blocks_end_with_flushes(piece
 def test_a_summed_file_that_cannot_be_written_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(checksums, "WRITE_BYTES", 16)
     monkeypatch.setattr(checksums.os, "fsync", lambda handle: None)
-    with pytest.raises(OSError, match="No space left"), checksums.ChecksummedFile(Path("/dev/full")) as file:
+    with (
+        pytest.raises(OSError, match="No space left"),
+        checksums.ChecksummedFile(Path("/dev/full")) as file,
+    ):
         file.write(bytes(100))
     assert file.file.closed
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype", "in_place"),
-    [((0, 6), (0, 5), torch.float32, True), ((2, 5), (0, 5), torch.float32, True),
-     ((0, 6), (1, 3), torch.float32, False), ((0, 6), (0, 5), torch.bfloat16, False)],
-)  # fmt: skip
-def test_whole_rows_of_the_same_dtype_are_read_in_place(rows, columns, dtype, in_place, tmp_path, monkeypatch):
+    [
+        ((0, 6), (0, 5), torch.float32, True),
+        ((2, 5), (0, 5), torch.float32, True),
+        ((0, 6), (1, 3), torch.float32, False),
+        ((0, 6), (0, 5), torch.bfloat16, False),
+    ],
+)
+def test_whole_rows_of_the_same_dtype_are_read_in_place(
+    rows, columns, dtype, in_place, tmp_path, monkeypatch
+):
     monkeypatch.setattr(planners, "MAX_CHUNK_BYTES", 48)  # two rows and a bit
     values = torch.randn(6, 5)
     planners.write_tensors(tmp_path / "a", halves_of(values), None)
@@ -416,7 +502,9 @@ def test_whole_rows_of_the_same_dtype_are_read_in_place(rows, columns, dtype, in
     got = torch.full_like(values[place], float("nan"), dtype=dtype)
     box = Box((rows[0], columns[0]), tuple(got.shape))
     monkeypatch.setattr(torch, "load", loads := CountCalls(torch.load))
-    planners.read_tensors(tmp_path / "a", {"x": LogicalTensor((6, 5), torch.float32, [Chunk(box, got)])}, None)
+    planners.read_tensors(
+        tmp_path / "a", {"x": LogicalTensor((6, 5), torch.float32, [Chunk(box, got)])}, None
+    )
     assert torch.equal(got, values[place].to(dtype))
     assert (loads.count == 0) == in_place
 
@@ -436,7 +524,8 @@ class CountCalls:
     """A function that knows how often it was called."""
 
     def __init__(self, function) -> None:
-        self.function, self.count = function, 0
+        self.function = function
+        self.count = 0
 
     def __call__(self, *args, **kwargs):
         self.count += 1

@@ -1,4 +1,6 @@
-"""Checkpoints of runs: the same bits on the same layout, the same values on any other, damage and strangers refused."""
+"""Checkpoints of runs: the same bits on the same layout, the same values on any other, damage and
+strangers refused.
+"""
 
 import importlib
 import json
@@ -52,7 +54,10 @@ CASES = {
     "1 bf16": (1, config_of({}, "bf16")),
     "TP2": (2, config_of({"tp": 2})),
     "TP2 bf16": (2, config_of({"tp": 2}, "bf16")),
-    "TP2 EP4 ZeRO2": (4, config_of({"tp": 2, "ep": 4, "zero_stage": 2}, tie_embeddings=True, num_streams=2)),
+    "TP2 EP4 ZeRO2": (
+        4,
+        config_of({"tp": 2, "ep": 4, "zero_stage": 2}, tie_embeddings=True, num_streams=2),
+    ),
 }
 
 
@@ -60,7 +65,9 @@ def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, flo
     """Losses and gradient norms of the next steps."""
     figures = []
     for step in range(first, first + num_steps):
-        batches = made_up_batches(step, trainer.config, trainer.mesh.rank("dp"), trainer.mesh.size("dp"))
+        batches = made_up_batches(
+            step, trainer.config, trainer.mesh.rank("dp"), trainer.mesh.size("dp")
+        )
         result = train_step(trainer, batches, 1e-2, step)
         figures.append((result.loss, result.grad_norm))
     return figures
@@ -80,9 +87,16 @@ def logits_of(model: HybridModel, memory: EngramMemory | None) -> torch.Tensor:
 def run_and_save(config: RunConfig, directory: Path, more: int):
     """Train, save, go on: later figures, logits at the save, and parameters of this rank."""
     trainer, _ = train_steps(config, SAVED_AT)
-    path = save(directory, trainer, SAVED_AT, {"fingerprint": "abc", "nested": [1, None]})
+    path = save(
+        directory,
+        trainer,
+        SAVED_AT,
+        {"fingerprint": "abc", "nested": [1, None]},
+    )
     logits = logits_of(trainer.model, trainer.memory).numpy()
-    parameters = {name: p.detach().float().numpy().copy() for name, p in trainer.model.named_parameters()}
+    parameters = {
+        name: p.detach().float().numpy().copy() for name, p in trainer.model.named_parameters()
+    }
     return path, go_on(trainer, SAVED_AT, more), logits, parameters
 
 
@@ -95,7 +109,8 @@ def load_and_go_on(config: RunConfig, directory: Path, more: int, again: Path):
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    mine, theirs = read_plainly(one), read_plainly(other)
+    mine = read_plainly(one)
+    theirs = read_plainly(other)
     assert mine.keys() == theirs.keys()
     for name, values in mine.items():
         assert torch.equal(values, theirs[name]), name
@@ -115,7 +130,13 @@ def saved_run(tmp_path_factory):
     @lru_cache
     def results(case: str) -> list:
         world_size, config = CASES[case]
-        return run_ranks(run_and_save, world_size, config, tmp_path_factory.mktemp(case), 5)
+        return run_ranks(
+            run_and_save,
+            world_size,
+            config,
+            tmp_path_factory.mktemp(case),
+            5,
+        )
 
     return results
 
@@ -125,7 +146,14 @@ def test_same_layout_goes_on_with_the_same_bits(case, saved_run, tmp_path):
     world_size, config = CASES[case]
     first = saved_run(case)
     path = first[0][0]
-    second = run_ranks(load_and_go_on, world_size, config, path.parent, 5, tmp_path)
+    second = run_ranks(
+        load_and_go_on,
+        world_size,
+        config,
+        path.parent,
+        5,
+        tmp_path,
+    )
     assert path.name == "step-00000003"
     for (_, figures, *_), (step, extra, resumed) in zip(first, second, strict=True):
         assert (step, extra) == (SAVED_AT, {"fingerprint": "abc", "nested": [1, None]})
@@ -143,20 +171,44 @@ def test_same_layout_goes_on_with_the_same_bits(case, saved_run, tmp_path):
     ],
 )
 def test_other_layout_goes_on_with_the_same_values(case, world_size, fields, saved_run, tmp_path):
-    """Norms only without Engram's gate: its pole near zero scores amplifies another order of sums (8e-5 here)."""
+    """Norms only without Engram's gate: its pole near zero scores amplifies another order of sums
+    (8e-5 here).
+    """
     num_figures = 2 if case == "1 no gate" else 1
     path, expected, *_ = saved_run(case)[0]
     config = replace(CASES[case][1], parallel=layout(**fields))
-    for _, _, figures in run_ranks(load_and_go_on, world_size, config, path.parent, 2, tmp_path):
-        got, want = np.array(figures)[:, :num_figures], np.array(expected)[:2, :num_figures]
+    for _, _, figures in run_ranks(
+        load_and_go_on,
+        world_size,
+        config,
+        path.parent,
+        2,
+        tmp_path,
+    ):
+        got = np.array(figures)[:, :num_figures]
+        want = np.array(expected)[:2, :num_figures]
         np.testing.assert_allclose(got, want, rtol=1e-5)
     assert_same_tensors(path, latest(tmp_path))
 
 
 def test_bf16_masters_survive_other_layouts_bit_by_bit(saved_run, tmp_path):
     path = saved_run("TP2 bf16")[0][0]
-    run_ranks(load_and_go_on, 2, config_of({"ep": 2}, "bf16"), path.parent, 0, tmp_path / "b")
-    run_ranks(load_and_go_on, 1, config_of({}, "fp32"), tmp_path / "b", 0, tmp_path / "c")
+    run_ranks(
+        load_and_go_on,
+        2,
+        config_of({"ep": 2}, "bf16"),
+        path.parent,
+        0,
+        tmp_path / "b",
+    )
+    run_ranks(
+        load_and_go_on,
+        1,
+        config_of({}, "fp32"),
+        tmp_path / "b",
+        0,
+        tmp_path / "c",
+    )
     assert_same_tensors(path, latest(tmp_path / "b"))
     assert_same_tensors(path, latest(tmp_path / "c"))
 
@@ -174,12 +226,26 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved.path, tmp_path / "copy" / saved.path.name))
 
 
-def fresh_model(config: RunConfig, token_map: TokenMap | None = None) -> tuple[HybridModel, EngramMemory | None]:
+def fresh_model(
+    config: RunConfig, token_map: TokenMap | None = None
+) -> tuple[HybridModel, EngramMemory | None]:
     """A model and tables of one process, with other values than any run."""
-    mesh, cpu = single_mesh(), torch.device("cpu")
-    model = build_model(config.model, mesh, seed=99, dtype=DTYPES[config.train.dtype], device=cpu)
+    mesh = single_mesh()
+    cpu = torch.device("cpu")
+    model = build_model(
+        config.model,
+        mesh,
+        seed=99,
+        dtype=DTYPES[config.train.dtype],
+        device=cpu,
+    )
     other_seed = replace(config, train=replace(config.train, seed=99))
-    return model, build_memory(other_seed, mesh, token_map or made_up_token_map(), cpu)
+    return model, build_memory(
+        other_seed,
+        mesh,
+        token_map or made_up_token_map(),
+        cpu,
+    )
 
 
 def read_into(path: Path, config: RunConfig | None = None, token_map: TokenMap | None = None):
@@ -189,16 +255,24 @@ def read_into(path: Path, config: RunConfig | None = None, token_map: TokenMap |
 
 
 def test_saved_values_are_the_models(saved):
-    """Against the parameters themselves, packed parts concatenated: a wrong map that both ways share would show."""
+    """Against the parameters themselves, packed parts concatenated: a wrong map that both ways
+    share would show.
+    """
     tensors = read_plainly(saved.path)
     for name, expected in saved.parameters.items():
-        parts = [tensors[key] for key in tensors if key == f"fp32/{name}" or key.startswith(f"fp32/{name}.")]
+        parts = [
+            tensors[key]
+            for key in tensors
+            if key == f"fp32/{name}" or key.startswith(f"fp32/{name}.")
+        ]
         np.testing.assert_array_equal(torch.cat(parts), expected, err_msg=name)
     for part, size in {"z": 64, "x": 64, "B": 12, "C": 12, "dt": 8}.items():
         assert tensors[f"exp_avg/layers.0.mixer.in_proj.weight.{part}"].shape == (size, 32)
     assert tensors["exp_avg_sq/layers.1.mixer.experts.down"].shape[0] == 4
     steps = {name: float(values) for name, values in tensors.items() if name.startswith("step/")}
-    assert steps == {f"step/{tag}": SAVED_AT for tag in ("dense-decay", "dense-plain", "experts-decay")}
+    assert steps == {
+        f"step/{tag}": SAVED_AT for tag in ("dense-decay", "dense-plain", "experts-decay")
+    }
     assert tensors["buffer/layers.1.mixer.bias"].abs().max() > 0
     assert tensors["engram.1.step"].dtype == torch.int32
     assert tensors["engram.1.step"].max() == SAVED_AT
@@ -211,22 +285,44 @@ def test_weights_give_the_trainers_logits(saved):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_weights_of_a_tensor_parallel_run_give_its_logits_on_one_process(dtype, tolerance, saved_run):
+def test_weights_of_a_tensor_parallel_run_give_its_logits_on_one_process(
+    dtype, tolerance, saved_run
+):
     results = saved_run("TP2" if dtype == "fp32" else "TP2 bf16")
     model, memory, _ = read_into(results[0][0], config_of({}, dtype))
     for _, _, logits, _ in results:
-        assert_close("logits", logits_of(model, memory), torch.from_numpy(logits), tolerance)
+        assert_close(
+            "logits",
+            logits_of(model, memory),
+            torch.from_numpy(logits),
+            tolerance,
+        )
 
 
 def load_weights_on_ranks(path: Path, config: RunConfig):
     trainer = make_trainer(config)
-    load_weights(path, trainer.model, trainer.mesh, trainer.memory)
+    load_weights(
+        path,
+        trainer.model,
+        trainer.mesh,
+        trainer.memory,
+    )
     return logits_of(trainer.model, trainer.memory).numpy()
 
 
 def test_weights_load_on_several_ranks(saved):
-    for logits in run_ranks(load_weights_on_ranks, 2, saved.path, config_of({"tp": 2})):
-        assert_close("logits", torch.from_numpy(logits), torch.from_numpy(saved.logits), 1e-5)
+    for logits in run_ranks(
+        load_weights_on_ranks,
+        2,
+        saved.path,
+        config_of({"tp": 2}),
+    ):
+        assert_close(
+            "logits",
+            torch.from_numpy(logits),
+            torch.from_numpy(saved.logits),
+            1e-5,
+        )
 
 
 def save_before_the_first_step(config: RunConfig, directory: Path):
@@ -238,8 +334,23 @@ def save_before_the_first_step(config: RunConfig, directory: Path):
 def test_step_0(tmp_path):
     config = config_of({})
     expected = run_ranks(train_figures, 1, config)
-    assert run_ranks(save_before_the_first_step, 1, config, tmp_path / "a") == expected
-    ((_, _, figures),) = run_ranks(load_and_go_on, 1, config, tmp_path / "a", 2, tmp_path / "b")
+    assert (
+        run_ranks(
+            save_before_the_first_step,
+            1,
+            config,
+            tmp_path / "a",
+        )
+        == expected
+    )
+    ((_, _, figures),) = run_ranks(
+        load_and_go_on,
+        1,
+        config,
+        tmp_path / "a",
+        2,
+        tmp_path / "b",
+    )
     assert [figures] == expected
 
 
@@ -267,7 +378,9 @@ def place_of(path: Path, name: str) -> int:
     return next(place.offset + place.length // 2 for index, place in places if index.fqn == name)
 
 
-@pytest.mark.parametrize("name", ["fp32/head.weight", "exp_avg_sq/layers.1.mixer.experts.down", "engram.3.weight"])
+@pytest.mark.parametrize(
+    "name", ["fp32/head.weight", "exp_avg_sq/layers.1.mixer.experts.down", "engram.3.weight"]
+)
 def test_a_flipped_byte_is_found_and_its_tensor_named(copy, name):
     flip(copy / "__0_0.distcp", place_of(copy, name))
     with pytest.raises(RunError, match=rf"__0_0.distcp differs from its checksum \(in {name}\)"):
@@ -275,10 +388,13 @@ def test_a_flipped_byte_is_found_and_its_tensor_named(copy, name):
 
 
 def test_a_truncated_file_is_found_and_its_tensors_named(copy):
-    size, last = (copy / "__0_0.distcp").stat().st_size, last_tensor(copy)
+    size = (copy / "__0_0.distcp").stat().st_size
+    last = last_tensor(copy)
     with open(copy / "__0_0.distcp", "r+b") as file:
         file.truncate(size - 100)
-    with pytest.raises(RunError, match=rf"__0_0.distcp has {size - 100} bytes, expected {size} \(in {last}\)"):
+    with pytest.raises(
+        RunError, match=rf"__0_0.distcp has {size - 100} bytes, expected {size} \(in {last}\)"
+    ):
         read_into(copy)
     assert latest(copy.parent) is None
 
@@ -317,7 +433,9 @@ def test_a_checkpoint_without_manifest_or_name_is_refused(copy):
 def rewrite(path: Path, **fields) -> None:
     """Change fields of a manifest as another version would have written them."""
     manifest = storage.read_manifest(path) | fields
-    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)}))
+    (path / "manifest.json").write_text(
+        json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
+    )
 
 
 def test_a_newer_format_is_refused(copy):
@@ -336,7 +454,9 @@ def test_format_1_is_read_and_verified(copy):
     rewrite(copy, format=1, files=files)
     read_into(copy)
     flip(copy / "__0_0.distcp", place_of(copy, "fp32/head.weight"))
-    with pytest.raises(RunError, match=r"__0_0.distcp differs from its checksum \(in .*and \d+ more\)"):
+    with pytest.raises(
+        RunError, match=r"__0_0.distcp differs from its checksum \(in .*and \d+ more\)"
+    ):
         read_into(copy)
 
 
@@ -346,7 +466,10 @@ def test_another_model_is_refused_with_all_names_and_shapes(saved):
     text = str(error.value)
     assert "model.pattern=MES*-L is MES*-LE in" in text
     assert "model.mlp_dim=40 is 48 in" in text
-    assert "fp32/layers.4.mixer.down.weight is float32 [32, 48] in it and float32 [32, 40] here" in text
+    assert (
+        "fp32/layers.4.mixer.down.weight is float32 [32, 48] in it and float32 [32, 40] here"
+        in text
+    )
     assert "fp32/layers.6.mixer.router is in it and not in this model" in text
 
 
@@ -391,26 +514,45 @@ def test_every_rank_tells_of_damage_before_anything_changes(copy):
 
 
 def begun_with(config: RunConfig, source: Path, tokenizer: Path, directory: Path):
-    """On this rank: what a trainer holds that begins with a checkpoint's weights, saved, and its first figures."""
+    """On this rank: what a trainer holds that begins with a checkpoint's weights, saved, and its
+    first figures.
+    """
     trainer = make_trainer(replace(config, train=replace(config.train, seed=5)))
     load_initial(source, trainer, tokenizer)
     path = save(directory, trainer, 0, {})
     return path, go_on(trainer, SAVED_AT, 1)
 
 
-@pytest.mark.parametrize("layout_of", [{}, {"tp": 2, "ep": 2, "zero_stage": 2}], ids=["same layout", "TP2 x EP2"])
+@pytest.mark.parametrize(
+    "layout_of", [{}, {"tp": 2, "ep": 2, "zero_stage": 2}], ids=["same layout", "TP2 x EP2"]
+)
 def test_a_run_begins_with_the_weights_of_another_and_nothing_else(tmp_path, layout_of):
-    source, expected, _, _ = run_ranks(run_and_save, 1, config_of({}), tmp_path / "a", 1)[0]
+    source, expected, _, _ = run_ranks(
+        run_and_save,
+        1,
+        config_of({}),
+        tmp_path / "a",
+        1,
+    )[0]
     num_ranks = 2 if layout_of else 1
-    runs = run_ranks(begun_with, num_ranks, config_of(layout_of), source, tmp_path / "tokenizer.json", tmp_path / "b")
-    mine, theirs = read_plainly(runs[0][0]), read_plainly(source)
+    runs = run_ranks(
+        begun_with,
+        num_ranks,
+        config_of(layout_of),
+        source,
+        tmp_path / "tokenizer.json",
+        tmp_path / "b",
+    )
+    mine = read_plainly(runs[0][0])
+    theirs = read_plainly(source)
     for name, values in mine.items():
         if is_weight(name):
             assert torch.equal(values, theirs[name]), name
         else:
             assert not values.any(), f"{name} does not begin at zero"
     assert any(is_weight(name) and name.startswith("engram.") for name in mine)
-    (loss, _), (expected_loss, _) = runs[0][1][0], expected[0]
+    (loss, _) = runs[0][1][0]
+    (expected_loss, _) = expected[0]
     assert loss == pytest.approx(expected_loss, rel=1e-6)
 
 
@@ -422,9 +564,17 @@ def refused_start(config: RunConfig, source: Path, tokenizer: Path) -> str:
 
 
 def test_weights_of_another_tokenizer_are_refused(tmp_path):
-    (source, *_) = run_ranks(run_and_save, 1, config_of({}), tmp_path / "a", 0)[0]
+    (source, *_) = run_ranks(
+        run_and_save,
+        1,
+        config_of({}),
+        tmp_path / "a",
+        0,
+    )[0]
     (source / "tokenizer.json").write_text("theirs")
     (tmp_path / "tokenizer.json").write_text("ours")
-    for said in run_ranks(refused_start, 2, config_of({"tp": 2}), source, tmp_path / "tokenizer.json"):
+    for said in run_ranks(
+        refused_start, 2, config_of({"tp": 2}), source, tmp_path / "tokenizer.json"
+    ):
         assert "another tokenizer than that of" in said
         assert f"launch prepare --tokenizer {source}/tokenizer.json" in said

@@ -1,4 +1,6 @@
-"""Saves beside training: what is stored is the state of the step; failures end every rank at one step and are named."""
+"""Saves beside training: what is stored is the state of the step; failures end every rank at one
+step and are named.
+"""
 
 import errno
 import json
@@ -19,7 +21,15 @@ from parallel import failure
 from parallel.agree import ONE_PROCESS
 from parallel.errors import RunError
 from tests.helpers.ranks import HANG_S, run_ranks
-from tests.helpers.runs import NO_TIME_OUT, corpus, forked, records, run_forked, wait_for_step, wait_until, words  # noqa: F401
+from tests.helpers.runs import (
+    NO_TIME_OUT,
+    forked,
+    records,
+    run_forked,
+    wait_for_step,
+    wait_until,
+    words,
+)
 from tests.helpers.tiny import train_steps
 from tests.training.checkpoint.test_save_and_load import assert_same_tensors, config_of, go_on
 from training.checkpoint import Saver, latest, load, save, saver, snapshot
@@ -36,17 +46,22 @@ TWO = ("--parallel.ep", "2", "--train.eval_every", "0")
 def tensors_of(**values: torch.Tensor) -> Tensors:
     """Each value as a logical tensor that this rank holds and writes alone."""
     return {
-        name: LogicalTensor(tuple(v.shape), v.dtype, [Chunk(Box((0,) * v.dim(), tuple(v.shape)), v)])
+        name: LogicalTensor(
+            tuple(v.shape), v.dtype, [Chunk(Box((0,) * v.dim(), tuple(v.shape)), v)]
+        )
         for name, v in values.items()
     }
 
 
 def test_a_snapshot_holds_what_stood_there_and_only_what_is_written():
     values = {
-        "odd": torch.randn(7, 3), "column": torch.randn(5, 4)[:, 1:3], "half": torch.randn(9).bfloat16(),
-        "bytes": torch.arange(11, dtype=torch.uint8), "step": torch.full((1,), 3, dtype=torch.int32),
+        "odd": torch.randn(7, 3),
+        "column": torch.randn(5, 4)[:, 1:3],
+        "half": torch.randn(9).bfloat16(),
+        "bytes": torch.arange(11, dtype=torch.uint8),
+        "step": torch.full((1,), 3, dtype=torch.int32),
         "none": torch.zeros(0, 4),
-    }  # fmt: skip
+    }
     expected = {name: value.clone() for name, value in values.items()}
     tensors = tensors_of(**values)
     tensors["odd"].chunks.append(replace(tensors["odd"].chunks[0], writes=False))
@@ -61,7 +76,8 @@ def test_a_snapshot_holds_what_stood_there_and_only_what_is_written():
 
 
 def test_the_memory_of_a_snapshot_is_used_again():
-    memory, values = Snapshot(), torch.randn(1000)
+    memory = Snapshot()
+    values = torch.randn(1000)
     first = memory.take(tensors_of(a=values, b=values[:100]))
     place = first["a"].chunks[0].values.data_ptr()
     values.mul_(2)
@@ -75,7 +91,8 @@ def test_the_memory_of_a_snapshot_is_used_again():
 def test_a_host_without_memory_for_the_copy_is_told(monkeypatch):
     monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 3999)
     with pytest.raises(
-        RunError, match=r"train.async_save=True copies .* GiB are available; .*--train.async_save False"
+        RunError,
+        match=r"train.async_save=True copies .* GiB are available; .*--train.async_save False",
     ):
         snapshot.require_memory(tensors_of(x=torch.zeros(1000)), ONE_PROCESS)
     monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 4100)
@@ -84,7 +101,8 @@ def test_a_host_without_memory_for_the_copy_is_told(monkeypatch):
 
 def hold_saves() -> threading.Event:
     """Saves of this process end once the event is set."""
-    released, real = threading.Event(), checksums.file_records
+    released = threading.Event()
+    real = checksums.file_records
 
     def file_records(path, names):
         released.wait(HANG_S)
@@ -95,7 +113,9 @@ def hold_saves() -> threading.Event:
 
 
 def save_and_train_on(config: RunConfig, directory: Path, background: bool):
-    """Save without and with the saver, train on at once; the figures of the steps after the save."""
+    """Save without and with the saver, train on at once;
+    the figures of the steps after the save.
+    """
     trainer, _ = train_steps(config, 2)
     save(directory / "whole", trainer, 2, {"n": 1})
     trainer.config = replace(config, train=replace(config.train, async_save=background))
@@ -115,7 +135,9 @@ def save_and_train_on(config: RunConfig, directory: Path, background: bool):
 def test_training_on_does_not_change_what_is_stored(background, tmp_path):
     config = config_of({"ep": 2})
     expected = train_steps_alone(config)
-    for complete, first, then, trained in run_ranks(save_and_train_on, 2, config, tmp_path, background):
+    for complete, first, then, trained in run_ranks(
+        save_and_train_on, 2, config, tmp_path, background
+    ):
         assert complete == (not background)
         assert trained == expected
         assert first.keys() == ({"save_stall_s"} if background else {"save_stall_s", "save_s"})
@@ -138,12 +160,15 @@ def one_after_another(config: RunConfig, directory: Path):
     """The newest complete checkpoint after the call of each save, and what is left in the end."""
     trainer, _ = train_steps(config, 1)
     config = replace(config, train=replace(config.train, keep=2, keep_every=3))
-    trainer.config, seen = config, []
+    trainer.config = config
+    seen = []
     with Saver(directory, trainer, {}) as saver:
         for step in range(1, 6):
             saver.save(step)
             seen.append(latest(directory))
-    return ["" if path is None else path.name for path in seen], sorted(path.name for path in directory.iterdir())
+    return ["" if path is None else path.name for path in seen], sorted(
+        path.name for path in directory.iterdir()
+    )
 
 
 def test_a_save_waits_for_the_one_before(tmp_path):
@@ -156,9 +181,13 @@ NUM_POLLS = 20
 
 
 def fail_behind(config: RunConfig, directory: Path):
-    """The second save cannot be written on rank 1, whose thread ends when it has been polled NUM_POLLS times."""
+    """The second save cannot be written on rank 1, whose thread ends when it has been polled
+    NUM_POLLS times.
+    """
     trainer, _ = train_steps(config, 1)
-    real, polls, polled = planners.ChunkSavePlanner.resolve_data, 0, threading.Event()
+    real = planners.ChunkSavePlanner.resolve_data
+    polls = 0
+    polled = threading.Event()
     with Saver(directory, trainer, {}) as saver:
         saver.save(1)
         saver.finish()
@@ -217,7 +246,9 @@ def stop_by_error(config: RunConfig, directory: Path, error: Exception):
         released.set()
 
 
-@pytest.mark.parametrize(("error", "waits"), [(RunError("not finite"), True), (ConnectionError("peer"), False)])
+@pytest.mark.parametrize(
+    ("error", "waits"), [(RunError("not finite"), True), (ConnectionError("peer"), False)]
+)
 def test_an_error_for_the_user_lets_the_save_end(error, waits, tmp_path):
     assert run_ranks(stop_by_error, 2, config_of({}), tmp_path, error) == [(waits, waits)] * 2
 
@@ -234,7 +265,13 @@ def test_files_are_stored_and_verified(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text('{"config": {}}')
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     files = {name: tmp_path / name for name in ("run.json", "metrics.jsonl", "token_map.json")}
-    run_ranks(with_files, 2, config_of({}), tmp_path / "saved", files)
+    run_ranks(
+        with_files,
+        2,
+        config_of({}),
+        tmp_path / "saved",
+        files,
+    )
     path = latest(tmp_path / "saved")
     assert (path / "run.json").read_bytes() == (tmp_path / "run.json").read_bytes()
     tail = (path / "metrics.jsonl").read_text()
@@ -266,9 +303,11 @@ def never_ending(rank: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [100_000, 2])
-def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tmp_path):  # noqa: F811
+def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tmp_path):
     """While training goes on beside the save, and while it waits for the save at its end."""
-    line = words(corpus, "killed", *TWO, *NO_TIME_OUT, "--train.steps", str(steps), "--train.save_every", "2")
+    line = words(
+        corpus, "killed", *TWO, *NO_TIME_OUT, "--train.steps", str(steps), "--train.save_every", "2"
+    )
     line += ["--train.eval_rows", "1", "--train.log_every", "1000"]
     with forked(tmp_path, line, 2, patch=never_ending) as ranks:
         directory = tmp_path / "runs" / "killed"
@@ -276,7 +315,10 @@ def test_a_rank_killed_during_a_save_ends_the_run_and_is_named(steps, corpus, tm
         wait_until(lambda: list(directory.glob("checkpoints/*.tmp/.metadata")), "the save")
         ranks.kill(1, signal.SIGKILL)
         assert ranks.wait(0) == 1
-        assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
+        assert (
+            "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging"
+            in ranks.text(0)
+        )
 
 
 def second_save_hangs_on_rank_1(rank: int) -> None:
@@ -288,7 +330,8 @@ def second_save_hangs_on_rank_1(rank: int) -> None:
             time.sleep(HANG_S)
         return real(path, names)
 
-    checksums.file_records, failure.GRACE_S = file_records, 1.0
+    checksums.file_records = file_records
+    failure.GRACE_S = 1.0
 
 
 @pytest.mark.parametrize(
@@ -299,21 +342,35 @@ def second_save_hangs_on_rank_1(rank: int) -> None:
     ],
     ids=["beside training", "while training waits"],
 )
-def test_a_rank_stopped_during_a_save_ends_the_run_in_time_and_is_named(waits, corpus, tmp_path):  # noqa: F811
-    """SIGSTOP: its connections stay open. Beside training the collective of a step gives up, else that of the save."""
-    line = words(corpus, "stopped", *TWO, *waits, "--train.steps", "100000", "--train.save_every", "2")
-    with forked(tmp_path, line, 2, patch=second_save_hangs_on_rank_1) as ranks:
+def test_a_rank_stopped_during_a_save_ends_the_run_in_time_and_is_named(waits, corpus, tmp_path):
+    """SIGSTOP: its connections stay open. Beside training the collective of a step gives up, else
+    that of the save.
+    """
+    line = words(
+        corpus, "stopped", *TWO, *waits, "--train.steps", "100000", "--train.save_every", "2"
+    )
+    with forked(
+        tmp_path,
+        line,
+        2,
+        patch=second_save_hangs_on_rank_1,
+    ) as ranks:
         directory = tmp_path / "runs" / "stopped" / "checkpoints"
         wait_until((directory / "step-00000004.tmp" / ".metadata").exists, "the save")
         ranks.kill(1, signal.SIGSTOP)
         assert ranks.wait(0) == 1
-        assert "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging" in ranks.text(0)
+        assert (
+            "rank 0 of 2 stops: rank 1 does not answer: killed, out of memory, or hanging"
+            in ranks.text(0)
+        )
     assert latest(directory) == directory / "step-00000002"
     storage.verify(latest(directory), storage.read_manifest(latest(directory)), ONE_PROCESS)
 
 
 def small_files_from_step_5(rank: int) -> None:
-    """From step 5 on, when the save of step 4 has ended, rank 1 may write no file above 64 KB: a quota, say."""
+    """From step 5 on, when the save of step 4 has ended, rank 1 may write no file above 64 KB: a
+    quota, say.
+    """
     from training import loop
 
     step = loop.train_step
@@ -328,21 +385,34 @@ def small_files_from_step_5(rank: int) -> None:
     loop.train_step = limited
 
 
-def test_a_disk_that_is_full_ends_the_run_and_the_save_before_is_resumed(corpus, tmp_path):  # noqa: F811
+def test_a_disk_that_is_full_ends_the_run_and_the_save_before_is_resumed(corpus, tmp_path):
     line = words(corpus, "full", *TWO, "--train.steps", "8")
     with forked(tmp_path, line, 2, patch=small_files_from_step_5) as ranks:
         assert ranks.codes() == [2, 2]
         told = " ".join(ranks.text(0).replace("│", " ").split())
-        assert "step-00000008.tmp cannot be written: rank 1: OSError: [Errno 27] File too large" in told
+        assert (
+            "step-00000008.tmp cannot be written: rank 1: OSError: [Errno 27] File too large"
+            in told
+        )
         assert "cannot run" not in ranks.text(1)
-    assert "resumed from runs/full/checkpoints/step-00000004" in run_forked(tmp_path, [*line, "--resume"], 2)
+    assert "resumed from runs/full/checkpoints/step-00000004" in run_forked(
+        tmp_path, [*line, "--resume"], 2
+    )
     assert [path.name for path in sorted((tmp_path / "runs/full/checkpoints").iterdir())] == [
-        "step-00000004", "step-00000008"
-    ]  # fmt: skip
+        "step-00000004",
+        "step-00000008",
+    ]
 
 
-def test_a_run_tells_of_its_saves_and_its_checkpoint_has_what_it_needs(corpus, tmp_path):  # noqa: F811
-    line = words(corpus, "told", "--train.steps", "6", "--train.save_every", "3")
+def test_a_run_tells_of_its_saves_and_its_checkpoint_has_what_it_needs(corpus, tmp_path):
+    line = words(
+        corpus,
+        "told",
+        "--train.steps",
+        "6",
+        "--train.save_every",
+        "3",
+    )
     run_forked(tmp_path, line)
     directory = tmp_path / "runs" / "told"
     told = read_metrics(directory / "metrics.jsonl")

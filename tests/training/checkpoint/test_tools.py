@@ -1,4 +1,6 @@
-"""Tools on checkpoints of two ranks: what they say against plain DCP, damage that is found, code that does not run."""
+"""Tools on checkpoints of two ranks: what they say against plain DCP, damage that is found, code
+that does not run.
+"""
 
 import json
 import math
@@ -58,10 +60,17 @@ def copy(run, tmp_path):
 
 
 def test_what_is_meant_by_a_path(run, path, copy):
-    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(path) == path
+    assert (
+        find_checkpoint(run)
+        == find_checkpoint(run / "checkpoints")
+        == find_checkpoint(path)
+        == path
+    )
     (copy / "__1_0.distcp").unlink()
     assert find_checkpoint(copy.parent).name == "step-00000001"
-    assert newest_named(copy.parent.parent) == newest_named(copy.parent) == newest_named(copy) == copy
+    assert (
+        newest_named(copy.parent.parent) == newest_named(copy.parent) == newest_named(copy) == copy
+    )
     for where in (copy / "none", copy.parent.parent.parent):
         for find in (find_checkpoint, newest_named):
             with pytest.raises(RunError, match=r"does not exist|holds no (complete )?checkpoint"):
@@ -72,8 +81,15 @@ def test_sizes_are_those_of_the_model(path):
     reader = Reader(path)
     sizes = {kind: elements for kind, (_, elements, _) in sizes_by_kind(reader.tensors).items()}
     count = count_parameters(CONFIG.model)
-    rows = sum(spec.num_rows for spec in engram_hashes(CONFIG.model.engram, made_up_token_map()).values())
-    assert sizes["parameters"] == sizes["first moments"] == sizes["second moments"] == count.total - count.engram_table
+    rows = sum(
+        spec.num_rows for spec in engram_hashes(CONFIG.model.engram, made_up_token_map()).values()
+    )
+    assert (
+        sizes["parameters"]
+        == sizes["first moments"]
+        == sizes["second moments"]
+        == count.total - count.engram_table
+    )
     assert sizes["Engram rows"] == rows * 8
     assert sizes["Engram state"] == rows * (2 * 8 + 1)
     assert sizes["router biases"] == 2 * 4
@@ -83,7 +99,8 @@ def test_sizes_are_those_of_the_model(path):
 
 
 def test_json_lists_every_tensor(path):
-    told, plain = as_json(Reader(path)), read_plainly(path)
+    told = as_json(Reader(path))
+    plain = read_plainly(path)
     assert (told["step"], told["weights_only"], told["format"]) == (2, False, FORMAT)
     assert told["layout"]["world"] == told["layout"]["tp"] == 2
     shapes = {name: (tensor["shape"], tensor["dtype"]) for name, tensor in told["tensors"].items()}
@@ -91,12 +108,18 @@ def test_json_lists_every_tensor(path):
 
 
 def test_folding_loses_nothing(path):
-    tensors, lines = Reader(path).tensors, folded_lines(Reader(path))
+    tensors = Reader(path).tensors
+    lines = folded_lines(Reader(path))
     assert sum(line.num_tensors for line in lines) == len(tensors)
-    assert sum(line.num_bytes for line in lines) == sum(tensor.num_bytes for tensor in tensors.values())
+    assert sum(line.num_bytes for line in lines) == sum(
+        tensor.num_bytes for tensor in tensors.values()
+    )
     shown = {(line.name, line.layers): (line.shape, line.states) for line in lines}
     three = ("fp32", "exp_avg", "exp_avg_sq")
-    assert shown["layers.*.mixer.in_proj.weight.{z,x,B,C,dt}", (0,)] == ("[64+64+12+12+8, 32]", three)
+    assert shown["layers.*.mixer.in_proj.weight.{z,x,B,C,dt}", (0,)] == (
+        "[64+64+12+12+8, 32]",
+        three,
+    )
     assert shown["layers.*.mixer.experts.down", (1, 6)] == ("[4, 24, 32]", three)
     assert shown["layers.*.norm", tuple(range(7))] == ("[32]", three)
     assert len(lines) < len(tensors) / 4
@@ -118,7 +141,9 @@ def test_a_box_is_what_plain_dcp_reads(opened, data):
     first = [data.draw(st.integers(0, n - 1)) for n in shape]
     sizes = [data.draw(st.integers(1, n - a)) for a, n in zip(first, shape, strict=True)]
     got = reader.read(name, Box(tuple(first), tuple(sizes)))
-    assert torch.equal(got, plain[name][tuple(slice(a, a + n) for a, n in zip(first, sizes, strict=True))])
+    assert torch.equal(
+        got, plain[name][tuple(slice(a, a + n) for a, n in zip(first, sizes, strict=True))]
+    )
 
 
 def test_a_whole_checkpoint_is_verified(path):
@@ -137,7 +162,9 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["fp32/head.weight", "exp_avg/layers.1.mixer.experts.gate_up", "engram.3.step"])
+@pytest.mark.parametrize(
+    "name", ["fp32/head.weight", "exp_avg/layers.1.mixer.experts.gate_up", "engram.3.step"]
+)
 def test_a_flipped_byte_names_file_tensor_and_the_good_one(copy, name):
     chunk = Reader(copy).tensors[name].chunks[0]
     flip(copy / chunk.file, chunk.offset + chunk.length // 2)
@@ -161,7 +188,9 @@ def test_all_damage_is_told_and_no_bad_one_called_good(copy):
     assert "none beside it is good" in text
 
 
-@pytest.mark.parametrize(("file", "fault"), [(".metadata", "differs"), ("manifest.json", "is damaged: manifest.json")])
+@pytest.mark.parametrize(
+    ("file", "fault"), [(".metadata", "differs"), ("manifest.json", "is damaged: manifest.json")]
+)
 def test_damage_of_what_describes_the_files(copy, file, fault):
     flip(copy / file, (copy / file).stat().st_size // 2)
     with pytest.raises(RunError, match=fault):
@@ -190,11 +219,15 @@ def lose_a_tensor(metadata):
 
 
 def reach_too_far(metadata):
-    next(place for index, place in metadata.storage_data.items() if index.fqn == "fp32/norm").offset += 10**9
+    next(
+        place for index, place in metadata.storage_data.items() if index.fqn == "fp32/norm"
+    ).offset += 10**9
 
 
 def leave_the_directory(metadata):
-    next(p for index, p in metadata.storage_data.items() if index.fqn == "fp32/norm").relative_path = "../x.distcp"
+    next(
+        p for index, p in metadata.storage_data.items() if index.fqn == "fp32/norm"
+    ).relative_path = "../x.distcp"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +265,8 @@ class Payload:
     """What a stranger might put into a pickle."""
 
     def __init__(self, call, *words):
-        self.call, self.words = call, words
+        self.call = call
+        self.words = words
 
     def __reduce__(self):
         return self.call, self.words
@@ -250,7 +284,9 @@ def test_a_pickle_that_runs_code_is_refused(copy, tmp_path, inside):
     (copy / ".metadata").write_bytes(pickle.dumps(metadata if inside else payload))
     make_consistent(copy)
     for use in (Reader, verify, read_metadata):
-        with pytest.raises(RunError, match=r"asks for tests\.training\.test_checkpoint_tools\.touch"):
+        with pytest.raises(
+            RunError, match=r"asks for tests\.training\.test_checkpoint_tools\.touch"
+        ):
             use(copy)
     assert not (tmp_path / "ran").exists()
     pickle.loads((copy / ".metadata").read_bytes())  # that it would have run
@@ -272,7 +308,8 @@ def swap_two_places(metadata):
     """A tensor of another shape lies where this one should."""
     places = {index.fqn: place for index, place in metadata.storage_data.items()}
     norm = places["fp32/norm"]
-    norm.offset, norm.length = places["fp32/layers.0.mixer.D"].offset, places["fp32/layers.0.mixer.D"].length
+    norm.offset = places["fp32/layers.0.mixer.D"].offset
+    norm.length = places["fp32/layers.0.mixer.D"].length
     norm.relative_path = places["fp32/layers.0.mixer.D"].relative_path
 
 
@@ -292,13 +329,22 @@ def test_nothing_else_of_torch_or_python_is_called(copy, call):
 def load_and_save(config, path, directory):
     trainer = make_trainer(config)
     manifest = load(path, trainer)
-    save(directory, trainer, manifest["step"], manifest["extra"])
+    save(
+        directory,
+        trainer,
+        manifest["step"],
+        manifest["extra"],
+    )
 
 
 def test_a_checkpoint_saved_again_on_another_layout_differs_in_its_layout_only(path, tmp_path):
     run_ranks(load_and_save, 1, tiny_config(), path, tmp_path)
     difference = compare(path, latest(tmp_path))
-    assert (difference.num_identical, difference.values, difference.kinds) == (len(read_plainly(path)), [], [])
+    assert (difference.num_identical, difference.values, difference.kinds) == (
+        len(read_plainly(path)),
+        [],
+        [],
+    )
     changed = {name for name, _, _ in difference.fields if not name.startswith("run.")}
     assert changed == {"layout.world", "layout.tp", "layout.ep", "layout.zero_stage"}
     assert compare(path, path).same
@@ -306,25 +352,37 @@ def test_a_checkpoint_saved_again_on_another_layout_differs_in_its_layout_only(p
 
 def rewritten(path: Path, directory: Path, changes: dict, **fields) -> Path:
     """A copy of a checkpoint with other values."""
-    reader, plain = Reader(path), read_plainly(path) | changes
+    reader = Reader(path)
+    plain = read_plainly(path) | changes
     shapes = {name: (tuple(values.shape), values.dtype) for name, values in plain.items()}
 
     def read(name, box):
-        return plain[name][tuple(slice(a, a + n) for a, n in zip(box.offset, box.sizes, strict=True))].clone()
+        return plain[name][
+            tuple(slice(a, a + n) for a, n in zip(box.offset, box.sizes, strict=True))
+        ].clone()
 
-    record = {key: reader.manifest[key] for key in ("step", "model", "token_map", "hashes", "extra", "layout")}
+    record = {
+        key: reader.manifest[key]
+        for key in ("step", "model", "token_map", "hashes", "extra", "layout")
+    }
     return write_weights(directory, record | fields, shapes, read)
 
 
 def test_differences_are_measured_and_the_worst_comes_first(path, tmp_path):
     plain = read_plainly(path)
-    changed = {name: plain[name].clone() for name in ("fp32/norm", "fp32/head.weight", "engram.1.step", "exp_avg/norm")}
+    changed = {
+        name: plain[name].clone()
+        for name in ("fp32/norm", "fp32/head.weight", "engram.1.step", "exp_avg/norm")
+    }
     changed["fp32/norm"][3] += 0.5
     changed["fp32/head.weight"].mul_(1.25)
     changed["engram.1.step"][7] += 3
     changed["exp_avg/norm"][0] = math.nan
     other = rewritten(
-        path, tmp_path, changed | {"extra/one": torch.zeros(2), "step/dense-plain": torch.ones(2)}, step=9
+        path,
+        tmp_path,
+        changed | {"extra/one": torch.zeros(2), "step/dense-plain": torch.ones(2)},
+        step=9,
     )
     difference = compare(path, other)
     found = {d.name: d for d in difference.values}
@@ -334,10 +392,16 @@ def test_differences_are_measured_and_the_worst_comes_first(path, tmp_path):
         (d.relative_rmse for d in difference.values[1:]), reverse=True
     )
     assert found.keys() == changed.keys()
-    for name, expected in {"fp32/norm": 0.5, "fp32/head.weight": 0.25 * plain["fp32/head.weight"].abs().max()}.items():
-        a, b = plain[name].double(), changed[name].double()
+    for name, expected in {
+        "fp32/norm": 0.5,
+        "fp32/head.weight": 0.25 * plain["fp32/head.weight"].abs().max(),
+    }.items():
+        a = plain[name].double()
+        b = changed[name].double()
         assert found[name].max_abs == pytest.approx(float(expected), rel=1e-6)
-        assert found[name].relative_rmse == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-9)
+        assert found[name].relative_rmse == pytest.approx(
+            float((b - a).norm() / a.norm()), rel=1e-9
+        )
     assert (found["fp32/norm"].num_different, found["engram.1.step"].max_abs) == (1, 3)
     assert difference.only_in_b == ["extra/one"]
     assert difference.kinds == [("step/dense-plain", "float32 [1]", "float32 [2]")]
@@ -383,8 +447,12 @@ def test_what_cannot_be_averaged(run, path, copy, tmp_path):
     with pytest.raises(RunError, match=r"output=.* exists"):
         average([path, path], tmp_path)
     model = Reader(path).manifest["model"]
-    other = rewritten(path, tmp_path / "b", {"fp32/norm": torch.ones(3)}, model=model | {"norm_eps": 0.5})
-    with pytest.raises(RunError, match=r"model\.norm_eps is 1e-05 and 0\.5; fp32/norm is .*\(32,\).* and .*\(3,\)"):
+    other = rewritten(
+        path, tmp_path / "b", {"fp32/norm": torch.ones(3)}, model=model | {"norm_eps": 0.5}
+    )
+    with pytest.raises(
+        RunError, match=r"model\.norm_eps is 1e-05 and 0\.5; fp32/norm is .*\(32,\).* and .*\(3,\)"
+    ):
         average([path, other], tmp_path / "c")
     chunk = Reader(copy).tensors["fp32/norm"].chunks[0]
     flip(copy / chunk.file, chunk.offset + chunk.length // 2)
@@ -398,14 +466,20 @@ def test_what_cannot_be_averaged(run, path, copy, tmp_path):
 
 
 def test_large_tensors_are_made_box_by_box(tmp_path):
-    asked, shape = [], (5, 3, 2**20 + 1)
+    asked = []
+    shape = (5, 3, 2**20 + 1)
 
     def read(_, box):
         asked.append(box.numel * 4)
         return torch.full(box.sizes, float(len(asked)))
 
     record = {"step": 1, "model": {}, "token_map": None, "hashes": None, "extra": {}}
-    made = write_weights(tmp_path, record, {"big": (shape, torch.float32)}, read)
+    made = write_weights(
+        tmp_path,
+        record,
+        {"big": (shape, torch.float32)},
+        read,
+    )
     assert max(asked) <= MAX_CHUNK_BYTES
     assert sum(asked) == 4 * math.prod(shape)
     reader = Reader(made)
@@ -416,8 +490,15 @@ def test_large_tensors_are_made_box_by_box(tmp_path):
 
 def test_values_of_a_model_are_where_their_names_say(path):
     """Against the logits of a model that loads the checkpoint by the loader of training."""
-    mesh, cpu = single_mesh(), torch.device("cpu")
-    model = build_model(CONFIG.model, mesh, seed=5, dtype=torch.float32, device=cpu).eval()
+    mesh = single_mesh()
+    cpu = torch.device("cpu")
+    model = build_model(
+        CONFIG.model,
+        mesh,
+        seed=5,
+        dtype=torch.float32,
+        device=cpu,
+    ).eval()
     memory = build_memory(CONFIG, mesh, made_up_token_map(), cpu)
     reader = Reader(path)
 
@@ -427,7 +508,9 @@ def test_values_of_a_model_are_where_their_names_say(path):
 
     for name, parameter in model.named_parameters():
         parts = [
-            whole(key) for key in reader.manifest["tensors"] if key == f"fp32/{name}" or key.startswith(f"fp32/{name}.")
+            whole(key)
+            for key in reader.manifest["tensors"]
+            if key == f"fp32/{name}" or key.startswith(f"fp32/{name}.")
         ]
         parameter.data.copy_(torch.cat(parts))
     for name, buffer in model.named_buffers():

@@ -22,7 +22,9 @@ def pairs_of(documents):
 def naive_entropies(files: TokenFiles):
     """The docstring's formulas with dictionaries."""
     train = pairs_of(documents_of(files.train))
-    words, pairs, heads = Counter(w for _, w in train), Counter(train), Counter(h for h, _ in train)
+    words = Counter(w for _, w in train)
+    pairs = Counter(train)
+    heads = Counter(h for h, _ in train)
     followers = defaultdict(set)
     for head, word in train:
         followers[head].add(word)
@@ -48,14 +50,27 @@ def small_files(train_lengths, val_lengths, vocab=11):
     files = make_files(train_lengths, val_lengths)
     for split in (files.train, files.val):
         split.tokens[:] %= vocab
-    return TokenFiles(files.path, {}, files.train, files.val, vocab_size=vocab, eod_id=0, pad_id=1)
+    return TokenFiles(
+        files.path,
+        {},
+        files.train,
+        files.val,
+        vocab_size=vocab,
+        eod_id=0,
+        pad_id=1,
+    )
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
 @settings(max_examples=50, deadline=None)
-@given(LENGTHS, LENGTHS, st.integers(1, 50), st.integers(1, 7))
+@given(
+    LENGTHS,
+    LENGTHS,
+    st.integers(1, 50),
+    st.integers(1, 7),
+)
 def test_entropies_equal_the_formulas(train_lengths, val_lengths, seq_length, chunk):
     files = small_files(train_lengths, val_lengths)
     if not pairs_of(documents_of(files.val)) or len(files.val.tokens) < 2:
@@ -63,19 +78,33 @@ def test_entropies_equal_the_formulas(train_lengths, val_lengths, seq_length, ch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entropy, "CHUNK", chunk)
         got = validation_entropies(files, seq_length)
-    assert (got.unigram, got.bigram, got.num_targets) == pytest.approx(naive_entropies(files), rel=1e-12)
+    assert (got.unigram, got.bigram, got.num_targets) == pytest.approx(
+        naive_entropies(files), rel=1e-12
+    )
 
 
 def test_probabilities_sum_to_one():
     """Over all words after a given one, exp(-entropy) of single-pair validation texts."""
-    train, vocab = [1, 2, 1, 2, 1, 3, 2, 0], 5
+    train = [1, 2, 1, 2, 1, 3, 2, 0]
+    vocab = 5
     for head in range(vocab):
         totals = np.zeros(2)
         for word in range(vocab):
             splits = [
-                Split(np.array(tokens, dtype=np.uint16), np.array([len(tokens)]), 1) for tokens in (train, [head, word])
+                Split(np.array(tokens, dtype=np.uint16), np.array([len(tokens)]), 1)
+                for tokens in (train, [head, word])
             ]
-            got = validation_entropies(TokenFiles(None, {}, *splits, vocab_size=vocab, eod_id=0, pad_id=1), 4)
+            got = validation_entropies(
+                TokenFiles(
+                    None,
+                    {},
+                    *splits,
+                    vocab_size=vocab,
+                    eod_id=0,
+                    pad_id=1,
+                ),
+                4,
+            )
             totals += math.exp(-got.unigram), math.exp(-got.bigram)
         assert totals == pytest.approx([1, 1], rel=1e-12)
 

@@ -20,7 +20,14 @@ def dataset(tmp_path_factory):
     """A finished dataset, to be copied before it is damaged."""
     root = tmp_path_factory.mktemp("dataset")
     source = write_jsonl(root / "docs.jsonl", make_documents())
-    prepare(PrepareConfig(source=str(source), out=str(root / "set"), vocab_size=300, val_fraction=0.2))
+    prepare(
+        PrepareConfig(
+            source=str(source),
+            out=str(root / "set"),
+            vocab_size=300,
+            val_fraction=0.2,
+        )
+    )
     return root / "set"
 
 
@@ -74,11 +81,20 @@ DAMAGE = {
     "no key": (lambda path: edit(path, remove="eod_id"), "has a dataset.json without eod_id"),
     "index": (scramble, r"has a damaged train.idx"),
     "no bin": (lambda path: (path / "train.bin").unlink(), "lacks train.bin"),
-    "cut bin": (lambda path: (path / "train.bin").write_bytes(b"12"), r"has 2 bytes in train.bin, not the \d+"),
+    "cut bin": (
+        lambda path: (path / "train.bin").write_bytes(b"12"),
+        r"has 2 bytes in train.bin, not the \d+",
+    ),
     "other tokenizer": (reword, "tokenizer.json that the tokens were not made with"),
     "empty": (empty, "has no tokens in its val split"),
-    "dtype": (lambda path: edit(path, dtype="int8"), "stores tokens as int8, not as uint16 or int32"),
-    "vocabulary": (lambda path: edit(path, vocab_size=70_000), "70000 tokens, which uint16 cannot hold"),
+    "dtype": (
+        lambda path: edit(path, dtype="int8"),
+        "stores tokens as int8, not as uint16 or int32",
+    ),
+    "vocabulary": (
+        lambda path: edit(path, vocab_size=70_000),
+        "70000 tokens, which uint16 cannot hold",
+    ),
     "index dtype": (lambda path: edit(path, dtype="int32"), "stores uint16 tokens in train.idx"),
     "counts": (halve, r"has \d+ tokens in train.bin, but its index counts"),
 }

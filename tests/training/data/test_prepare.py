@@ -1,4 +1,6 @@
-"""Prepared files against the documents they were made of, read back with megatron-core's own reader."""
+"""Prepared files against the documents they were made of, read back with megatron-core's own
+reader.
+"""
 
 import json
 import sys
@@ -22,7 +24,22 @@ from training.data.prepare import choose_validation, prepare
 from training.data.progress import track
 from training.data.tokenizer import EOD_NAMES, load_tokenizer, special_ids, train_tokenizer
 
-WORDS = ["def", "return", "self", "lambda", "", "\n\t", "x1", "naïve", "语言", "🙂", "<|endoftext|>", "(x,", "y)", "=="]
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "lambda",
+    "",
+    "\n\t",
+    "x1",
+    "naïve",
+    "语言",
+    "🙂",
+    "<|endoftext|>",
+    "(x,",
+    "y)",
+    "==",
+]
 
 
 def make_documents(count=40) -> list[str]:
@@ -32,7 +49,9 @@ def make_documents(count=40) -> list[str]:
 
 def write_jsonl(path: Path, documents) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
+    )
     return path
 
 
@@ -47,7 +66,9 @@ def write_texts(directory: Path, documents, suffix) -> Path:
 @pytest.fixture
 def config(tmp_path):
     source = write_jsonl(tmp_path / "in" / "docs.jsonl", make_documents())
-    return PrepareConfig(source=str(source), out=str(tmp_path / "out" / "set"), vocab_size=300, val_fraction=0.2)
+    return PrepareConfig(
+        source=str(source), out=str(tmp_path / "out" / "set"), vocab_size=300, val_fraction=0.2
+    )
 
 
 def contents(directory) -> dict[str, bytes]:
@@ -62,17 +83,22 @@ def read_split(directory, split) -> list[list[int]]:
 
 def test_files_hold_every_document_in_order(config):
     manifest = prepare(config)
-    documents, tokenizer = make_documents(), load_tokenizer(Path(config.out) / "tokenizer.json")
+    documents = make_documents()
+    tokenizer = load_tokenizer(Path(config.out) / "tokenizer.json")
     validates = choose_validation(len(documents), 0.2, 0)
     assert 2 <= validates.sum() <= 16
     for split, chosen in (("train", ~validates), ("val", validates)):
         expected = [text for text, kept in zip(documents, chosen, strict=True) if kept]
         stored = read_split(config.out, split)
-        assert [tokenizer.decode(tokens[:-1], skip_special_tokens=False) for tokens in stored] == expected
+        assert [
+            tokenizer.decode(tokens[:-1], skip_special_tokens=False) for tokens in stored
+        ] == expected
         assert all(tokens[-1] == 0 and 0 not in tokens[:-1] for tokens in stored)
         assert manifest[split] == {
-            "documents": len(expected), "tokens": sum(map(len, stored)), "bytes": len("".join(expected).encode()),
-        }  # fmt: skip
+            "documents": len(expected),
+            "tokens": sum(map(len, stored)),
+            "bytes": len("".join(expected).encode()),
+        }
     assert (manifest["dtype"], manifest["eod_id"], manifest["pad_id"]) == ("uint16", 0, 1)
     assert json.loads((Path(config.out) / MANIFEST).read_text()) == manifest
     assert sorted(contents(config.out)) == sorted([MANIFEST, *manifest["files"]])
@@ -81,7 +107,9 @@ def test_files_hold_every_document_in_order(config):
 
 def test_same_documents_from_every_kind_of_file(config, tmp_path):
     documents = make_documents()
-    datasets.Dataset.from_dict({"text": documents, "id": range(40)}).to_parquet(str(tmp_path / "docs.parquet"))
+    datasets.Dataset.from_dict({"text": documents, "id": range(40)}).to_parquet(
+        str(tmp_path / "docs.parquet")
+    )
     sources = {
         "parquet": tmp_path / "docs.parquet",
         "txt": write_texts(tmp_path / "txt", documents, ".txt"),
@@ -102,7 +130,14 @@ def test_other_column_and_fewer_documents(config, tmp_path):
     rows = [{"body": text, "text": 1} for text in make_documents()]
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = prepare(replace(config, source=str(source), text_field="body", max_documents=9))
+    manifest = prepare(
+        replace(
+            config,
+            source=str(source),
+            text_field="body",
+            max_documents=9,
+        )
+    )
     assert manifest["train"]["documents"] + manifest["val"]["documents"] == 9
 
 
@@ -111,7 +146,9 @@ def test_empty_documents_are_left_out(config, tmp_path):
     gaps = [text if index % 3 else ("", None)[index % 2] for index, text in enumerate(documents)]
     source = write_jsonl(tmp_path / "gaps.jsonl", gaps)
     manifest = prepare(replace(config, source=str(source)))
-    assert manifest["train"]["documents"] + manifest["val"]["documents"] == sum(i % 3 > 0 for i in range(40))
+    assert manifest["train"]["documents"] + manifest["val"]["documents"] == sum(
+        i % 3 > 0 for i in range(40)
+    )
     assert min(map(len, read_split(config.out, "train"))) > 1
 
 
@@ -129,7 +166,14 @@ def test_hub_dataset_is_asked_of_datasets(config, monkeypatch):
         return datasets.Dataset.from_dict({"text": make_documents()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prepare(replace(config, source="someone/something", subset="en", split="test"))
+    prepare(
+        replace(
+            config,
+            source="someone/something",
+            subset="en",
+            split="test",
+        )
+    )
     assert calls == [(("someone/something", "en"), {"split": "test"})]
 
 
@@ -169,7 +213,9 @@ def test_tokenizer_learns_from_training_documents_up_to_a_size(config, monkeypat
     monkeypatch.setattr(prepare_module, "SAMPLE_BYTES", 1)
     monkeypatch.setattr(prepare_module, "BATCH", 4)
     monkeypatch.setattr(
-        prepare_module, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
+        prepare_module,
+        "train_tokenizer",
+        lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size),
     )
     prepare(config)
     documents = make_documents()
@@ -180,7 +226,9 @@ def test_tokenizer_learns_from_training_documents_up_to_a_size(config, monkeypat
 
 
 def word_tokenizer(path: Path, words) -> Path:
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="unk"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="unk")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
@@ -200,13 +248,21 @@ def test_given_tokenizer_is_copied_and_used_whole(config, tmp_path):
 
 
 def test_type_follows_the_vocabulary():
-    assert [token_dtype(size).name for size in (1, 65_536, 65_537, 2**31)] == ["uint16", "uint16", "int32", "int32"]
-    with pytest.raises(RunError, match=r"vocab_size=2147483649 is above the 2147483648 ids that int32 holds"):
+    assert [token_dtype(size).name for size in (1, 65_536, 65_537, 2**31)] == [
+        "uint16",
+        "uint16",
+        "int32",
+        "int32",
+    ]
+    with pytest.raises(
+        RunError, match=r"vocab_size=2147483649 is above the 2147483648 ids that int32 holds"
+    ):
         token_dtype(2**31 + 1)
 
 
 @pytest.mark.parametrize(
-    ("ids", "vocab", "dtype"), [([5, 300], 300, "uint16"), ([65_536], 70_000, "uint16"), ([-1], 9, "int32")]
+    ("ids", "vocab", "dtype"),
+    [([5, 300], 300, "uint16"), ([65_536], 70_000, "uint16"), ([-1], 9, "int32")],
 )
 def test_tokens_never_wrap(ids, vocab, dtype):
     with pytest.raises(RunError, match=f"token id={ids[-1]} is outside"):
@@ -283,7 +339,8 @@ def test_failure_leaves_the_previous_dataset_and_nothing_else(config, monkeypatc
 
 def test_dataset_that_cannot_take_its_place_gives_the_old_one_back(config, monkeypatch):
     prepare(config)
-    before, rename = contents(config.out), Path.rename
+    before = contents(config.out)
+    rename = Path.rename
 
     def refuse_new(self, target):
         if self.name.startswith(".set.") and not self.name.endswith(".previous"):
@@ -312,7 +369,8 @@ def test_progress_passes_items_on(capsys, monkeypatch, terminal):
 class WithPeer:
     """Rank 0 of two; the other rank sends ``sent``."""
 
-    rank, size = 0, 2
+    rank = 0
+    size = 2
 
     def __init__(self, sent):
         self.sent = sent
@@ -354,18 +412,32 @@ BAD = {
         r"source=.*latin.txt cannot be read: line 1 is not UTF-8: byte 0xe9 at its byte 4",
     ),
     "single": ({"source": "one.jsonl"}, r"source=.*has 1 documents; give two"),
-    "blank": ({"source": "blank.jsonl"}, r"source=.*leaves no text in a split: 0 of 2 documents hold text"),
+    "blank": (
+        {"source": "blank.jsonl"},
+        r"source=.*leaves no text in a split: 0 of 2 documents hold text",
+    ),
     "numbers": (
         {"source": "numbers.jsonl"},
         r"source=.*numbers.jsonl cannot be read: line 1 has a number in text, not text",
     ),
-    "column": ({"text_field": "body"}, r"text_field=body is no column of line 1 of .*docs.jsonl; use one of id, text"),
+    "column": (
+        {"text_field": "body"},
+        r"text_field=body is no column of line 1 of .*docs.jsonl; use one of id, text",
+    ),
     "tokenizer": ({"tokenizer": "gone.json"}, r"tokenizer=.*gone.json does not exist"),
     "garbage": ({"tokenizer": "not.json"}, r"tokenizer=.*not.json is not a tokenizer"),
     "no_eod": ({"tokenizer": "blank.json"}, rf"has no token that ends a document.*{EOD_NAMES[-1]}"),
     "values": (
-        {"source": "", "val_fraction": 1.0, "vocab_size": 200, "seed": -1, "max_documents": -1, "out": ""},
-        r"(?s)source=.*is empty.*out=''.*val_fraction=1\.0.*max_documents=-1.*seed=-1.*vocab_size=200",
+        {
+            "source": "",
+            "val_fraction": 1.0,
+            "vocab_size": 200,
+            "seed": -1,
+            "max_documents": -1,
+            "out": "",
+        },
+        r"(?s)source=.*is empty.*out=''.*val_fraction=1\.0.*max_documents=-1.*"
+        r"seed=-1.*vocab_size=200",
     ),
 }
 
@@ -374,7 +446,10 @@ BAD = {
 def test_bad_input_is_named(config, tmp_path, name):
     write_bad_sources(tmp_path)
     changes, message = BAD[name]
-    changes = {key: str(tmp_path / v) if key in ("source", "tokenizer") and v else v for key, v in changes.items()}
+    changes = {
+        key: str(tmp_path / v) if key in ("source", "tokenizer") and v else v
+        for key, v in changes.items()
+    }
     with pytest.raises(RunError, match=message):
         prepare(replace(config, **changes))
     assert not list(Path(config.out).parent.glob("*"))
@@ -385,5 +460,7 @@ def test_hub_that_cannot_be_reached_is_named(config, monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(RunError, match=r"source=no/where is no local file.*ConnectionError: no route; correct"):
+    with pytest.raises(
+        RunError, match=r"source=no/where is no local file.*ConnectionError: no route; correct"
+    ):
         prepare(replace(config, source="no/where"))

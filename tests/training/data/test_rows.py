@@ -16,7 +16,9 @@ from training.data.files import Split, TokenFiles
 from training.data.loader import StepLoader, fingerprint, load_step, step_rows
 from training.data.order import random_bits, random_order
 
-EOD, PAD, VOCAB = 0, 1, 40_000
+EOD = 0
+PAD = 1
+VOCAB = 40_000
 
 
 def make_split(lengths, unique=False) -> Split:
@@ -31,7 +33,14 @@ def make_split(lengths, unique=False) -> Split:
 
 def make_files(lengths, val_lengths=(5,), unique=False) -> TokenFiles:
     splits = make_split(lengths, unique), make_split(val_lengths, unique)
-    return TokenFiles(Path("made/up"), {}, *splits, vocab_size=VOCAB, eod_id=EOD, pad_id=PAD)
+    return TokenFiles(
+        Path("made/up"),
+        {},
+        *splits,
+        vocab_size=VOCAB,
+        eod_id=EOD,
+        pad_id=PAD,
+    )
 
 
 def documents_of(split: Split) -> list[list[int]]:
@@ -47,14 +56,21 @@ def test_each_token_of_an_epoch_is_an_input_once(lengths, seq_length, seed):
     total = sum(lengths)
     if seq_length + 1 > total:
         return
-    rows = PackedRows(make_files(lengths, unique=True), "train", seq_length, seed)
+    rows = PackedRows(
+        make_files(lengths, unique=True),
+        "train",
+        seq_length,
+        seed,
+    )
     # seq_length epochs hold exactly total rows: the stream ends where a row ends.
     counts = np.zeros(total, dtype=np.int64)
     for index in range(total):
         counts += np.bincount(rows.row(index)[:-1], minlength=total)
     assert (counts == seq_length).all()
     first_epoch = -(-total // seq_length)
-    inputs = np.bincount(np.concatenate([rows.row(i)[:-1] for i in range(first_epoch)]), minlength=total)
+    inputs = np.bincount(
+        np.concatenate([rows.row(i)[:-1] for i in range(first_epoch)]), minlength=total
+    )
     assert (inputs >= 1).all()
     assert inputs.sum() - total < seq_length
 
@@ -62,7 +78,9 @@ def test_each_token_of_an_epoch_is_an_input_once(lengths, seq_length, seed):
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 5))
 def test_rows_are_cut_from_whole_documents_of_shuffled_epochs(lengths, seq_length, seed):
-    """The rows of three epochs, sorted by where they start, are the stream: every document whole, once an epoch."""
+    """The rows of three epochs, sorted by where they start, are the stream: every document whole,
+    once an epoch.
+    """
     files = make_files(lengths, unique=True)
     total = sum(lengths)
     if seq_length + 1 > total:
@@ -79,7 +97,8 @@ def test_rows_are_cut_from_whole_documents_of_shuffled_epochs(lengths, seq_lengt
     stream = np.concatenate([row[:-1] for row in by_start])[: 3 * total].tolist()
     documents = documents_of(files.train)
     for epoch in range(3):
-        left, tokens = {doc[0]: doc for doc in documents}, stream[epoch * total : (epoch + 1) * total]
+        left = {doc[0]: doc for doc in documents}
+        tokens = stream[epoch * total : (epoch + 1) * total]
         while tokens:
             document = left.pop(tokens[0])
             assert tokens[: len(document)] == document
@@ -117,7 +136,10 @@ def test_orders_are_those_of_philox_on_every_machine():
 
 def naive_batch(tokens, pad_from=None):
     """Inputs, targets, seq_idx of one row by a loop over its tokens."""
-    inputs, targets, seq_idx, document = [], [], [], 0
+    inputs = []
+    targets = []
+    seq_idx = []
+    document = 0
     pad_from = len(tokens) if pad_from is None else pad_from
     for place in range(len(tokens) - 1):
         if place == pad_from and place > 0 and tokens[place - 1] != EOD:
@@ -136,22 +158,37 @@ def naive_batch(tokens, pad_from=None):
 def test_batch_equals_a_loop_over_tokens(lengths, seq_length):
     if seq_length + 1 > sum(lengths):
         return
-    rows = PackedRows(make_files(lengths), "train", seq_length, seed=1)
+    rows = PackedRows(
+        make_files(lengths),
+        "train",
+        seq_length,
+        seed=1,
+    )
     batch = Batch.stack([rows.read(index) for index in range(12)])
     assert (batch.input_ids_BL.dtype, batch.targets_BL.dtype, batch.seq_idx_BL.dtype) == (
-        torch.int64, torch.int64, torch.int32,
-    )  # fmt: skip
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    )
     for index in range(12):
         inputs, targets, seq_idx = naive_batch(rows.row(index).tolist())
         assert batch.input_ids_BL[index].tolist() == inputs
         assert batch.targets_BL[index].tolist() == targets
         assert batch.seq_idx_BL[index].tolist() == seq_idx
     assert batch.num_targets == int((batch.targets_BL != NO_TARGET).sum())
-    assert all(tensor.is_contiguous() for tensor in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL))
+    assert all(
+        tensor.is_contiguous()
+        for tensor in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)
+    )
 
 
 def test_boundaries_need_no_end_of_document_token():
-    rows = PackedRows(make_files([3, 4], unique=True), "train", 6, seed=0)
+    rows = PackedRows(
+        make_files([3, 4], unique=True),
+        "train",
+        6,
+        seed=0,
+    )
     row = next(row for row in map(rows.read, range(2)) if sorted(row.tokens) == list(range(7)))
     first = 3 if row.tokens[0] == 0 else 4
     assert row.segments.tolist() == [0] * first + [1] * (7 - first)
@@ -162,7 +199,8 @@ def test_boundaries_need_no_end_of_document_token():
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 40))
 def test_validation_is_in_order_once_and_padded(lengths, seq_length):
     files = make_files([5], lengths)
-    rows, tokens = ValidationRows(files, seq_length), files.val.tokens.tolist()
+    rows = ValidationRows(files, seq_length)
+    tokens = files.val.tokens.tolist()
     assert (len(rows) - 1) * seq_length < len(tokens) - 1 <= len(rows) * seq_length
     seen = 0
     for index in range(len(rows)):
@@ -191,11 +229,17 @@ def test_padding_at_the_end_of_a_row_has_an_index_of_its_own():
     assert batch.seq_idx_BL.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
 
 
-@pytest.mark.parametrize(("num_ranks", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1), (2, 1)])
+@pytest.mark.parametrize(
+    ("num_ranks", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1), (2, 1)]
+)
 def test_the_rows_of_a_step_do_not_depend_on_ranks(num_ranks, micro_batch):
     for step in (0, 1, 7):
-        shares = [step_rows(12 * step, 12, micro_batch, rank, num_ranks) for rank in range(num_ranks)]
-        assert all(share.shape == (12 // (micro_batch * num_ranks), micro_batch) for share in shares)
+        shares = [
+            step_rows(12 * step, 12, micro_batch, rank, num_ranks) for rank in range(num_ranks)
+        ]
+        assert all(
+            share.shape == (12 // (micro_batch * num_ranks), micro_batch) for share in shares
+        )
         assert sorted(np.concatenate(shares, axis=None)) == list(range(12 * step, 12 * step + 12))
 
 
@@ -234,7 +278,8 @@ def test_resumed_loader_reads_on():
 @pytest.mark.parametrize("batches", [(4, 8), (8, 4), (4, 12, 2), (6, 3, 3, 12)])
 def test_another_batch_reads_on_where_the_last_one_ended(batches):
     """Each row once and in order, wherever the batch changes; what is peeked at is what comes."""
-    read, first_row = [], 0
+    read = []
+    first_row = 0
     for batch in batches:
         with StepLoader(BrokenRows(broken=None), first_row, batch, 1) as loader:
             for _ in range(3):
@@ -252,7 +297,8 @@ class BrokenRows:
     seq_length = 4
 
     def __init__(self, broken=6):
-        self.threads, self.broken = set(), broken
+        self.threads = set()
+        self.broken = broken
 
     def read(self, index):
         self.threads.add(threading.current_thread())
@@ -284,7 +330,9 @@ def test_fingerprint_tells_orders_apart():
     assert len(others) == 5
 
 
-@pytest.mark.parametrize("arguments", [(0, 6, 4, 0, 1), (0, 0, 1, 0, 1), (0, 4, 2, 2, 2), (0, 4, 2, -1, 2)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 6, 4, 0, 1), (0, 0, 1, 0, 1), (0, 4, 2, 2, 2), (0, 4, 2, -1, 2)]
+)
 def test_batches_that_do_not_divide_are_errors(arguments):
     with pytest.raises(ValueError, match=r"global_batch|rank"):
         step_rows(*arguments)
@@ -295,7 +343,10 @@ def test_batches_that_do_not_divide_are_errors(arguments):
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda files: PackedRows(files, "train", 9), "data.seq_length=9 is longer than the 9 tokens"),
+        (
+            lambda files: PackedRows(files, "train", 9),
+            "data.seq_length=9 is longer than the 9 tokens",
+        ),
         (lambda files: PackedRows(files, "train", 0), "data.seq_length=0 is below 1"),
         (lambda files: PackedRows(files, "train", 4, seed=-1), "data.seed=-1 is negative"),
         (lambda files: ValidationRows(files, 0), "data.seq_length=0 is below 1"),
@@ -308,5 +359,10 @@ def test_rows_that_cannot_be_are_errors_for_the_user(make, field):
 
 
 def test_the_longest_row_is_one_token_short_of_the_split():
-    rows = PackedRows(make_files([4, 5], unique=True), "train", 8, seed=0)
+    rows = PackedRows(
+        make_files([4, 5], unique=True),
+        "train",
+        8,
+        seed=0,
+    )
     assert any(sorted(rows.row(index)) == list(range(9)) for index in range(2))

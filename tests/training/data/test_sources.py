@@ -1,4 +1,6 @@
-"""Every file that a source names, each once, whatever its name, form and other columns; or a word about it."""
+"""Every file that a source names, each once, whatever its name, form and other columns; or a word
+about it.
+"""
 
 import bz2
 import errno
@@ -48,13 +50,29 @@ def read(tmp_path, *sources, **fields) -> tuple[list[str], Reading]:
 
 
 @pytest.mark.parametrize(
-    "name", ["br[1]", "a*b", "q?", "{x,y}", "two words", "new\nline", "hf:", "a::b", "%20", "-dash", "ünïcode", "~"]
+    "name",
+    [
+        "br[1]",
+        "a*b",
+        "q?",
+        "{x,y}",
+        "two words",
+        "new\nline",
+        "hf:",
+        "a::b",
+        "%20",
+        "-dash",
+        "ünïcode",
+        "~",
+    ],
 )
 def test_names_are_not_patterns(tmp_path, name):
     """The named directory is read, not another that its name would match as a pattern."""
     for directory in (name, "br1", "axb", "qq", "x", "y"):
         (tmp_path / "in" / directory).mkdir(parents=True)
-        (tmp_path / "in" / directory / f"{name}.jsonl").write_text(lines(f"of {directory}", "second"))
+        (tmp_path / "in" / directory / f"{name}.jsonl").write_text(
+            lines(f"of {directory}", "second")
+        )
     assert read(tmp_path, tmp_path / "in" / name)[0] == [f"of {name}", "second"]
     assert read(tmp_path, tmp_path / "in" / name / f"{name}.jsonl")[0] == [f"of {name}", "second"]
 
@@ -83,13 +101,17 @@ OTHER_COLUMNS = {
 def test_other_columns_may_be_anything(tmp_path, kind):
     first, second = OTHER_COLUMNS[kind]
     for name, rows in (("a", (first, second)), ("b", (second, first))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": name} | row) + "\n" for row in rows))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": name} | row) + "\n" for row in rows)
+        )
     assert read(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl")[0] == ["a", "a", "b", "b"]
 
 
 def test_columns_of_parquet_files_may_differ(tmp_path):
     parquet.write_table(pa.table({"text": ["a", None], "when": [1, 2]}), tmp_path / "a.parquet")
-    parquet.write_table(pa.table({"text": ["b"], "when": [["x"]], "more": [{"y": 1}]}), tmp_path / "b.PARQUET")
+    parquet.write_table(
+        pa.table({"text": ["b"], "when": [["x"]], "more": [{"y": 1}]}), tmp_path / "b.PARQUET"
+    )
     documents, reading = read(tmp_path, tmp_path)
     assert documents == ["a", "", "b"]
     assert (reading.files, reading.empty) == (2, 1)
@@ -100,17 +122,25 @@ BAD_TEXTS = {
     "a list": (lines("a", "b", ["c"]), r"line 3 has a list in text"),
     "an object": (lines({"a": 1}, "b"), r"line 1 has an object in text"),
     "a truth value": (lines("a", True), r"line 2 has a truth value in text"),
-    "no such key": (lines("a") + '{"body": "b"}\n', r"text_field=text is no column of line 2 of .*; use one of body"),
+    "no such key": (
+        lines("a") + '{"body": "b"}\n',
+        r"text_field=text is no column of line 2 of .*; use one of body",
+    ),
     "no object": (lines("a") + "[1]\n", r"line 2 is a list, not an object"),
     "no JSON": (lines("a") + '{"text": \n', r"line 2 is not JSON: .*column"),
-    "no UTF-8": (lines("a").encode() + b'{"text": "caf\xe9"}\n', r"line 2 is not UTF-8: byte 0xe9 at its byte 14"),
+    "no UTF-8": (
+        lines("a").encode() + b'{"text": "caf\xe9"}\n',
+        r"line 2 is not UTF-8: byte 0xe9 at its byte 14",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_TEXTS)
 def test_a_text_that_cannot_be_used_is_named_by_line(tmp_path, kind):
     content, message = BAD_TEXTS[kind]
-    (tmp_path / "bad.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "bad.jsonl").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with pytest.raises(RunError, match=message):
         read(tmp_path, tmp_path / "bad.jsonl")
 
@@ -146,9 +176,18 @@ def test_compressed_text_is_read(tmp_path, suffix):
 
 
 def test_what_a_directory_holds(tmp_path):
-    """Links are followed, each file is read once, what nobody means is left out, and all of it is told."""
+    """Links are followed, each file is read once, what nobody means is left out, and all of it is
+    told.
+    """
     place = tmp_path / "in"
-    for name in ("a.jsonl", "b.TXT", "sub/c.py", ".d.jsonl", ".ipynb_checkpoints/e.py", "__pycache__/f.py"):
+    for name in (
+        "a.jsonl",
+        "b.TXT",
+        "sub/c.py",
+        ".d.jsonl",
+        ".ipynb_checkpoints/e.py",
+        "__pycache__/f.py",
+    ):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(lines("a") if name == "a.jsonl" else Path(name).name)
     for name in ("g.csv", "h.csv", "README"):
@@ -180,7 +219,12 @@ def test_several_sources_of_several_kinds(tmp_path):
     assert reading.ignored == {"given twice": 1}
     assert read(tmp_path, *sources, text_field="m.t", max_documents=2)[0] == ["c", "d"]
     with pytest.raises(RunError) as raised:
-        read(tmp_path, tmp_path / "c.txt", tmp_path / "no.jsonl", tmp_path / "neither")
+        read(
+            tmp_path,
+            tmp_path / "c.txt",
+            tmp_path / "no.jsonl",
+            tmp_path / "neither",
+        )
     assert len(raised.value.problems) == 2
 
 
@@ -193,7 +237,9 @@ def test_half_a_surrogate_pair_is_mended_and_counted(tmp_path):
 
 def small(tmp_path, *texts) -> PrepareConfig:
     (tmp_path / "docs.jsonl").write_text(lines(*texts))
-    return PrepareConfig(source=str(tmp_path / "docs.jsonl"), out=str(tmp_path / "out" / "set"), vocab_size=300)
+    return PrepareConfig(
+        source=str(tmp_path / "docs.jsonl"), out=str(tmp_path / "out" / "set"), vocab_size=300
+    )
 
 
 def test_a_document_with_text_validates_wherever_there_is_one(tmp_path):
@@ -211,10 +257,17 @@ def test_a_word_without_end_trains_a_tokenizer(tmp_path, capsys):
     letters = np.random.RandomState(0).choice(list("abcdefghij"), 500_000)
     word = "".join(letters)
     manifest = prepare(
-        replace(small(tmp_path, *[f"some words {index}" for index in range(9)], word), val_fraction=0.01)
+        replace(
+            small(tmp_path, *[f"some words {index}" for index in range(9)], word), val_fraction=0.01
+        )
     )
-    assert "1 words of more than 4,096 characters, cut to train the tokenizer" in capsys.readouterr().err
-    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == 9 * len("some words 0") + len(word)
+    assert (
+        "1 words of more than 4,096 characters, cut to train the tokenizer"
+        in capsys.readouterr().err
+    )
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == 9 * len("some words 0") + len(
+        word
+    )
     assert cut_words("a b" * 9, Counter()) == "a b" * 9
 
 
@@ -248,7 +301,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_removes_the_working_directory(tmp_path, number):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text(lines(*("".join(map(chr, range(97, 123))) * 400 for _ in range(4000))))
+    (tmp_path / "in" / "a.jsonl").write_text(
+        lines(*("".join(map(chr, range(97, 123))) * 400 for _ in range(4000)))
+    )
     command = [
         sys.executable,
         "-m",
@@ -259,7 +314,9 @@ def test_a_signal_removes_the_working_directory(tmp_path, number):
         "--out",
         tmp_path / "out" / "set",
     ]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + HANG_S
     while not list((tmp_path / "out").glob(".set.*/documents.arrow")):
         assert process.poll() is None, process.stderr.read()
@@ -288,7 +345,9 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path, capsys):
         (path / "owner.json").write_text(json.dumps(owner))
     (tmp_path / ".set.mine").mkdir()
     clear_leftovers(out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, foreign.name, ".set.mine"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [living.name, foreign.name, ".set.mine"]
+    )
     told = capsys.readouterr().err
     assert "removed" in told
     assert "on elsewhere" in told

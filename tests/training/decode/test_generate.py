@@ -1,4 +1,6 @@
-"""Text from a model: what the nucleus holds, and that decoding with states equals the whole forward."""
+"""Text from a model: what the nucleus holds, and that decoding with states equals the whole
+forward.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
-from tests.helpers.runs import corpus, run_forked, words  # noqa: F401
+from tests.helpers.runs import run_forked, words
 from tests.helpers.tiny import made_up_token_map, tiny_config
 from training.decode.generate import continue_tokens, generate, sample
 from training.decode.loaded_model import load_model
@@ -22,25 +24,41 @@ logits = st.lists(st.floats(-20, 20), min_size=1, max_size=40)
 def nucleus(logits_V: torch.Tensor, temperature: float, top_p: float) -> set[int]:
     """The fewest likeliest tokens that hold ``top_p``, and all that tie with the last of them."""
     probabilities = torch.softmax(logits_V.double() / temperature, -1).tolist()
-    held, limit = 0.0, 0.0
+    held = 0.0
+    limit = 0.0
     for probability in sorted(probabilities, reverse=True):
         limit = probability
         held += probability
         if held >= top_p - 1e-9:
             break
-    return {token for token, probability in enumerate(probabilities) if probability >= limit * (1 - 1e-9)}
+    return {
+        token
+        for token, probability in enumerate(probabilities)
+        if probability >= limit * (1 - 1e-9)
+    }
 
 
-@given(logits, st.floats(0.05, 5), st.floats(0.01, 1), st.integers(0, 2**31))
+@given(
+    logits,
+    st.floats(0.05, 5),
+    st.floats(0.01, 1),
+    st.integers(0, 2**31),
+)
 def test_a_sample_is_of_the_nucleus(values, temperature, top_p, seed):
     logits_V = torch.tensor(values)
-    token = sample(logits_V, temperature, top_p, torch.Generator().manual_seed(seed))
+    token = sample(
+        logits_V,
+        temperature,
+        top_p,
+        torch.Generator().manual_seed(seed),
+    )
     assert token in nucleus(logits_V, temperature, top_p)
 
 
 @given(logits, st.integers(0, 2**31))
 def test_greedy_is_the_likeliest(values, seed):
-    logits_V, sampler = torch.tensor(values), torch.Generator().manual_seed(seed)
+    logits_V = torch.tensor(values)
+    sampler = torch.Generator().manual_seed(seed)
     best = float(logits_V.max())
     assert logits_V[sample(logits_V, 0.0, 1.0, sampler)] == best
     assert logits_V[sample(logits_V, 1.0, 1e-9, sampler)] == pytest.approx(best, abs=1e-5)
@@ -66,9 +84,16 @@ def test_frequencies_are_the_probabilities():
 def model():
     """The model with every block, its Engram memory, and how a whole text's logits are computed."""
     config = tiny_config()
-    mesh, device = single_mesh(), torch.device("cpu")
+    mesh = single_mesh()
+    device = torch.device("cpu")
     memory = build_memory(config, mesh, made_up_token_map(), device)
-    built = build_model(config.model, mesh, seed=3, dtype=torch.float32, device=device).eval()
+    built = build_model(
+        config.model,
+        mesh,
+        seed=3,
+        dtype=torch.float32,
+        device=device,
+    ).eval()
     assert memory is not None
 
     def whole(tokens: list[int]) -> torch.Tensor:
@@ -80,7 +105,9 @@ def model():
 
 def greedy(model, prompt, count, eod=-1, vocab_size=None):
     built, memory, _ = model
-    return continue_tokens(built, memory, prompt, count, 0.0, 1.0, torch.Generator(), eod, vocab_size)
+    return continue_tokens(
+        built, memory, prompt, count, 0.0, 1.0, torch.Generator(), eod, vocab_size
+    )
 
 
 @pytest.mark.parametrize("prompt", [[5], [5, 190], [7, 8, 9, 7, 8, 9, 7, 8, 9, 10, 11]])
@@ -114,8 +141,17 @@ def test_it_stops_at_the_end_of_a_document_and_at_the_limit(model):
     assert greedy(model, [7, 8, 9], 1) == text[:1]
 
 
-def test_a_run_generates_on_one_process_whatever_trained_it(corpus, tmp_path, monkeypatch):  # noqa: F811
-    more = ("--parallel.ep", "2", "--train.steps", "2", "--train.dtype", "bf16", "--train.eval_rows", "1")
+def test_a_run_generates_on_one_process_whatever_trained_it(corpus, tmp_path, monkeypatch):
+    more = (
+        "--parallel.ep",
+        "2",
+        "--train.steps",
+        "2",
+        "--train.dtype",
+        "bf16",
+        "--train.eval_rows",
+        "1",
+    )
     run_forked(tmp_path, words(corpus, "two", *more), 2)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "two"
@@ -128,8 +164,15 @@ def test_a_run_generates_on_one_process_whatever_trained_it(corpus, tmp_path, mo
     monkeypatch.chdir(tmp_path / "deep" / "er")
     away = corpus.rename(corpus.with_name("away"))
     try:  # what generation needs is in the checkpoint, wherever it is started
-        places = (Path("../../runs/two"), Path("../../runs/two/"), newest, Path("../..") / newest.relative_to(tmp_path))
-        assert [generate(place, "def __init__", 30, 1.0, 1.0, 0) for place in places] == texts[:1] * 4
+        places = (
+            Path("../../runs/two"),
+            Path("../../runs/two/"),
+            newest,
+            Path("../..") / newest.relative_to(tmp_path),
+        )
+        assert [generate(place, "def __init__", 30, 1.0, 1.0, 0) for place in places] == texts[
+            :1
+        ] * 4
         with pytest.raises(RunError, match="does not exist"):
             load_model(run).files  # noqa: B018
     finally:

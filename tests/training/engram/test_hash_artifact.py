@@ -55,9 +55,19 @@ def test_it_is_kept_not_written_again(written):
     before = (directory / FILE).stat()
     keep_artifact(directory, ENGRAM, TOKEN_MAP, files())
     assert (directory / FILE).stat().st_mtime_ns == before.st_mtime_ns
-    keep_artifact(directory / "without", None, TOKEN_MAP, files())
+    keep_artifact(
+        directory / "without",
+        None,
+        TOKEN_MAP,
+        files(),
+    )
     assert not (directory / "without").exists()
-    check_artifact(directory / "none", ENGRAM, TOKEN_MAP, files())  # a run of before it was written
+    check_artifact(
+        directory / "none",
+        ENGRAM,
+        TOKEN_MAP,
+        files(),
+    )  # a run of before it was written
 
 
 CHANGES = {

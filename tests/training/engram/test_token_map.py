@@ -1,4 +1,6 @@
-"""Tokenizer compression: golden values of the real tokenizer, the normalisation's rules, and the saved artefact."""
+"""Tokenizer compression: golden values of the real tokenizer, the normalisation's rules, and the
+saved artefact.
+"""
 
 import importlib.util
 import json
@@ -25,7 +27,9 @@ def deepseek() -> tuple[Tokenizer, TokenMap]:
 def byte_tokenizer(*words: str, pad: str | None = None) -> Tokenizer:
     """Byte-level tokens of all 256 bytes, then ``words`` (Ġ is a space), then a special token."""
     symbols = [*sorted(ByteLevel.alphabet()), *words]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
+    )
     tokenizer.decoder = decoders.ByteLevel()
     if pad is not None:
         tokenizer.add_special_tokens([AddedToken(pad, special=True)])
@@ -52,20 +56,60 @@ def test_golden_sentence_from_text_to_rows(deepseek):
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == [22898, 19737, 270, 9327, 1494, 112253, 270, 15000, 406, 11999, 25670, 349, 16]
     ids_BL = token_map.compress(torch.tensor([ids]))
-    assert ids_BL[0].tolist() == [1134, 15695, 237, 2049, 1260, 85761, 237, 12071, 36, 9745, 20232, 290, 16]
-    hash = ngram_hashes((1, 15), token_map.num_compressed, (2, 3), 8, 646_400, seed=0, pad_id=token_map.pad_id)[1]
+    assert ids_BL[0].tolist() == [
+        1134,
+        15695,
+        237,
+        2049,
+        1260,
+        85761,
+        237,
+        12071,
+        36,
+        9745,
+        20232,
+        290,
+        16,
+    ]
+    hash = ngram_hashes(
+        (1, 15), token_map.num_compressed, (2, 3), 8, 646_400, seed=0, pad_id=token_map.pad_id
+    )[1]
     index = engram_hash(ids_BL, hash) - torch.tensor(hash.offsets)
     assert index[0, 0, :4].tolist() == [417228, 479277, 11032, 383138]
     assert index[0, -1, -4:].tolist() == [58618, 327076, 364005, 193850]
 
 
 def test_case_accents_and_spaces_fold():
-    tokenizer = byte_tokenizer("The", "Ġthe", "ĠTHE", "thé".encode().decode("latin-1"), "Ċ", "ĠĠ", "then")
+    tokenizer = byte_tokenizer(
+        "The", "Ġthe", "ĠTHE", "thé".encode().decode("latin-1"), "Ċ", "ĠĠ", "then"
+    )
     token_map = build_token_map(tokenizer)
-    the = compressed(tokenizer, token_map, "The", "Ġthe", "ĠTHE", "thÃ©")
+    the = compressed(
+        tokenizer,
+        token_map,
+        "The",
+        "Ġthe",
+        "ĠTHE",
+        "thÃ©",
+    )
     assert len(set(the)) == 1
     assert compressed(tokenizer, token_map, "then") != the[:1]
-    assert len(set(compressed(tokenizer, token_map, "Ġ", "ĠĠ", "Ċ", "ĉ", "č"))) == 1
+    assert (
+        len(
+            set(
+                compressed(
+                    tokenizer,
+                    token_map,
+                    "Ġ",
+                    "ĠĠ",
+                    "Ċ",
+                    "ĉ",
+                    "č",
+                )
+            )
+        )
+        == 1
+    )
     assert len(set(compressed(tokenizer, token_map, "A", "a"))) == 1
     assert len(set(compressed(tokenizer, token_map, "a", "b", "Ġ"))) == 3
 
@@ -109,7 +153,10 @@ def test_without_compression_ids_stay():
 
 def test_compress_passes_masked_positions_and_refuses_unknown_tokens():
     token_map = TokenMap(ids=torch.tensor([0, 1, 0]), num_compressed=2, pad_id=0)
-    assert token_map.compress(torch.tensor([[2, 1], [-1, 0]], dtype=torch.int32)).tolist() == [[0, 1], [-1, 0]]
+    assert token_map.compress(torch.tensor([[2, 1], [-1, 0]], dtype=torch.int32)).tolist() == [
+        [0, 1],
+        [-1, 0],
+    ]
     assert token_map.compress(torch.empty(0, 4, dtype=torch.int64)).shape == (0, 4)
     with pytest.raises(RunError, match="token id=3 is outside the token map of 3 tokens"):
         token_map.compress(torch.tensor([0, 3]))
@@ -117,17 +164,23 @@ def test_compress_passes_masked_positions_and_refuses_unknown_tokens():
 
 def test_checksum_depends_on_every_part():
     def checksum(ids=(0, 1, 0), num_compressed=2, pad_id=0):
-        return TokenMap(ids=torch.tensor(ids), num_compressed=num_compressed, pad_id=pad_id).checksum
+        return TokenMap(
+            ids=torch.tensor(ids), num_compressed=num_compressed, pad_id=pad_id
+        ).checksum
 
     assert checksum() == checksum()
-    assert len({checksum(), checksum(ids=(0, 0, 1)), checksum(num_compressed=3), checksum(pad_id=1)}) == 4
+    assert (
+        len({checksum(), checksum(ids=(0, 0, 1)), checksum(num_compressed=3), checksum(pad_id=1)})
+        == 4
+    )
 
 
 @pytest.fixture
 def saved(tmp_path) -> tuple[TokenMap, Path, Path]:
     """A map, its file, and its tokenizer's file."""
     tokenizer = byte_tokenizer("The", "the", pad="<end>")
-    path, tokenizer_path = tmp_path / "token_map.json", tmp_path / "tokenizer.json"
+    path = tmp_path / "token_map.json"
+    tokenizer_path = tmp_path / "tokenizer.json"
     tokenizer.save(str(tokenizer_path))
     token_map = build_token_map(tokenizer)
     save_token_map(token_map, path, tokenizer_path)
@@ -139,12 +192,17 @@ def test_saved_map_loads_as_it_was(saved):
     loaded = load_token_map(path, tokenizer_path)
     assert torch.equal(loaded.ids, token_map.ids)
     assert (loaded.num_compressed, loaded.pad_id, loaded.checksum) == (
-        token_map.num_compressed, token_map.pad_id, token_map.checksum,
-    )  # fmt: skip
+        token_map.num_compressed,
+        token_map.pad_id,
+        token_map.checksum,
+    )
     first = path.read_bytes()
     save_token_map(token_map, path, tokenizer_path)
     assert path.read_bytes() == first
-    assert sorted(file.name for file in path.parent.iterdir()) == ["token_map.json", "tokenizer.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "token_map.json",
+        "tokenizer.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from training.model.engram import Engram
 from training.model.model import Layer, build_model
 from training.trainer import EngramMemory, build_memory, memory_of
 
-WIDTH, LENGTHS = 10, [1, 3, 2, 14, 9]
+WIDTH = 10
+LENGTHS = [1, 3, 2, 14, 9]
 LENGTH = sum(LENGTHS)
 
 
@@ -44,30 +45,55 @@ def engram_layer(streams: int, random: bool = True, **fields) -> Engram:
 
 def inputs(layer: Engram, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     memory_width = len(layer.config.orders) * layer.config.num_heads * layer.config.head_dim
-    h_BLSD = torch.randn(batch, LENGTH, layer.streams, WIDTH, requires_grad=True)
-    return h_BLSD, torch.randn(batch, LENGTH, memory_width, requires_grad=True)
+    h_BLSD = torch.randn(
+        batch,
+        LENGTH,
+        layer.streams,
+        WIDTH,
+        requires_grad=True,
+    )
+    return h_BLSD, torch.randn(
+        batch,
+        LENGTH,
+        memory_width,
+        requires_grad=True,
+    )
 
 
 def added(layer: Engram, h_BLSD: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """What the layer adds to the streams: to compare it alone is stricter than to compare the streams with it."""
+    """What the layer adds to the streams: to compare it alone is stricter than to compare the
+    streams with it.
+    """
     return layer(h_BLSD, *args, **kwargs) - h_BLSD
 
 
 def documents(batch: int = 2) -> torch.Tensor:
-    return torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).int().repeat(batch, 1)
+    return (
+        torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+        .int()
+        .repeat(batch, 1)
+    )
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int], masked=()) -> torch.Tensor:
-    """arXiv 2601.07372, eq. 4 to 6, with the signed root of the official code; one position and stream at a time."""
-    config, rows = layer.config, []
+def written_out(
+    layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: list[int], masked=()
+) -> torch.Tensor:
+    """arXiv 2601.07372, eq. 4 to 6, with the signed root of the official code; one position and
+    stream at a time.
+    """
+    config = layer.config
+    rows = []
     for row_h, row_e in zip(h, e, strict=True):
-        gated, normed, places = [], [], []
+        gated = []
+        normed = []
+        places = []
         for t in range(LENGTH):
-            v_D, streams = p["value"] @ row_e[t], []
+            v_D = p["value"] @ row_e[t]
+            streams = []
             for s in range(layer.streams):
                 gate = row_e.new_ones(())
                 if config.gate:
@@ -97,33 +123,73 @@ def written_out(layer: Engram, p: dict[str, torch.Tensor], h, e, document_L: lis
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"orders": (2, 3, 4), "conv_width": 2}, {"gate": False}, {"conv": False}, {"gate": False, "conv": False}],
+    [
+        {},
+        {"orders": (2, 3, 4), "conv_width": 2},
+        {"gate": False},
+        {"conv": False},
+        {"gate": False, "conv": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [(), (0, 4, 5, 7, 11, 12, 13, 28)], ids=["", "masked"])
 def test_equals_the_paper_written_out(streams, fields, masked, poison):
-    """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients have 4 digits there.
+    """Forward and every gradient, packed; in fp64, for the root is steep near 0: fp32 gradients
+    have 4 digits there.
 
-    Positions that look nothing up have rows of zeros; they give nothing, also to the convolution, and get nothing.
+    Positions that look nothing up have rows of zeros; they give nothing, also to the convolution,
+    and get nothing.
     """
     layer = engram_layer(streams, **fields).double()
     h_BLSD, e_BLM = (x.detach().double().requires_grad_() for x in inputs(layer))
-    masked_BL = torch.zeros(2, LENGTH, dtype=torch.bool).index_fill_(1, torch.tensor(masked).long(), True)
+    masked_BL = torch.zeros(2, LENGTH, dtype=torch.bool).index_fill_(
+        1, torch.tensor(masked).long(), True
+    )
     twins = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
     h_twin, e_twin = (x.detach().clone().requires_grad_() for x in (h_BLSD, e_BLM))
-    live_BLM, live_twin = (x.masked_fill(masked_BL[..., None], 0) for x in (e_BLM, e_twin))  # as the table gives rows
-    got = added(layer, h_BLSD, live_BLM, documents(), masked_BL=masked_BL if masked else None)
-    expected = written_out(layer, twins, h_twin, live_twin, documents()[0].tolist(), masked)
+    live_BLM, live_twin = (
+        x.masked_fill(masked_BL[..., None], 0) for x in (e_BLM, e_twin)
+    )  # as the table gives rows
+    got = added(
+        layer,
+        h_BLSD,
+        live_BLM,
+        documents(),
+        masked_BL=masked_BL if masked else None,
+    )
+    expected = written_out(
+        layer,
+        twins,
+        h_twin,
+        live_twin,
+        documents()[0].tolist(),
+        masked,
+    )
     assert_close("output", got, expected)
     assert not got[:, masked].any()
     upstream = torch.randn_like(got)
     got.backward(upstream)
     expected.backward(upstream)
-    assert_close("memory gradient", e_BLM.grad, e_twin.grad, kind="gradient")
+    assert_close(
+        "memory gradient",
+        e_BLM.grad,
+        e_twin.grad,
+        kind="gradient",
+    )
     if layer.config.gate:
-        assert_close("streams gradient", h_BLSD.grad, h_twin.grad, kind="gradient")
+        assert_close(
+            "streams gradient",
+            h_BLSD.grad,
+            h_twin.grad,
+            kind="gradient",
+        )
     for name, parameter in layer.named_parameters():
-        assert_close(f"{name} gradient", parameter.grad, twins[name].grad, kind="gradient")
+        assert_close(
+            f"{name} gradient",
+            parameter.grad,
+            twins[name].grad,
+            kind="gradient",
+        )
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -148,9 +214,15 @@ def test_convolution_looks_back_by_the_largest_order():
 def test_streams_gate_one_value_each_for_itself():
     layer = engram_layer(4, conv=False).double()
     h_BLSD, e_BLM = (x.double() for x in inputs(layer))
-    out_BLSD, v_BLD = added(layer, h_BLSD, e_BLM, None), e_BLM @ layer.value.T
+    out_BLSD = added(layer, h_BLSD, e_BLM, None)
+    v_BLD = e_BLM @ layer.value.T
     gate_BLSD = out_BLSD / v_BLD[:, :, None]
-    assert_close("gate", gate_BLSD, gate_BLSD.mean(-1, keepdim=True).expand_as(gate_BLSD), 1e-4)
+    assert_close(
+        "gate",
+        gate_BLSD,
+        gate_BLSD.mean(-1, keepdim=True).expand_as(gate_BLSD),
+        1e-4,
+    )
     assert gate_BLSD.min() > 0
     assert gate_BLSD.max() < 1
     moved = h_BLSD.detach().clone()
@@ -161,13 +233,16 @@ def test_streams_gate_one_value_each_for_itself():
 
 
 @pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [2, 5, 1, 14, 7], [20, *[1] * 9]], ids=["steps", "pieces", "prefill"])
+@pytest.mark.parametrize(
+    "pieces", [[1] * LENGTH, [2, 5, 1, 14, 7], [20, *[1] * 9]], ids=["steps", "pieces", "prefill"]
+)
 def test_step_equals_scan(streams, pieces):
     layer = engram_layer(streams)
     h_BLSD, e_BLM = inputs(layer)
     cache: dict = {}
     got = [
-        added(layer, h, e, None, cache) for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)
+        added(layer, h, e, None, cache)
+        for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)
     ]
     assert_close("output", torch.cat(got, 1), added(layer, h_BLSD, e_BLM, None))
 
@@ -177,7 +252,10 @@ def test_documents_do_not_meet():
     layer = engram_layer(4)
     h_BLSD, e_BLM = inputs(layer)
     packed = added(layer, h_BLSD, e_BLM, documents())
-    alone = [added(layer, h, e, None) for h, e in zip(h_BLSD.split(LENGTHS, 1), e_BLM.split(LENGTHS, 1), strict=True)]
+    alone = [
+        added(layer, h, e, None)
+        for h, e in zip(h_BLSD.split(LENGTHS, 1), e_BLM.split(LENGTHS, 1), strict=True)
+    ]
     assert_close("output", packed, torch.cat(alone, 1))
     packed[:, 6:20].square().sum().backward()
     for gradient in (h_BLSD.grad, e_BLM.grad):
@@ -187,7 +265,8 @@ def test_documents_do_not_meet():
 
 
 def test_bf16_keeps_norms_in_fp32():
-    layer, twin = engram_layer(4), engram_layer(4)
+    layer = engram_layer(4)
+    twin = engram_layer(4)
     twin.load_state_dict(layer.state_dict())
     for parameter in layer.parameters():
         if not parameter.placement.fp32:
@@ -199,13 +278,25 @@ def test_bf16_keeps_norms_in_fp32():
     }
     h_BLSD, e_BLM = inputs(layer)
     got = added(layer, h_BLSD, e_BLM.bfloat16(), documents())
-    assert_close("output", got, added(twin, h_BLSD, e_BLM, documents()), 2e-2)
+    assert_close(
+        "output",
+        got,
+        added(twin, h_BLSD, e_BLM, documents()),
+        2e-2,
+    )
 
 
 def real_memory(**fields) -> EngramMemory:
     config = tiny_config()
-    config = replace(config, model=replace(config.model, engram=replace(config.model.engram, **fields)))
-    return build_memory(config, single_mesh(), made_up_token_map(), torch.device("cpu"))
+    config = replace(
+        config, model=replace(config.model, engram=replace(config.model.engram, **fields))
+    )
+    return build_memory(
+        config,
+        single_mesh(),
+        made_up_token_map(),
+        torch.device("cpu"),
+    )
 
 
 @pytest.mark.parametrize("orders", [(2, 3), (2, 3, 4)])
@@ -221,7 +312,9 @@ def test_row_ids_are_the_hash_of_compressed_ids_within_documents(orders):
 
 
 def test_row_ids_of_decoding_are_those_of_the_whole_text():
-    """A new token is hashed with the compressed ids before it, and with pads where the text is younger."""
+    """A new token is hashed with the compressed ids before it, and with pads where the text is
+    younger.
+    """
     memory = real_memory(orders=(2, 3, 4))
     ids_BL = torch.randint(0, VOCAB, (2, 12))
     whole = memory.row_ids(ids_BL, None)
@@ -236,7 +329,12 @@ def test_row_ids_of_decoding_are_those_of_the_whole_text():
 def test_uncompressed_ids_hash_as_they_are():
     config = tiny_config().model.engram
     token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=5)
-    memory = EngramMemory(config, token_map, real_memory().tables, single_mesh())
+    memory = EngramMemory(
+        config,
+        token_map,
+        real_memory().tables,
+        single_mesh(),
+    )
     ids_BL, _, seq_idx_BL = made_up_rows(1)
     expected = engram_hash_reference(ids_BL, memory.hashes[3], seq_idx_BL)
     assert torch.equal(memory.row_ids(ids_BL, seq_idx_BL)[3], expected)
@@ -245,12 +343,15 @@ def test_uncompressed_ids_hash_as_they_are():
 def test_memory_holds_the_rows_in_column_order():
     memory = real_memory()
     ids_BL, _, seq_idx_BL = made_up_rows(2)
-    rows, row_ids = memory.fetch(ids_BL, seq_idx_BL), memory.row_ids(ids_BL, seq_idx_BL)
+    rows = memory.fetch(ids_BL, seq_idx_BL)
+    row_ids = memory.row_ids(ids_BL, seq_idx_BL)
     for layer, recall in memory_of(rows).items():
         e_BLM, masked_BL = recall()
         assert masked_BL is None
         assert e_BLM.shape == (*ids_BL.shape, row_ids[layer].shape[-1] * 8)
-        single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[layer].embed()
+        single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[
+            layer
+        ].embed()
         assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
         assert torch.equal(recall()[0], e_BLM)
     assert float(e_BLM.detach().std()) == pytest.approx(0.5, rel=0.1)
@@ -258,19 +359,36 @@ def test_memory_holds_the_rows_in_column_order():
 
 @pytest.mark.parametrize("fields", [{}, {"gate": False}, {"conv": False}], ids=str)
 def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
-    """Section 6.2, without multiple branches: what the hyper-connection reads is remembered once, streams are not."""
-    engram = EngramConfig(layers=(0,), num_heads=2, head_dim=3, per_stream=False, **fields)
-    model = ModelConfig(pattern="-", d_model=WIDTH, mlp_dim=16, num_streams=4, engram=engram)
+    """Section 6.2, without multiple branches: what the hyper-connection reads is remembered once,
+    streams are not.
+    """
+    engram = EngramConfig(
+        layers=(0,),
+        num_heads=2,
+        head_dim=3,
+        per_stream=False,
+        **fields,
+    )
+    model = ModelConfig(
+        pattern="-",
+        d_model=WIDTH,
+        mlp_dim=16,
+        num_streams=4,
+        engram=engram,
+    )
     layer = Layer(0, model, single_mesh())
     initialize_parameters(layer, single_mesh(), 0)
     single = engram_layer(1, **fields)
     single.load_state_dict(layer.engram.state_dict())  # of one stream's shapes
-    x_BLSD, e_BLM = torch.randn(2, LENGTH, 4, WIDTH), torch.randn(2, LENGTH, 12)
+    x_BLSD = torch.randn(2, LENGTH, 4, WIDTH)
+    e_BLM = torch.randn(2, LENGTH, 12)
     got, _ = layer(x_BLSD, {0: lambda: (e_BLM, None)}, documents())
     u_BLD, post_BLS, mix_BLSS = layer.hyper(x_BLSD)
     u_BLD = single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
     y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), documents(), None)
-    expected = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
+    expected = (
+        torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
+    )
     assert_close("streams", got, expected)
     forgotten, _ = layer(x_BLSD, {0: lambda: (torch.zeros_like(e_BLM), None)}, documents())
     assert (got - forgotten).norm() > 1e-3 * got.norm()
@@ -278,19 +396,26 @@ def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
 
 def test_one_stream_is_remembered_alike_either_way():
     models = [
-        ModelConfig(pattern="-", d_model=WIDTH, mlp_dim=16, engram=EngramConfig(layers=(0,), per_stream=per_stream))
+        ModelConfig(
+            pattern="-",
+            d_model=WIDTH,
+            mlp_dim=16,
+            engram=EngramConfig(layers=(0,), per_stream=per_stream),
+        )
         for per_stream in (True, False)
     ]
     layers = [Layer(0, model, single_mesh()) for model in models]
     for layer in layers:
         initialize_parameters(layer, single_mesh(), 0)
-    x_BLSD, e_BLM = torch.randn(1, LENGTH, 1, WIDTH), torch.randn(1, LENGTH, 2 * 8 * 64)
+    x_BLSD = torch.randn(1, LENGTH, 1, WIDTH)
+    e_BLM = torch.randn(1, LENGTH, 2 * 8 * 64)
     first, second = (layer(x_BLSD, {0: lambda: (e_BLM, None)}, None)[0] for layer in layers)
     assert torch.equal(first, second)
 
 
 def model_without_convolution(fields: dict, streams: int, per_stream: bool, apart: bool) -> tuple:
-    """Loss, logits, gradients of parameters and rows, and whether each call of the gate added u to the streams.
+    """Loss, logits, gradients of parameters and rows, and whether each call of the gate added u to
+    the streams.
 
     ``apart``: every sum is made after the gate.
     """
@@ -303,12 +428,25 @@ def model_without_convolution(fields: dict, streams: int, per_stream: bool, apar
         u_BLSD, gate_BLS = engram_gate(h_BLSD, *inputs, **options)
         return h_BLSD + u_BLSD if residual else u_BLSD, gate_BLS
 
-    engram = replace(tiny_config().model.engram, layers=(0, 1), conv=False, per_stream=per_stream)
+    engram = replace(
+        tiny_config().model.engram,
+        layers=(0, 1),
+        conv=False,
+        per_stream=per_stream,
+    )
     config = tiny_config(pattern="-*", num_streams=streams, engram=engram)
-    mesh, cpu = build_mesh(layout(**fields)) if fields else single_mesh(), torch.device("cpu")
+    mesh = build_mesh(layout(**fields)) if fields else single_mesh()
+    cpu = torch.device("cpu")
     memory = build_memory(config, mesh, made_up_token_map(), cpu)
-    model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu)
-    (ids_BL, documents_BL), targets_BL = with_masked_positions(), made_up_rows(3)[1][:2]
+    model = build_model(
+        config.model,
+        mesh,
+        seed=0,
+        dtype=torch.float32,
+        device=cpu,
+    )
+    (ids_BL, documents_BL) = with_masked_positions()
+    targets_BL = made_up_rows(3)[1][:2]
     rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
     ids_BL = ids_BL.clamp_min(0)
     with mock.patch.object(engram_module, "engram_gate", gate):
@@ -318,7 +456,9 @@ def model_without_convolution(fields: dict, streams: int, per_stream: bool, apar
     memory.tables.accumulate(rows)
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     if not fields:
-        gradients |= {f"rows {layer}": found[1].numpy() for layer, found in memory.tables.gradients().items()}
+        gradients |= {
+            f"rows {layer}": found[1].numpy() for layer, found in memory.tables.gradients().items()
+        }
     squared = memory.tables.squared_grad_norm()
     if fields:
         dist.all_reduce(squared, group=mesh.group("engram"))
@@ -327,25 +467,42 @@ def model_without_convolution(fields: dict, streams: int, per_stream: bool, apar
 
 @pytest.mark.parametrize(("streams", "per_stream"), [(1, True), (4, True), (4, False)])
 def test_sum_in_the_gate_is_the_sum_after_it(streams, per_stream):
-    """Without a convolution the gate adds u to the streams; loss and every gradient are those of h + u."""
-    loss, logits, _, gradients, asked = model_without_convolution({}, streams, per_stream, apart=False)
-    expected, wanted_logits, _, wanted, _ = model_without_convolution({}, streams, per_stream, apart=True)
+    """Without a convolution the gate adds u to the streams; loss and every gradient are those of h
+    + u.
+    """
+    loss, logits, _, gradients, asked = model_without_convolution(
+        {}, streams, per_stream, apart=False
+    )
+    expected, wanted_logits, _, wanted, _ = model_without_convolution(
+        {}, streams, per_stream, apart=True
+    )
     assert asked
     assert all(asked)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert_close("logits", torch.from_numpy(logits), torch.from_numpy(wanted_logits))
     assert gradients.keys() == wanted.keys()
-    assert {"rows 0", "rows 1", "layers.0.engram.query_norm", "layers.1.engram.key"} <= gradients.keys()
+    assert {
+        "rows 0",
+        "rows 1",
+        "layers.0.engram.query_norm",
+        "layers.1.engram.key",
+    } <= gradients.keys()
     for name, gradient in gradients.items():
-        assert_close(name, torch.from_numpy(gradient), torch.from_numpy(wanted[name]), kind="gradient")
+        assert_close(
+            name, torch.from_numpy(gradient), torch.from_numpy(wanted[name]), kind="gradient"
+        )
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_sum_in_the_gate_on_shares_of_tokens(sequence_parallel):
-    """Shares that are gathered are gathered as u; under sequence parallelism nothing is, and the gate makes the sum."""
+    """Shares that are gathered are gathered as u; under sequence parallelism nothing is, and the
+    gate makes the sum.
+    """
     expected, logits, squared, _, _ = model_without_convolution({}, 4, True, apart=True)
     fields = {"tp": 2, "sequence_parallel": sequence_parallel}
-    for loss, got, got_squared, _, asked in run_ranks(model_without_convolution, 2, fields, 4, True, False):
+    for loss, got, got_squared, _, asked in run_ranks(
+        model_without_convolution, 2, fields, 4, True, False
+    ):
         assert asked
         assert set(asked) == {sequence_parallel}
         assert loss == pytest.approx(expected, rel=1e-6)
@@ -354,7 +511,9 @@ def test_sum_in_the_gate_on_shares_of_tokens(sequence_parallel):
 
 
 def with_masked_positions() -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and documents of two rows, with masked positions (an image, say) in the first, in a row and alone."""
+    """ids and documents of two rows, with masked positions (an image, say) in the first, in a row
+    and alone.
+    """
     ids_BL, _, documents_BL = (part[:2] for part in made_up_rows(3))
     ids_BL = ids_BL.clone()
     ids_BL[0, [0, 5, 6, 7, 20]] = -1
@@ -364,8 +523,11 @@ def with_masked_positions() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("fields", [{}, {"conv": False}, {"gate": False}], ids=str)
 def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
-    """From token map to gradients, against a dense table under autograd in which windows with a masked id are zero."""
-    memory, layer = real_memory(), engram_layer(streams, num_heads=2, head_dim=8, **fields)
+    """From token map to gradients, against a dense table under autograd in which windows with a
+    masked id are zero.
+    """
+    memory = real_memory()
+    layer = engram_layer(streams, num_heads=2, head_dim=8, **fields)
     ids_BL, documents_BL = with_masked_positions()
     row_ids = memory.row_ids(ids_BL, documents_BL)
     compressed = torch.where(ids_BL < 0, -1, ids_BL % 150)
@@ -381,23 +543,45 @@ def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
     e_BLM, nothing_BL = memory_of(rows)[3]()
     assert torch.equal(e_BLM, dense_BLM)
     assert torch.equal(nothing_BL, ~alive_BLO.any(-1))
-    h_BLSD = torch.randn(2, ids_BL.shape[1], streams, WIDTH, requires_grad=True)
+    h_BLSD = torch.randn(
+        2,
+        ids_BL.shape[1],
+        streams,
+        WIDTH,
+        requires_grad=True,
+    )
     masked_BL = ids_BL < 0
     assert not layer.gated(h_BLSD, e_BLM)[0][masked_BL].any()
 
     upstream = torch.randn(2, ids_BL.shape[1], streams, WIDTH)
-    out_BLSD = added(layer, h_BLSD, e_BLM, documents_BL, masked_BL=nothing_BL)
+    out_BLSD = added(
+        layer,
+        h_BLSD,
+        e_BLM,
+        documents_BL,
+        masked_BL=nothing_BL,
+    )
     assert not out_BLSD[masked_BL].any()
     assert out_BLSD[~nothing_BL].abs().amax((1, 2)).all()
     out_BLSD.backward(upstream)
     if layer.config.gate:
         assert not h_BLSD.grad[masked_BL].any()
         assert h_BLSD.grad[~masked_BL].any()
-    layer(h_BLSD.detach(), dense_BLM, documents_BL, masked_BL=nothing_BL).backward(upstream)
+    layer(
+        h_BLSD.detach(),
+        dense_BLM,
+        documents_BL,
+        masked_BL=nothing_BL,
+    ).backward(upstream)
     memory.tables.accumulate(rows)
     touched, gradient = memory.tables.gradients()[3]
     assert touched.tolist() == sorted(set(expected_ids[alive_BLO].tolist()))
-    assert_close("row gradients", gradient, dense_RW.grad[touched], kind="gradient")
+    assert_close(
+        "row gradients",
+        gradient,
+        dense_RW.grad[touched],
+        kind="gradient",
+    )
     untouched = torch.ones(len(dense_RW), dtype=torch.bool).index_fill_(0, touched, False)
     assert not dense_RW.grad[untouched].any()
 
@@ -405,8 +589,12 @@ def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
 @pytest.mark.parametrize("pieces", [[1] * 24, [6, 1, 1, 10, 6]], ids=["steps", "pieces"])
 def test_decoding_over_masked_positions_is_the_whole_forward(pieces):
     """Also where a piece ends among them, and where a piece has none."""
-    memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
-    row_ids, cache, start, steps = memory.row_ids(with_masked_positions()[0], None), {}, 0, []
+    memory = real_memory()
+    layer = engram_layer(4, num_heads=2, head_dim=8)
+    row_ids = memory.row_ids(with_masked_positions()[0], None)
+    cache = {}
+    start = 0
+    steps = []
     h_BLSD = torch.randn(2, 24, 4, WIDTH)
 
     def remembered(cut: slice, cache: dict | None) -> torch.Tensor:
@@ -423,15 +611,29 @@ def test_decoding_over_masked_positions_is_the_whole_forward(pieces):
 
 
 def model_over_masked_positions(fields: dict, recompute: bool) -> tuple:
-    """Logits, loss and the norm of the rows' gradient; tokens are known everywhere, memory is masked at some."""
-    config = tiny_config(pattern="-*", num_streams=2, engram=replace(tiny_config().model.engram, layers=(0, 1)))
+    """Logits, loss and the norm of the rows' gradient; tokens are known everywhere, memory is
+    masked at some.
+    """
+    config = tiny_config(
+        pattern="-*", num_streams=2, engram=replace(tiny_config().model.engram, layers=(0, 1))
+    )
     mesh = build_mesh(layout(**fields)) if fields else single_mesh()
     cpu = torch.device("cpu")
     memory = build_memory(config, mesh, made_up_token_map(), cpu)
-    model = build_model(config.model, mesh, seed=0, dtype=torch.float32, device=cpu, checkpoint_activations=recompute)
+    model = build_model(
+        config.model,
+        mesh,
+        seed=0,
+        dtype=torch.float32,
+        device=cpu,
+        checkpoint_activations=recompute,
+    )
     for block in model.layers:  # it starts as nothing
-        torch.nn.init.normal_(block.engram.conv_weight, generator=torch.Generator().manual_seed(block.index))
-    (ids_BL, documents_BL), targets_BL = with_masked_positions(), made_up_rows(3)[1][:2]
+        torch.nn.init.normal_(
+            block.engram.conv_weight, generator=torch.Generator().manual_seed(block.index)
+        )
+    (ids_BL, documents_BL) = with_masked_positions()
+    targets_BL = made_up_rows(3)[1][:2]
     rows = memory.tables.fetch(memory.row_ids(ids_BL, documents_BL))
     ids_BL = ids_BL.clamp_min(0)
     loss, _ = model(ids_BL, targets_BL, documents_BL, memory_of(rows))
@@ -445,12 +647,18 @@ def model_over_masked_positions(fields: dict, recompute: bool) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("fields", "recompute"), [({"tp": 2}, False), ({"tp": 2, "sequence_parallel": True}, True)], ids=str
+    ("fields", "recompute"),
+    [({"tp": 2}, False), ({"tp": 2, "sequence_parallel": True}, True)],
+    ids=str,
 )
 def test_masked_positions_are_masked_on_every_layout(fields, recompute):
-    """Shares of tokens, sequence parallelism and recomputation; without the mask the model says something else."""
+    """Shares of tokens, sequence parallelism and recomputation; without the mask the model says
+    something else.
+    """
     expected, loss, squared = model_over_masked_positions({}, False)
-    for logits, got_loss, got_squared in run_ranks(model_over_masked_positions, 2, fields, recompute):
+    for logits, got_loss, got_squared in run_ranks(
+        model_over_masked_positions, 2, fields, recompute
+    ):
         assert_close("logits", torch.from_numpy(logits), torch.from_numpy(expected))
         assert got_loss == pytest.approx(loss, rel=1e-6)
         assert got_squared == pytest.approx(squared, rel=1e-4)
@@ -460,19 +668,24 @@ def test_masked_positions_are_masked_on_every_layout(fields, recompute):
 
 
 def test_text_of_masked_positions_only_touches_no_row():
-    memory, layer = real_memory(), engram_layer(4, num_heads=2, head_dim=8)
+    memory = real_memory()
+    layer = engram_layer(4, num_heads=2, head_dim=8)
     before = {name: piece.tensor.clone() for name, piece in memory.tables.state().items()}
     ids_BL = torch.full((2, LENGTH), -1)
     rows = memory.fetch(ids_BL, None)
     h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
     recalled = [recall() for recall in memory_of(rows).values()]
-    out_BLSD = sum(added(layer, h_BLSD, e_BLM, None, masked_BL=masked_BL) for e_BLM, masked_BL in recalled)
+    out_BLSD = sum(
+        added(layer, h_BLSD, e_BLM, None, masked_BL=masked_BL) for e_BLM, masked_BL in recalled
+    )
     assert not out_BLSD.any()
     out_BLSD.sum().backward()
     assert not h_BLSD.grad.any()
     memory.tables.accumulate(rows)
     memory.tables.step(1.0)
-    assert all(torch.equal(piece.tensor, before[name]) for name, piece in memory.tables.state().items())
+    assert all(
+        torch.equal(piece.tensor, before[name]) for name, piece in memory.tables.state().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -484,7 +697,9 @@ def test_text_of_masked_positions_only_touches_no_row():
     ],
 )
 def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
-    """None is wrapped round, clamped or hashed; nor is one below -1, which would count from a table's end."""
+    """None is wrapped round, clamped or hashed; nor is one below -1, which would count from a
+    table's end.
+    """
     memory = real_memory()
     ids_BL, _, documents_BL = made_up_rows(0)
     ids_BL[2, 7] = token
@@ -495,5 +710,7 @@ def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
 def test_a_token_map_larger_than_the_hash_is_an_error():
     memory = real_memory()
     memory.token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
-    with pytest.raises(ValueError, match=r"got id 180, expected -1 .masked. to vocab_size - 1 = 149"):
+    with pytest.raises(
+        ValueError, match=r"got id 180, expected -1 .masked. to vocab_size - 1 = 149"
+    ):
         memory.row_ids(torch.full((1, 4), 180), None)

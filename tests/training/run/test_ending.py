@@ -1,4 +1,6 @@
-"""What comes after the last save is said in a line each where it fails, and never changes a run's exit code."""
+"""What comes after the last save is said in a line each where it fails, and never changes a run's
+exit code.
+"""
 
 import os
 import shlex
@@ -7,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.helpers.runs import corpus, forked, records, run_forked, words  # noqa: F401
+from tests.helpers.runs import forked, records, run_forked, words
 from training.data.files import TokenFiles
 from training.decode import sample
 from training.decode.generate import generate
@@ -19,7 +21,7 @@ EP2 = ("--parallel.ep", "2")
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):  # noqa: F811
+def finished(corpus, tmp_path_factory):
     """Directory of a finished run, and what it printed."""
     cwd = tmp_path_factory.mktemp("finished")
     return cwd / "runs" / "whole", run_forked(cwd, words(corpus, "whole", *SHORT))
@@ -67,8 +69,14 @@ SPOILED = {
     "the disk is full": (_full_disk, ["loss curve: left out (OSError"]),
     "no memory is left": (_no_memory, ["validation loss: left out (MemoryError)"]),
     "nothing was evaluated": (_empty_validation, ["validation loss: left out (IndexError"]),
-    "the metrics are gone": (_metrics_gone, ["validation loss: left out (File", "loss curve: left out (File"]),
-    "the run is gone": (_all_gone, ["validation loss: left out (File", "loss curve: left out (File"]),
+    "the metrics are gone": (
+        _metrics_gone,
+        ["validation loss: left out (File", "loss curve: left out (File"],
+    ),
+    "the run is gone": (
+        _all_gone,
+        ["validation loss: left out (File", "loss curve: left out (File"],
+    ),
 }
 
 
@@ -121,9 +129,14 @@ IN_THE_SAMPLE = {
 
 
 @pytest.mark.parametrize("name", IN_THE_SAMPLE)
-def test_a_sample_that_fails_leaves_the_rest_and_the_exit_code(corpus, tmp_path, name):  # noqa: F811
+def test_a_sample_that_fails_leaves_the_rest_and_the_exit_code(corpus, tmp_path, name):
     patch, codes = IN_THE_SAMPLE[name]
-    with forked(tmp_path, words(corpus, "run", *SHORT, *EP2), 2, patch=patch) as ranks:
+    with forked(
+        tmp_path,
+        words(corpus, "run", *SHORT, *EP2),
+        2,
+        patch=patch,
+    ) as ranks:
         assert ranks.codes() == codes, ranks.text(0)
         printed = ranks.text(0)
     assert printed.count("to train further: ") == 1
@@ -132,7 +145,7 @@ def test_a_sample_that_fails_leaves_the_rest_and_the_exit_code(corpus, tmp_path,
     assert [record["step"] for record in records(tmp_path / "runs" / "run")] == [1, 1]
 
 
-def test_where_tensor_ranks_share_tokens_the_command_is_named(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_where_tensor_ranks_share_tokens_the_command_is_named(corpus, tmp_path, monkeypatch):
     printed = run_forked(tmp_path, words(corpus, "run", *SHORT, "--parallel.tp", "2"), 2)
     (line,) = [line for line in printed.splitlines() if line.startswith("sample: ")]
     command = shlex.split(line.partition(": ")[2])

@@ -16,14 +16,24 @@ from training.run.speedometer import Speedometer
 from training.step import StepResult
 
 RECORD = {
-    "step": 120, "loss": 3.41273, "grad_norm": 0.8123, "lr": 5.9e-4, "tokens_per_s": 48_123.0, "mfu": 0.382,
-    "mem_gib": 61.04, "a2a": 0.06, "expert_max": 1.312, "engram_wait": 0.004, "eta_s": 42.3,
-}  # fmt: skip
+    "step": 120,
+    "loss": 3.41273,
+    "grad_norm": 0.8123,
+    "lr": 5.9e-4,
+    "tokens_per_s": 48_123.0,
+    "mfu": 0.382,
+    "mem_gib": 61.04,
+    "a2a": 0.06,
+    "expert_max": 1.312,
+    "engram_wait": 0.004,
+    "eta_s": 42.3,
+}
 
 
 def test_log_line():
     assert log_line(RECORD, 2000) == (
-        "step 120/2000 loss 3.4127 gnorm 0.81 lr 5.9e-04 tok/s 48.1k mfu 38.2% mem 61.0GiB a2a 6.0% expert-max 1.31x "
+        "step 120/2000 loss 3.4127 gnorm 0.81 lr 5.9e-04 tok/s 48.1k mfu 38.2% mem 61.0GiB a2a "
+        "6.0% expert-max 1.31x "
         "engram-wait 0.4% eta 0:42"
     )
     dense = RECORD | {"mfu": None, "expert_max": None, "engram_wait": None}
@@ -36,13 +46,16 @@ def test_log_line():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (999, "999"), (1000, "1.0k"), (48_123, "48.1k"), (2.5e6, "2.5M"), (1.25e9, "1.2G")]
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0k"), (48_123, "48.1k"), (2.5e6, "2.5M"), (1.25e9, "1.2G")],
 )
 def test_short(number, text):
     assert short(number) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (9.9, "0:09"), (61, "1:01"), (3725, "1:02:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (9.9, "0:09"), (61, "1:01"), (3725, "1:02:05")]
+)
 def test_clock(seconds, text):
     assert clock(seconds) == text
 
@@ -55,7 +68,12 @@ def test_memory_is_that_of_the_process():
 
 
 def write(directory, steps, *, resumed_at=0, active=True):
-    with Metrics(directory, 10, active=active, resumed_at=resumed_at) as metrics:
+    with Metrics(
+        directory,
+        10,
+        active=active,
+        resumed_at=resumed_at,
+    ) as metrics:
         for step in steps:
             metrics.write(RECORD | {"step": step}, echo=step % 2 == 0)
         metrics.say("done")
@@ -87,9 +105,17 @@ def test_what_was_logged_past_the_resumed_step_is_dropped(tmp_path, resumed_at):
     write(tmp_path, [1, 2, 3, 4, 5])
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     write(tmp_path, [resumed_at + 1], resumed_at=resumed_at)
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, resumed_at + 2))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(
+        range(1, resumed_at + 2)
+    )
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -108,17 +134,25 @@ def test_flops_of_a_dense_model_by_hand():
         d_model=64,
         vocab_size=256,
         mlp_dim=128,
-        mamba2=Mamba2Config(head_dim=16, state_dim=16, num_groups=1, chunk_size=32),
+        mamba2=Mamba2Config(
+            head_dim=16,
+            state_dim=16,
+            num_groups=1,
+            chunk_size=32,
+        ),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     )
-    head, mlps = 256 * 64, 2 * 3 * 64 * 128
+    head = 256 * 64
+    mlps = 2 * 3 * 64 * 128
     attention = 64 * (64 + 32 + 32) + 64 * 64  # q, k, v and out
     # in_proj to z, x, B, C and dt; out_proj; conv and its bias; A, D, dt_bias; gated norm
     mamba = 64 * (128 + 128 + 16 + 16 + 8) + 128 * 64 + (128 + 16 + 16) * (4 + 1) + 3 * 8 + 128
     norms = (4 + 1) * 64
     products = 6 * (head + mlps + attention + mamba + norms)
     for length in (128, 1000):
-        causal = 6 * length * 64  # two products of half the L x L scores, forward and twice backward
+        causal = (
+            6 * length * 64
+        )  # two products of half the L x L scores, forward and twice backward
         scan = 6 * (2 * 16 + 32) * 128
         assert flops_per_token(model, length) == products + causal + scan
 
@@ -140,8 +174,16 @@ def test_speedometer(monkeypatch):
     config = PRESETS["tiny"]()
     speed = Speedometer(config, 2, torch.device("cpu"), 0)
     tokens = config.train.global_batch * config.data.seq_length
-    result = StepResult(loss=2.0, grad_norm=1.0, expert_max=1.5, engram_wait_s=1.0, engram_work_s=1.5, exchange_s=0.5)
-    first, second = speed.record(1, result, 0.1), speed.record(2, result, 0.2)
+    result = StepResult(
+        loss=2.0,
+        grad_norm=1.0,
+        expert_max=1.5,
+        engram_wait_s=1.0,
+        engram_work_s=1.5,
+        exchange_s=0.5,
+    )
+    first = speed.record(1, result, 0.1)
+    second = speed.record(2, result, 0.2)
     speed.pause()
     third = speed.record(3, result, 0.3)
     assert [record["step_s"] for record in (first, second, third)] == [10.0, 2.0, 4.0]
@@ -188,14 +230,17 @@ BAD_LINES = {
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_costs_no_record(name, place, tmp_path):
     """It is left out and told; what is not past the resumed step stays; the former file is kept."""
-    path, bad = tmp_path / "metrics.jsonl", BAD_LINES[name]
+    path = tmp_path / "metrics.jsonl"
+    bad = BAD_LINES[name]
     number = {"first": 0, "middle": 3}.get(place, len(GOOD))
     lines = [*GOOD[:number], bad, *GOOD[number:]]
     former = b"\n".join(lines) + (b"" if place == "last without an end" else b"\n")
     path.write_bytes(former)
     nothing_there = not bad and place == "last without an end"
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
-    assert tell_bad_lines(read_lines(path)) == ("" if nothing_there else f"1 damaged line ({number + 1})")
+    assert tell_bad_lines(read_lines(path)) == (
+        "" if nothing_there else f"1 damaged line ({number + 1})"
+    )
 
     told = drop_later_records(path, 6)
     assert path.read_bytes() == b"\n".join(GOOD) + b"\n"
@@ -216,8 +261,14 @@ def test_later_records_and_bad_lines_are_told_together_and_each_former_file_is_k
         f"the former file is {path}.1"
     )
     assert path.read_bytes() == b"\n".join(GOOD[:4]) + b"\n"
-    assert drop_later_records(path, 3).endswith(f"left out 1 record past step 3; the former file is {path}.2")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.jsonl.1", "metrics.jsonl.2"]
+    assert drop_later_records(path, 3).endswith(
+        f"left out 1 record past step 3; the former file is {path}.2"
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "metrics.jsonl.1",
+        "metrics.jsonl.2",
+    ]
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == former
 
 

@@ -1,4 +1,6 @@
-"""One process owns a run: among several one wins, the living are left alone, the dead replaced, the frozen find out."""
+"""One process owns a run: among several one wins, the living are left alone, the dead replaced, the
+frozen find out.
+"""
 
 import json
 import multiprocessing
@@ -10,7 +12,7 @@ import time
 import pytest
 
 from parallel.errors import LostRun, RunError
-from tests.helpers.runs import ENDLESS, corpus, forked, wait_for_step, words  # noqa: F401
+from tests.helpers.runs import ENDLESS, forked, wait_for_step, words
 from tests.training.test_loop import contents
 from training.run import ownership
 from training.run.owner_file import OwnerFile, owner_files, read_owner, this_process
@@ -50,7 +52,10 @@ def test_the_living_are_left_alone_and_named(tmp_path):
     told = str(error.value)
     assert f"name=x is in training: process {os.getpid()} on " in told
     assert "of job 77, since 20" in told
-    assert f"choose another --name, or stop that process; if you know that it is dead, remove {run.parent}/.x.o" in told
+    assert (
+        "choose another --name, or stop that process; if you know that it is dead, remove "
+        f"{run.parent}/.x.o" in told
+    )
     first.require()
     first.release()
 
@@ -148,7 +153,8 @@ def test_of_several_one_wins(there, links, tmp_path, monkeypatch):
         run = tmp_path / f"x{turn}"
         if there != "nothing":
             write_owner(run, start="1")
-        barrier, results = context.Barrier(6), context.Array("i", 6)
+        barrier = context.Barrier(6)
+        results = context.Array("i", 6)
         each = [context.Process(target=_contend, args=(run, n, barrier, results)) for n in range(6)]
         for process in each:
             process.start()
@@ -178,7 +184,9 @@ def test_one_that_was_replaced_finds_out_and_does_not_touch_the_other(gone, tmp_
     deadline = time.monotonic() + 60
     while not frozen.is_lost():
         assert time.monotonic() < deadline
-    with pytest.raises(LostRun, match=r"name=x is (now trained by process \d+ on far|no longer this process's)"):
+    with pytest.raises(
+        LostRun, match=r"name=x is (now trained by process \d+ on far|no longer this process's)"
+    ):
         frozen.require()
     frozen.release()
     assert gone or file.is_own()
@@ -206,8 +214,10 @@ def test_names_of_any_length_and_letters(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_in_training_is_not_begun_resumed_or_overwritten(corpus, tmp_path):  # noqa: F811
-    """Two that start at the same moment: one trains. Whoever comes later is refused, and changes nothing."""
+def test_a_run_in_training_is_not_begun_resumed_or_overwritten(corpus, tmp_path):
+    """Two that start at the same moment: one trains. Whoever comes later is refused, and changes
+    nothing.
+    """
     argv = words(corpus, "one", *ENDLESS, "--train.eval_rows", "1")
     run = tmp_path / "runs" / "one"
     with forked(tmp_path, argv) as first, forked(tmp_path, argv) as second:
@@ -253,21 +263,43 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_torchrun_restarts_a_run_that_lost_a_rank(corpus, tmp_path):  # noqa: F811
+def test_torchrun_restarts_a_run_that_lost_a_rank(corpus, tmp_path):
     """The second attempt finds the first one's owner dead, and goes on from its last save."""
     from tests.launch.commands import BIN, environment
     from training.run.metrics_file import read_metrics
 
     (tmp_path / "program.py").write_text(PROGRAM)
-    argv = words(corpus, "again", "--parallel.ep", "2", "--train.save_every", "2", "--train.eval_rows", "1")
+    argv = words(
+        corpus, "again", "--parallel.ep", "2", "--train.save_every", "2", "--train.eval_rows", "1"
+    )
     done = subprocess.run(
-        [str(BIN / "torchrun"), "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
-         "--max-restarts", "1", "program.py", *argv, "--auto-resume"],
-        cwd=tmp_path, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [
+            str(BIN / "torchrun"),
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "1",
+            "program.py",
+            *argv,
+            "--auto-resume",
+        ],
+        cwd=tmp_path,
+        env=environment(DS_ACCELERATOR="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists()
     assert "resumed from runs/again/checkpoints/step-0000000" in done.stdout
-    trained = [r["step"] for r in read_metrics(tmp_path / "runs" / "again" / "metrics.jsonl") if "loss" in r]
+    trained = [
+        r["step"]
+        for r in read_metrics(tmp_path / "runs" / "again" / "metrics.jsonl")
+        if "loss" in r
+    ]
     assert trained == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["again"]

@@ -71,7 +71,9 @@ def test_what_could_never_be_written_is_told(tmp_path):
         file.write(str(step))
     file.close()
     assert "cannot be written" in told[0]
-    assert told[1:] == [f"{tmp_path}/nowhere/metrics.jsonl lacks its last 3 lines: they could not be written"]
+    assert told[1:] == [
+        f"{tmp_path}/nowhere/metrics.jsonl lacks its last 3 lines: they could not be written"
+    ]
 
 
 def test_a_run_without_tensorboard_says_so_and_logs(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""A run that the system asks to stop saves at once, says how to go on, and goes on as if it had not stopped."""
+"""A run that the system asks to stop saves at once, says how to go on, and goes on as if it had not
+stopped.
+"""
 
 import os
 import re
@@ -15,11 +17,10 @@ import torch
 from parallel.mesh import build_mesh
 from parallel.mesh_plan import ParallelConfig
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import (  # noqa: F401
+from tests.helpers.runs import (
     ENDLESS,
     HANG_S,
     TORCHRUN,
-    corpus,
     forked,
     go_on,
     hold_after,
@@ -34,11 +35,20 @@ from tests.launch.commands import environment
 from training.run.preemption import StopRequest
 from training.run.stop_signals import SIGNALS
 
-STEPS = ("--parallel.ep", "2", "--train.steps", "10", "--train.dtype", "bf16", "--train.save_every", "100")
+STEPS = (
+    "--parallel.ep",
+    "2",
+    "--train.steps",
+    "10",
+    "--train.dtype",
+    "bf16",
+    "--train.save_every",
+    "100",
+)
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):  # noqa: F811
+def whole(corpus, tmp_path_factory):
     """The records of a run that nobody asked to stop."""
     cwd = tmp_path_factory.mktemp("whole")
     run_forked(cwd, words(corpus, "whole", *STEPS), 2)
@@ -56,27 +66,42 @@ MOMENT_S = 0.02
 
 
 def send(ranks, asked, then=lambda: None) -> None:
-    """Signals a moment apart, then something else, and signals again while the run saves and ends."""
+    """Signals a moment apart, then something else,
+    and signals again while the run saves and ends.
+    """
     for rank, number in asked:
         ranks.kill(rank, number)
         time.sleep(MOMENT_S)
     then()
-    (rank, number), process = asked[-1], ranks.processes[asked[-1][0]]
+    (rank, number) = asked[-1]
+    process = ranks.processes[asked[-1][0]]
     while process.is_alive():
         ranks.kill(rank, number)
         time.sleep(MOMENT_S)
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_signals_save_on_all_ranks_and_the_resumed_run_is_bitwise_equal(corpus, whole, tmp_path, name):  # noqa: F811
+def test_signals_save_on_all_ranks_and_the_resumed_run_is_bitwise_equal(
+    corpus,
+    whole,
+    tmp_path,
+    name,
+):
     first_rank, first = ASKED[name][0]
-    with forked(tmp_path, words(corpus, "asked", *STEPS), 2, patch=hold_after(3)) as ranks:
+    with forked(
+        tmp_path,
+        words(corpus, "asked", *STEPS),
+        2,
+        patch=hold_after(3),
+    ) as ranks:
         wait_for_step(tmp_path / "runs" / "asked", 2)
         send(ranks, ASKED[name], lambda: go_on(tmp_path))
         assert ranks.codes() == [0, 0]
         printed = ranks.text(0)
         assert "asked to stop" not in ranks.text(1)
-    step, command = re.findall(r"asked to stop: saved after step (\d+); to go on: (.+)", printed)[-1]
+    step, command = re.findall(r"asked to stop: saved after step (\d+); to go on: (.+)", printed)[
+        -1
+    ]
     logged = [record["step"] for record in records(tmp_path / "runs" / "asked")]
     assert 2 <= int(step) == logged[-1] < 10
     where = " (rank 1)" if first_rank == 1 else ""
@@ -88,7 +113,9 @@ def test_signals_save_on_all_ranks_and_the_resumed_run_is_bitwise_equal(corpus, 
     resumed = shlex.split(command)
     assert resumed[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     words_of_train = resumed[resumed.index("launch") + 1 :]
-    assert f"resumed from runs/asked/checkpoints/step-{int(step):08}" in run_forked(tmp_path, words_of_train, 2)
+    assert f"resumed from runs/asked/checkpoints/step-{int(step):08}" in run_forked(
+        tmp_path, words_of_train, 2
+    )
     assert records(tmp_path / "runs" / "asked") == whole
 
 
@@ -105,24 +132,33 @@ def _slow_build(rank: int) -> None:
     loop.build_trainer = slow
 
 
-def test_a_signal_while_the_run_is_built_is_kept_and_nothing_is_written(corpus, tmp_path):  # noqa: F811
-    with forked(tmp_path, words(corpus, "early", *STEPS), 2, patch=_slow_build) as ranks:
+def test_a_signal_while_the_run_is_built_is_kept_and_nothing_is_written(corpus, tmp_path):
+    with forked(
+        tmp_path,
+        words(corpus, "early", *STEPS),
+        2,
+        patch=_slow_build,
+    ) as ranks:
         wait_until((tmp_path / "building.1").exists, "the build of rank 1")
         send(ranks, [(1, signal.SIGUSR1), (1, signal.SIGTERM)])
         assert ranks.codes() == [0, 0]
         assert "asked to stop by SIGUSR1 (rank 1): ends before the first step" in ranks.text(0)
-        (command,) = re.findall(r"nothing was trained or written; to start again: (.+)", ranks.text(0))
+        (command,) = re.findall(
+            r"nothing was trained or written; to start again: (.+)", ranks.text(0)
+        )
         assert ranks.text(1) == ""
     again = shlex.split(command)
     assert again[again.index("launch") + 1 :] == words(corpus, "early", *STEPS)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_signal_is_kept_from_the_first_instruction_on(corpus, tmp_path):  # noqa: F811
+def test_a_signal_is_kept_from_the_first_instruction_on(corpus, tmp_path):
     """As soon as the process catches it, long before torch is there."""
     command = [sys.executable, "-m", "launch", *words(corpus, "first", *ENDLESS)]
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=output, stderr=output
+        )
     try:
         wait_until(lambda: _catches(process.pid, signal.SIGTERM), "a handler of SIGTERM")
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
@@ -133,7 +169,9 @@ def test_a_signal_is_kept_from_the_first_instruction_on(corpus, tmp_path):  # no
     finally:
         process.kill()
     printed = (tmp_path / "output").read_text()
-    assert printed.startswith("asked to stop by SIGTERM: ends before the first step; SIGQUIT ends at once\n")
+    assert printed.startswith(
+        "asked to stop by SIGTERM: ends before the first step; SIGQUIT ends at once\n"
+    )
     assert "stopped before the first step: nothing was trained or written" in printed
     assert not (tmp_path / "runs").exists()
 
@@ -144,8 +182,9 @@ def _catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
-def test_torchrun_forwards_a_termination_and_waits_for_the_save(corpus, tmp_path):  # noqa: F811
-    """What a Slurm script's ``scancel`` does: torchrun passes SIGTERM on and gives its processes 30 s.
+def test_torchrun_forwards_a_termination_and_waits_for_the_save(corpus, tmp_path):
+    """What a Slurm script's ``scancel`` does: torchrun passes SIGTERM on and gives its processes 30
+    s.
 
     torchrun ends with 1 even so. It does not pass SIGUSR1 on, but dies of it, unless told to by
     ``--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1``.
@@ -162,13 +201,16 @@ def test_torchrun_forwards_a_termination_and_waits_for_the_save(corpus, tmp_path
         assert command.wait() == 1
         assert not command.ranks()
         (step,) = re.findall(r"asked to stop: saved after step (\d+); to go on:", command.text())
-    assert (tmp_path / "runs" / "ended" / "checkpoints" / f"step-{int(step):08}" / "manifest.json").exists()
+    assert (
+        tmp_path / "runs" / "ended" / "checkpoints" / f"step-{int(step):08}" / "manifest.json"
+    ).exists()
     assert records(tmp_path / "runs" / "ended")[-1]["step"] == int(step)
 
 
 def ask(asked: list[int]) -> list[bool]:
     """What the ranks agree on before and after the ranks in ``asked`` got a signal."""
-    mesh, device = build_mesh(ParallelConfig()), torch.device("cpu")
+    mesh = build_mesh(ParallelConfig())
+    device = torch.device("cpu")
     with StopRequest(mesh, device) as stop:
         before = stop.agreed()
         if mesh.global_rank in asked:
@@ -182,11 +224,14 @@ def test_ranks_agree(asked):
 
 
 def alone() -> list[bool]:
-    """Whether handlers come back; whether a second signal changes nothing; whether a failing run keeps them."""
+    """Whether handlers come back; whether a second signal changes nothing; whether a failing run
+    keeps them.
+    """
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     before = [signal.getsignal(number) for number in SIGNALS]
-    mesh, device = build_mesh(ParallelConfig()), torch.device("cpu")
+    mesh = build_mesh(ParallelConfig())
+    device = torch.device("cpu")
     with StopRequest(mesh, device) as stop:
         for number in (signal.SIGTERM, *SIGNALS):
             os.kill(os.getpid(), number)

@@ -44,7 +44,12 @@ def test_says_where_it_ran(saved):
 
 
 def test_unknown_keys_name_the_nearest(saved):
-    change(saved, config__train__stepz=3, config__model__engram__layer=1, hardwear={})
+    change(
+        saved,
+        config__train__stepz=3,
+        config__model__engram__layer=1,
+        hardwear={},
+    )
     with pytest.raises(RunError) as error:
         load_run_json(saved)
     fixes = {problem.field: problem.fix for problem in error.value.problems}

@@ -1,1 +1,3 @@
-"""Weights in safetensors: for ``transformers`` where it has a class of the same function, and for ourselves."""
+"""Weights in safetensors: for ``transformers`` where it has a class of the same function, and for
+ourselves.
+"""

@@ -1,4 +1,6 @@
-"""A checkpoint's weights as safetensors: for ``transformers`` where a class of it has the same function, or for us."""
+"""A checkpoint's weights as safetensors: for ``transformers`` where a class of it has the same
+function, or for us.
+"""
 
 import json
 import shutil
@@ -18,12 +20,20 @@ from training.checkpoint.format import storage
 from training.checkpoint.format.boxes import Box
 from training.checkpoint.format.logical import is_weight
 from training.checkpoint.tools.reader import Reader
-from training.checkpoint.tools.sidecar_files import DATASET, data_directory, refuse_existing, sidecar_files
+from training.checkpoint.tools.sidecar_files import (
+    DATASET,
+    data_directory,
+    refuse_existing,
+    sidecar_files,
+)
 from training.checkpoint.tools.writer import Shapes
 from training.model.config import ModelConfig
 
-WEIGHTS, BESIDE_FILE = "model.safetensors", "engramba.safetensors"
-OURS, CONFIG, TOKENIZER = "engramba.json", "config.json", "tokenizer.json"
+WEIGHTS = "model.safetensors"
+BESIDE_FILE = "engramba.safetensors"
+OURS = "engramba.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 FORMAT = 1
 BLOCK_BYTES = 32 * 2**20
 Track = Callable[[Sequence[str]], Iterable[str]]
@@ -43,7 +53,8 @@ class Exported:
 
 
 def export(path: Path, output: Path, track: Track = lambda names: names) -> Exported:
-    """Write the weights of a checkpoint, fp32, with config.json and the run's tokenizer, into a new directory.
+    """Write the weights of a checkpoint, fp32, with config.json and the run's tokenizer, into a new
+    directory.
 
     Values are checked against their checksums and copied in blocks of at most 32 MiB.
 
@@ -55,7 +66,11 @@ def export(path: Path, output: Path, track: Track = lambda names: names) -> Expo
     storage.verify(path, reader.manifest, ONE_PROCESS)
     model = model_of(reader.manifest["model"])
     family, misfits = choose_family(model, _is_biased(reader))
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in reader.tensors.items() if is_weight(name)}
+    shapes = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in reader.tensors.items()
+        if is_weight(name)
+    }
     pieces = pieces_of(family, model, shapes)
     partial = output.with_name(output.name + ".partial")
     try:
@@ -64,11 +79,21 @@ def export(path: Path, output: Path, track: Track = lambda names: names) -> Expo
         _write_configs(partial, reader, model, family)
         partial.rename(output)
     except OSError as error:
-        rule, fix = f"cannot be written: {error}", "name a new directory of yours, on a disk with space"
+        rule = f"cannot be written: {error}"
+        fix = "name a new directory of yours, on a disk with space"
         raise RunError(Problem(field="output", value=output, rule=rule, fix=fix)) from error
-    zeros = sum(piece.rows * max(1, int(torch.Size(piece.inner).numel())) for piece in pieces if piece.ours is None)
+    zeros = sum(
+        piece.rows * max(1, int(torch.Size(piece.inner).numel()))
+        for piece in pieces
+        if piece.ours is None
+    )
     size = sum(file.stat().st_size for file in output.iterdir())
-    return Exported(family.architecture if family else None, misfits, size, zeros)
+    return Exported(
+        family.architecture if family else None,
+        misfits,
+        size,
+        zeros,
+    )
 
 
 def choose_family(model: ModelConfig, biased: bool) -> tuple[Family | None, dict[str, list[str]]]:
@@ -94,7 +119,12 @@ def model_of(fields: dict[str, Any]) -> ModelConfig:
         return TypeAdapter(ModelConfig).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise RunError(
-            Problem(field="model", value="...", rule=f"is no model: {error}", fix="use the code that wrote it")
+            Problem(
+                field="model",
+                value="...",
+                rule=f"is no model: {error}",
+                fix="use the code that wrote it",
+            )
         ) from error
 
 
@@ -121,20 +151,28 @@ def _is_biased(reader: Reader) -> bool:
     return any(bool(reader.read(name, box).any()) for name in biases for box in reader.boxes(name))
 
 
-def _write_tensors(directory: Path, reader: Reader, shapes: Shapes, pieces: list[Piece], track: Track) -> None:
+def _write_tensors(
+    directory: Path, reader: Reader, shapes: Shapes, pieces: list[Piece], track: Track
+) -> None:
     theirs = file_shapes(pieces, shapes)
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
-        for piece in sorted((p for p in pieces if p.theirs == name), key=lambda piece: piece.their_start):
+        for piece in sorted(
+            (p for p in pieces if p.theirs == name), key=lambda piece: piece.their_start
+        ):
             yield from _piece_blocks(reader, piece, theirs[name][0])
 
     for file, is_beside in ((WEIGHTS, False), (BESIDE_FILE, True)):
         mine = {name: kind for name, kind in theirs.items() if name.startswith(BESIDE) == is_beside}
         if mine:
-            write_tensor_file(directory / file, mine, ((name, blocks(name)) for name in track(list(mine))))
+            write_tensor_file(
+                directory / file, mine, ((name, blocks(name)) for name in track(list(mine)))
+            )
 
 
-def _piece_blocks(reader: Reader, piece: Piece, their_shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+def _piece_blocks(
+    reader: Reader, piece: Piece, their_shape: tuple[int, ...]
+) -> Iterator[torch.Tensor]:
     row_bytes = 4 * max(1, int(torch.Size(their_shape[1:]).numel()))
     step = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, piece.rows, step):
@@ -147,7 +185,9 @@ def _piece_blocks(reader: Reader, piece: Piece, their_shape: tuple[int, ...]) ->
             yield fold_values(reader.read(piece.ours, box), piece.fold)
 
 
-def _write_configs(directory: Path, reader: Reader, model: ModelConfig, family: Family | None) -> None:
+def _write_configs(
+    directory: Path, reader: Reader, model: ModelConfig, family: Family | None
+) -> None:
     manifest = reader.manifest
     ours = {key: manifest[key] for key in ("step", "model", "token_map", "hashes")}
     ours |= {"format": FORMAT, "architecture": family.architecture if family else None}
@@ -157,19 +197,29 @@ def _write_configs(directory: Path, reader: Reader, model: ModelConfig, family: 
     eod = _describe_tokenizer(directory, data_directory(reader.path))
     config: dict[str, Any] = {"model_type": "engramba"}
     if family is not None:
-        config = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": "float32"}
+        config = {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "dtype": "float32",
+        }
         config |= {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": None}
         config |= family.config(model) | family.usage(model)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _describe_tokenizer(directory: Path, data: Path | None) -> int | None:
-    """Tell transformers how to open the tokenizer; the id that ends a document, where the token files are at hand."""
+    """Tell transformers how to open the tokenizer; the id that ends a document, where the token
+    files are at hand.
+    """
     if not (directory / TOKENIZER).is_file():
         return None
     eod = None if data is None else json.loads((data / DATASET).read_text())["eod_id"]
     added = json.loads((directory / TOKENIZER).read_text()).get("added_tokens", [])
     end = next((token["content"] for token in added if token["id"] == eod), None)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return eod

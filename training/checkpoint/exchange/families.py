@@ -1,7 +1,9 @@
-"""The classes of ``transformers`` whose function a model of ours may have: when, with what config, in which tensors.
+"""The classes of ``transformers`` whose function a model of ours may have: when, with what config,
+in which tensors.
 
-Read in transformers 5.23. A class fits only if its logits are ours. NemotronH is the nearest by its pattern, but its
-MLPs and experts have no gates; Granite's hybrid has ours, but a feed-forward after every mixer: one of zeros adds none.
+Read in transformers 5.23. A class fits only if its logits are ours. NemotronH is the nearest by its
+pattern, but its MLPs and experts have no gates; Granite's hybrid has ours, but a feed-forward after
+every mixer: one of zeros adds none.
 """
 
 from collections.abc import Callable
@@ -54,8 +56,11 @@ def common_misfits(model: ModelConfig, letters: str) -> list[str]:
 
 
 def modern(config: Config) -> Config:
-    """A config.json with the names of layers that ``config`` of the families writes, whatever version wrote it."""
-    letters, types = LETTERS | {"moe": "E", "mlp": "-"}, config.get("layers_block_type") or config.get("layer_types")
+    """A config.json with the names of layers that ``config`` of the families writes, whatever
+    version wrote it.
+    """
+    letters = LETTERS | {"moe": "E", "mlp": "-"}
+    types = config.get("layers_block_type") or config.get("layer_types")
     if not isinstance(types, list):
         return config
     pattern = "".join(letters.get(kind, "?") for kind in types)
@@ -124,7 +129,8 @@ def _mamba1_model(config: Config) -> ModelConfig:
 
 
 def _nemotron_config(model: ModelConfig) -> Config:
-    mamba, heads = model.mamba2, model.attention
+    mamba = model.mamba2
+    heads = model.attention
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
@@ -159,9 +165,13 @@ def _nemotron_model(config: Config) -> ModelConfig:
         chunk_size=config["chunk_size"],
     )
     heads = AttentionConfig(
-        num_heads=config["num_attention_heads"], num_kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"]
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
     )
-    return ModelConfig(**_frame(config, config["hybrid_override_pattern"]), mamba2=mamba, attention=heads)
+    return ModelConfig(
+        **_frame(config, config["hybrid_override_pattern"]), mamba2=mamba, attention=heads
+    )
 
 
 def _nemotron_misfits(model: ModelConfig, biased: bool) -> list[str]:
@@ -174,7 +184,8 @@ def _nemotron_misfits(model: ModelConfig, biased: bool) -> list[str]:
 
 
 def _granite_misfits(model: ModelConfig, biased: bool) -> list[str]:
-    misfits, moe = common_misfits(model, "M*-E"), model.moe
+    misfits = common_misfits(model, "M*-E")
+    moe = model.moe
     if set("-E") <= set(model.pattern):
         misfits.append("its layers have all experts or all none, ours both E and -")
     pairs = zip(" " + model.pattern[:-1], model.pattern, strict=True)
@@ -184,11 +195,16 @@ def _granite_misfits(model: ModelConfig, biased: bool) -> list[str]:
         if moe.scores != "softmax":
             misfits.append(f"its experts are weighed by a softmax, ours by moe.scores={moe.scores}")
         if moe.route_scale != 1:
-            misfits.append(f"its experts' weights sum to 1, ours to moe.route_scale={moe.route_scale}")
+            misfits.append(
+                f"its experts' weights sum to 1, ours to moe.route_scale={moe.route_scale}"
+            )
         if moe.capacity_factor:
             misfits.append("its experts drop no tokens, ours by moe.capacity_factor")
         if biased:
-            misfits.append("its router has no selection bias, and ours is not zero (moe.bias_rate=0 keeps it so)")
+            misfits.append(
+                "its router has no selection bias, and ours is not zero (moe.bias_rate=0 keeps it "
+                "so)"
+            )
     return misfits
 
 
@@ -205,9 +221,12 @@ def _frame(config: Config, pattern: str) -> dict[str, Any]:
 def _backbone_pieces(model: ModelConfig) -> list[Piece]:
     """Names of Mamba, Mamba-2 and NemotronH: one norm and one mixer a layer, as ours."""
     names = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
-    found, mixers = vocabulary(model, *names), {"M": mamba2, "S": mamba1, "*": attention}
+    found = vocabulary(model, *names)
+    mixers = {"M": mamba2, "S": mamba1, "*": attention}
     for index, letter in enumerate(model.pattern):
-        found += whole(f"layers.{index}.norm", f"backbone.layers.{index}.norm.weight", model.d_model)
+        found += whole(
+            f"layers.{index}.norm", f"backbone.layers.{index}.norm.weight", model.d_model
+        )
         found += mixers[letter](model, f"layers.{index}.mixer", f"backbone.layers.{index}.mixer")
     return found
 

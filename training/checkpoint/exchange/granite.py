@@ -1,13 +1,23 @@
-"""GraniteMoeHybridForCausalLM: pairs of a mixer (Mamba-2 or attention) and a feed-forward (MLP, or experts beside one).
+"""GraniteMoeHybridForCausalLM: pairs of a mixer (Mamba-2 or attention) and a feed-forward (MLP, or
+experts beside one).
 
-Its experts are chosen by logits and weighed by a softmax over the chosen, which is ours over all, normalised. Where
-our pattern has no feed-forward after a mixer, Granite gets one of zeros: it adds nothing to the residual stream.
+Its experts are chosen by logits and weighed by a softmax over the chosen, which is ours over all,
+normalised. Where our pattern has no feed-forward after a mixer, Granite gets one of zeros: it adds
+nothing to the residual stream.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from training.checkpoint.exchange.pieces import BESIDE, Piece, attention, mamba2, swiglu, vocabulary, whole
+from training.checkpoint.exchange.pieces import (
+    BESIDE,
+    Piece,
+    attention,
+    mamba2,
+    swiglu,
+    vocabulary,
+    whole,
+)
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig, MoEConfig
 
 Config = dict[str, Any]
@@ -17,7 +27,9 @@ LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attent
 
 def granite_config(model: ModelConfig) -> Config:
     """config.json of a model that fits."""
-    mamba, heads, moe = model.mamba2, model.attention, model.moe
+    mamba = model.mamba2
+    heads = model.attention
+    moe = model.moe
     has_experts = "E" in model.pattern
     rotary = heads.positions == "rope" and "*" in model.pattern
     config = {
@@ -56,17 +68,22 @@ def granite_config(model: ModelConfig) -> Config:
 
 
 def granite_usage(model: ModelConfig) -> Config:
-    """Without a cache where there is no attention: the class asks its cache for a length, which attention layers keep.
+    """Without a cache where there is no attention: the class asks its cache for a length, which
+    attention layers keep.
 
-    Every forward raises there otherwise (transformers 5.23); with it, a token of ``generate`` costs a whole forward.
+    Every forward raises there otherwise (transformers 5.23); with it, a token of ``generate`` costs
+    a whole forward.
     """
     return {"use_cache": "*" in model.pattern}
 
 
 def granite_model(config: Config) -> ModelConfig:
-    """The model that a config.json describes: every feed-forward is a layer of ours, zero or not."""
+    """The model that a config.json describes: every feed-forward is a layer of ours,
+    zero or not.
+    """
     feed_forward = "E" if config["num_local_experts"] else "-"
-    shared, rotary = config["shared_intermediate_size"], config["position_embedding_type"] == "rope"
+    shared = config["shared_intermediate_size"]
+    rotary = config["position_embedding_type"] == "rope"
     moe = MoEConfig(
         num_experts=config["num_local_experts"],
         top_k=config["num_experts_per_tok"],
@@ -80,7 +97,9 @@ def granite_model(config: Config) -> ModelConfig:
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         positions="rope" if rotary else "none",
-        rope_theta=config["rope_parameters"]["rope_theta"] if rotary else AttentionConfig().rope_theta,
+        rope_theta=config["rope_parameters"]["rope_theta"]
+        if rotary
+        else AttentionConfig().rope_theta,
     )
     mamba = Mamba2Config(
         expand=config["mamba_expand"],
@@ -104,8 +123,15 @@ def granite_model(config: Config) -> ModelConfig:
 
 
 def granite_pieces(model: ModelConfig) -> list[Piece]:
-    """All tensors, router biases beside (they are zero), feed-forwards of zeros where we have none."""
-    found = vocabulary(model, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    """All tensors, router biases beside (they are zero),
+    feed-forwards of zeros where we have none.
+    """
+    found = vocabulary(
+        model,
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    )
     for index, (mixer, feed_forward) in enumerate(_blocks(model.pattern)):
         theirs = f"model.layers.{index}"
         found += whole(f"layers.{mixer}.norm", f"{theirs}.input_layernorm.weight", model.d_model)
@@ -119,43 +145,84 @@ def granite_pieces(model: ModelConfig) -> list[Piece]:
             found += _zeros(model, theirs)
         else:
             found += whole(f"layers.{feed_forward}.norm", norm, model.d_model)
-            found += _feed_forward(model, f"layers.{feed_forward}.mixer", theirs, feed_forward)
+            found += _feed_forward(
+                model,
+                f"layers.{feed_forward}.mixer",
+                theirs,
+                feed_forward,
+            )
     return found
 
 
 def _feed_forward(model: ModelConfig, ours: str, theirs: str, index: int) -> list[Piece]:
     if model.pattern[index] == "-":
         return swiglu(model, ours, f"{theirs}.shared_mlp", model.mlp_dim)
-    moe, experts = model.moe, f"{theirs}.block_sparse_moe"
+    moe = model.moe
+    experts = f"{theirs}.block_sparse_moe"
     found = [
         *whole(f"{ours}.router", f"{experts}.router.layer.weight", moe.num_experts),
-        *whole(f"{ours}.experts.gate_up", f"{experts}.input_linear.weight", moe.num_experts, fold="transpose"),
-        *whole(f"{ours}.experts.down", f"{experts}.output_linear.weight", moe.num_experts, fold="transpose"),
+        *whole(
+            f"{ours}.experts.gate_up",
+            f"{experts}.input_linear.weight",
+            moe.num_experts,
+            fold="transpose",
+        ),
+        *whole(
+            f"{ours}.experts.down",
+            f"{experts}.output_linear.weight",
+            moe.num_experts,
+            fold="transpose",
+        ),
         Piece(f"buffer/{ours}.bias", f"{BESIDE}{ours}.bias", moe.num_experts),
     ]
     if moe.shared_dim:
-        return found + swiglu(model, f"{ours}.shared", f"{theirs}.shared_mlp", moe.shared_dim)
+        return found + swiglu(
+            model,
+            f"{ours}.shared",
+            f"{theirs}.shared_mlp",
+            moe.shared_dim,
+        )
     return found + _zero_mlp(model, theirs)
 
 
 def _zeros(model: ModelConfig, theirs: str) -> list[Piece]:
     if "E" not in model.pattern:
         return _zero_mlp(model, theirs)
-    moe, width, experts = model.moe, model.d_model, f"{theirs}.block_sparse_moe"
+    moe = model.moe
+    width = model.d_model
+    experts = f"{theirs}.block_sparse_moe"
     shapes = {
         "router.layer": (width,),
         "input_linear": (2 * moe.expert_dim, width),
         "output_linear": (width, moe.expert_dim),
     }
-    zeros = [Piece(None, f"{experts}.{name}.weight", moe.num_experts, inner=inner) for name, inner in shapes.items()]
+    zeros = [
+        Piece(
+            None,
+            f"{experts}.{name}.weight",
+            moe.num_experts,
+            inner=inner,
+        )
+        for name, inner in shapes.items()
+    ]
     return zeros + _zero_mlp(model, theirs)
 
 
 def _zero_mlp(model: ModelConfig, theirs: str) -> list[Piece]:
     inner = _shared_dim(model)
     return [
-        Piece(None, f"{theirs}.shared_mlp.input_linear.weight", 2 * inner, inner=(model.d_model,)),
-        Piece(None, f"{theirs}.shared_mlp.output_linear.weight", model.d_model, inner=(inner,)),
+        Piece(
+            None,
+            f"{theirs}.shared_mlp.input_linear.weight",
+            2 * inner,
+            inner=(model.d_model,),
+        ),
+        Piece(
+            None,
+            f"{theirs}.shared_mlp.output_linear.weight",
+            model.d_model,
+            inner=(inner,),
+        ),
     ]
 
 
@@ -167,7 +234,9 @@ def _shared_dim(model: ModelConfig) -> int:
 
 
 def _blocks(pattern: str) -> list[tuple[int, int | None]]:
-    """(place of the mixer, place of the feed-forward after it or None) of each of Granite's layers."""
+    """(place of the mixer, place of the feed-forward after it or None) of each of
+    Granite's layers.
+    """
     return list(_pairs(pattern))
 
 

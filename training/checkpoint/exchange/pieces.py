@@ -1,7 +1,8 @@
 """Which rows of our tensors are which rows of another format's, block by block.
 
-Another format packs what we keep by part (z, x, B, C, dt in one ``in_proj``), orders dims otherwise, and knows no
-padding of the vocabulary. All of that is a list of ``Piece``s, which export reads from left to right and import back.
+Another format packs what we keep by part (z, x, B, C, dt in one ``in_proj``), orders dims
+otherwise, and knows no padding of the vocabulary. All of that is a list of ``Piece``s, which export
+reads from left to right and import back.
 """
 
 from collections.abc import Sequence
@@ -63,35 +64,65 @@ def whole(ours: str, theirs: str, rows: int, fold: Fold = "") -> list[Piece]:
     return [Piece("fp32/" + ours, theirs, rows, fold=fold)]
 
 
-def packed(ours: str, theirs: str, parts: Sequence[tuple[str, int]], fold: Fold = "") -> list[Piece]:
+def packed(
+    ours: str, theirs: str, parts: Sequence[tuple[str, int]], fold: Fold = ""
+) -> list[Piece]:
     """A parameter that we keep by part (name, rows)."""
-    pieces, start = [], 0
+    pieces = []
+    start = 0
     for part, rows in parts:
-        pieces.append(Piece(f"fp32/{ours}.{part}", theirs, rows, their_start=start, fold=fold))
+        pieces.append(
+            Piece(
+                f"fp32/{ours}.{part}",
+                theirs,
+                rows,
+                their_start=start,
+                fold=fold,
+            )
+        )
         start += rows
     return pieces
 
 
 def vocabulary(model: ModelConfig, embedding: str, norm: str, head: str) -> list[Piece]:
     """Embedding, last norm and head; the rows that only pad our vocabulary go beside."""
-    pieces, size, padded = whole("norm", norm, model.d_model), model.vocab_size, padded_vocab(model)
+    pieces = whole("norm", norm, model.d_model)
+    size = model.vocab_size
+    padded = padded_vocab(model)
     for ours, theirs in {"embedding.weight": embedding, "head.weight": head}.items():
         if ours == "embedding.weight" or not model.tie_embeddings:
             pieces += whole(ours, theirs, size)
             if padded > size:
-                pieces.append(Piece(f"fp32/{ours}", f"{BESIDE}padding.{ours}", padded - size, our_start=size))
+                pieces.append(
+                    Piece(
+                        f"fp32/{ours}",
+                        f"{BESIDE}padding.{ours}",
+                        padded - size,
+                        our_start=size,
+                    )
+                )
     return pieces
 
 
 def mamba2(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
     """A Mamba-2 mixer, named as in transformers."""
     config = model.mamba2
-    inner, bc = config.expand * model.d_model, config.num_groups * config.state_dim
+    inner = config.expand * model.d_model
+    bc = config.num_groups * config.state_dim
     heads = inner // config.head_dim
     conv = (("x", inner), ("B", bc), ("C", bc))
     return [
-        *packed(f"{ours}.in_proj.weight", f"{theirs}.in_proj.weight", (("z", inner), *conv, ("dt", heads))),
-        *packed(f"{ours}.conv_weight", f"{theirs}.conv1d.weight", conv, fold="conv"),
+        *packed(
+            f"{ours}.in_proj.weight",
+            f"{theirs}.in_proj.weight",
+            (("z", inner), *conv, ("dt", heads)),
+        ),
+        *packed(
+            f"{ours}.conv_weight",
+            f"{theirs}.conv1d.weight",
+            conv,
+            fold="conv",
+        ),
         *packed(f"{ours}.conv_bias", f"{theirs}.conv1d.bias", conv),
         *whole(f"{ours}.A_log", f"{theirs}.A_log", heads),
         *whole(f"{ours}.D", f"{theirs}.D", heads),
@@ -104,10 +135,16 @@ def mamba2(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
 def mamba1(model: ModelConfig, ours: str, theirs: str) -> list[Piece]:
     """A Mamba-1 mixer, named as in transformers."""
     config = model.mamba1
-    inner, rank = config.expand * model.d_model, config.dt_rank or -(-model.d_model // 16)
+    inner = config.expand * model.d_model
+    rank = config.dt_rank or -(-model.d_model // 16)
     return [
         *packed(f"{ours}.in_proj.weight", f"{theirs}.in_proj.weight", (("x", inner), ("z", inner))),
-        *whole(f"{ours}.conv_weight", f"{theirs}.conv1d.weight", inner, fold="conv"),
+        *whole(
+            f"{ours}.conv_weight",
+            f"{theirs}.conv1d.weight",
+            inner,
+            fold="conv",
+        ),
         *whole(f"{ours}.conv_bias", f"{theirs}.conv1d.bias", inner),
         *whole(f"{ours}.x_proj.weight", f"{theirs}.x_proj.weight", rank + 2 * config.state_dim),
         *whole(f"{ours}.dt_proj", f"{theirs}.dt_proj.weight", inner),

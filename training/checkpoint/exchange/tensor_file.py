@@ -1,6 +1,8 @@
-"""safetensors written block by block: a file may be larger than memory. The library, which reads it, wants it whole.
+"""safetensors written block by block: a file may be larger than memory. The library, which reads
+it, wants it whole.
 
-Format (github.com/huggingface/safetensors): length of the header in 8 bytes, header in JSON, values one after another.
+Format (github.com/huggingface/safetensors): length of the header in 8 bytes, header in JSON, values
+    one after another.
 """
 
 import json
@@ -15,9 +17,14 @@ import torch
 from parallel.errors import Problem, RunError
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 ALIGNMENT = 8
 INDEX = "model.safetensors.index.json"
 
@@ -36,21 +43,26 @@ def write_tensor_file(
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start = end
+        end = end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, blocks in values:
-            (shape, dtype), written = shapes[name], 0
+            (shape, dtype) = shapes[name]
+            written = 0
             for block in blocks:
-                written += file.write(block.contiguous().to(dtype).view(-1).view(torch.uint8).numpy().data)
+                written += file.write(
+                    block.contiguous().to(dtype).view(-1).view(torch.uint8).numpy().data
+                )
             assert written == math.prod(shape) * dtype.itemsize, f"{name} has {written} bytes"
 
 
 class TensorFiles:
-    """The tensors of a directory as ``transformers`` writes it: one file, or several with an index; and files beside.
+    """The tensors of a directory as ``transformers`` writes it: one file, or several with an index;
+    and files beside.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -63,7 +75,11 @@ class TensorFiles:
         self.files: dict[str, Any] = {}
         index = directory / INDEX
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+            names = (
+                sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                if index.is_file()
+                else []
+            )
             extra = [name for name in beside if (directory / name).is_file()]
             for name in (names or ["model.safetensors"]) + extra:
                 file = self.stack.enter_context(safe_open(str(directory / name), framework="pt"))
@@ -71,7 +87,10 @@ class TensorFiles:
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise RunError(
                 Problem(
-                    field="directory", value=directory, rule=f"cannot be read: {error}", fix="name an exported model"
+                    field="directory",
+                    value=directory,
+                    rule=f"cannot be read: {error}",
+                    fix="name an exported model",
                 )
             ) from error
 

@@ -1,4 +1,6 @@
-"""Boxes of a tensor: a flat range of it cut into boxes, and whether boxes cover it exactly once. Pure arithmetic."""
+"""Boxes of a tensor: a flat range of it cut into boxes, and whether boxes cover it exactly once.
+Pure arithmetic.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -31,7 +33,13 @@ class Box:
         """Whether the two share an element."""
         return all(
             a < b + m and b < a + n
-            for a, n, b, m in zip(self.offset, self.sizes, other.offset, other.sizes, strict=True)
+            for a, n, b, m in zip(
+                self.offset,
+                self.sizes,
+                other.offset,
+                other.sizes,
+                strict=True,
+            )
         )
 
     def split(self, max_numel: int) -> Iterator["Box"]:
@@ -40,13 +48,15 @@ class Box:
             yield self
             return
         dim = next(dim for dim, size in enumerate(self.sizes) if size > 1)
-        start, size = self.offset[dim], self.sizes[dim]
+        start = self.offset[dim]
+        size = self.sizes[dim]
         step = max(1, max_numel * size // self.numel)
         for first in range(start, start + size, step):
             yield from self._along(dim, first, min(step, start + size - first)).split(max_numel)
 
     def _along(self, dim: int, offset: int, size: int) -> "Box":
-        head, tail = slice(None, dim), slice(dim + 1, None)
+        head = slice(None, dim)
+        tail = slice(dim + 1, None)
         return replace(
             self,
             offset=(*self.offset[head], offset, *self.offset[tail]),
@@ -55,9 +65,11 @@ class Box:
 
 
 def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Elements [start, stop) of a C-contiguous tensor as boxes, in memory order: one after another they are the range.
+    """Elements [start, stop) of a C-contiguous tensor as boxes, in memory order: one after another
+    they are the range.
 
-    At most 2 * ndim - 1 boxes: an incomplete first row, whole rows, an incomplete last row, recursively.
+    At most 2 * ndim - 1 boxes: an incomplete first row, whole rows, an incomplete last row,
+    recursively.
     """
     if start >= stop:
         return
@@ -65,7 +77,8 @@ def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
         yield Box((start,), (stop - start,))
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row
+    first = -(-start // row)
+    last = stop // row
     if start < first * row:
         yield from _in_row(shape, first - 1, start, min(stop, first * row))
     if first < last:
@@ -85,12 +98,21 @@ def cover_problem(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
     boxes = sorted(boxes, key=lambda box: box.offset)
     whole = Box((0,) * len(shape), tuple(shape))
     # Swept along the dim that is cut the most, where the fewest boxes lie beside one another.
-    sweep = max(range(len(shape)), key=lambda dim: len({box.offset[dim] for box in boxes}), default=0)
+    sweep = max(
+        range(len(shape)), key=lambda dim: len({box.offset[dim] for box in boxes}), default=0
+    )
     beside: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offset[sweep]):
-        if any(a < 0 or a + n > size for a, n, size in zip(box.offset, box.sizes, whole.sizes, strict=True)):
+        if any(
+            a < 0 or a + n > size
+            for a, n, size in zip(box.offset, box.sizes, whole.sizes, strict=True)
+        ):
             return f"{box} lies outside the shape {list(shape)}"
-        beside = [other for other in beside if other.offset[sweep] + other.sizes[sweep] > box.offset[sweep]]
+        beside = [
+            other
+            for other in beside
+            if other.offset[sweep] + other.sizes[sweep] > box.offset[sweep]
+        ]
         for other in beside:
             if box.overlaps(other):
                 return f"{box} and {other} overlap"

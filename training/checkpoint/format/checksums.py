@@ -1,4 +1,6 @@
-"""Sizes and checksums of a checkpoint's files, made while they are written, and what differs from them later."""
+"""Sizes and checksums of a checkpoint's files, made while they are written, and what differs from
+them later.
+"""
 
 import io
 import os
@@ -17,20 +19,26 @@ WRITE_BEHIND_BYTES = 32 * 2**20
 
 
 class ChecksummedFile(io.RawIOBase):
-    """A file for writing that sums what passes, block by block: a block ends with each flush, as a tensor's chunk does.
+    """A file for writing that sums what passes, block by block: a block ends with each flush, as a
+    tensor's chunk does.
 
     The checksums are those of the bytes in memory: what the way to the disk damages, shows.
     """
 
     def __init__(self, path: Path) -> None:
-        self.file, self.size = path.open("wb", buffering=0), 0
+        self.file = path.open("wb", buffering=0)
+        self.size = 0
         self.sums: dict[int, str] = {}
-        self.block, self.block_start = xxhash.xxh3_64(), 0
-        self.pending, self.num_pending = np.empty(WRITE_BYTES, np.uint8), 0
+        self.block = xxhash.xxh3_64()
+        self.block_start = 0
+        self.pending = np.empty(WRITE_BYTES, np.uint8)
+        self.num_pending = 0
         self.num_written = self.num_asked = 0
 
     def write(self, data: Any) -> int:
-        """All of ``data``, a buffer. Sums and copies are made without the interpreter lock: training goes on."""
+        """All of ``data``, a buffer. Sums and copies are made without the interpreter lock:
+        training goes on.
+        """
         rest = np.frombuffer(data, np.uint8)
         size = rest.nbytes
         self.block.update(rest.data)
@@ -38,7 +46,8 @@ class ChecksummedFile(io.RawIOBase):
         while rest.size:
             part = rest[: WRITE_BYTES - self.num_pending]
             self.pending[self.num_pending : self.num_pending + len(part)] = part
-            self.num_pending, rest = self.num_pending + len(part), rest[len(part) :]
+            self.num_pending = self.num_pending + len(part)
+            rest = rest[len(part) :]
             if self.num_pending == WRITE_BYTES:
                 self._write_pending()
         return size
@@ -51,7 +60,8 @@ class ChecksummedFile(io.RawIOBase):
         """End the block."""
         if self.size > self.block_start:
             self.sums[self.block_start] = self.block.hexdigest()
-            self.block, self.block_start = xxhash.xxh3_64(), self.size
+            self.block = xxhash.xxh3_64()
+            self.block_start = self.size
 
     def fileno(self) -> int:
         """For fsync, which would miss what is still buffered here."""
@@ -72,15 +82,24 @@ class ChecksummedFile(io.RawIOBase):
         return _record(self.size, self.sums)
 
     def _write_pending(self) -> None:
-        """In large pieces: on a virtual machine pages for smaller ones cost several times as much."""
-        rest, self.num_pending = self.pending[: self.num_pending], 0
+        """In large pieces: on a virtual machine pages for smaller ones cost several times
+        as much.
+        """
+        rest = self.pending[: self.num_pending]
+        self.num_pending = 0
         while rest.size:
             written = self.file.write(rest.data)
-            rest, self.num_written = rest[written:], self.num_written + written
+            rest = rest[written:]
+            self.num_written = self.num_written + written
         unasked = self.num_written - self.num_asked
         if unasked >= WRITE_BEHIND_BYTES and hasattr(os, "posix_fadvise"):
             # Linux begins to write what it is told to forget.
-            os.posix_fadvise(self.file.fileno(), self.num_asked, unasked, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self.file.fileno(),
+                self.num_asked,
+                unasked,
+                os.POSIX_FADV_DONTNEED,
+            )
             self.num_asked = self.num_written
 
 
@@ -95,13 +114,16 @@ def file_records(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _record(size: int, sums: dict[int, str]) -> dict[str, Any]:
-    """A file in the manifest: its size, and by where each of its blocks begins, the block's XXH3."""
+    """A file in the manifest: its size, and by where each of its blocks begins,
+    the block's XXH3.
+    """
     return {"bytes": size, "xxh3_64": {str(start): checksum for start, checksum in sums.items()}}
 
 
 def _checksum(file: BinaryIO, size: int) -> str:
     """Of the next ``size`` bytes."""
-    checksum, memory = xxhash.xxh3_64(), memoryview(bytearray(min(READ_BYTES, size)))
+    checksum = xxhash.xxh3_64()
+    memory = memoryview(bytearray(min(READ_BYTES, size)))
     while size and (got := file.readinto(memory[:size])):  # type: ignore[attr-defined]
         checksum.update(memory[:got])
         size -= got

@@ -1,4 +1,6 @@
-"""Whether a checkpoint is of this model: its configuration, its tensors, and what its Engram rows mean."""
+"""Whether a checkpoint is of this model: its configuration, its tensors, and what its Engram rows
+mean.
+"""
 
 import hashlib
 import json
@@ -37,9 +39,15 @@ def metadata_of(tensors: Tensors) -> dict[str, dict[str, Any]]:
 
 def identity_of(config: ModelConfig, memory: EngramMemory | None) -> dict[str, Any]:
     """What parameters and rows mean: the model's configuration, the token map and the hashes."""
-    identity: dict[str, Any] = {"model": json.loads(json.dumps(asdict(config))), "token_map": None, "hashes": None}
+    identity: dict[str, Any] = {
+        "model": json.loads(json.dumps(asdict(config))),
+        "token_map": None,
+        "hashes": None,
+    }
     if memory is not None:
-        hashes = json.dumps({layer: asdict(spec) for layer, spec in sorted(memory.hashes.items())}, default=int)
+        hashes = json.dumps(
+            {layer: asdict(spec) for layer, spec in sorted(memory.hashes.items())}, default=int
+        )
         identity["token_map"] = memory.token_map.checksum
         identity["hashes"] = hashlib.sha256(hashes.encode()).hexdigest()
     return identity
@@ -53,7 +61,9 @@ def require_same_model(
     memory: EngramMemory | None,
     stored: TensorMetadata,
 ) -> None:
-    """Raise RunError with everything that differs between the checkpoint and the model that asks for it."""
+    """Raise RunError with everything that differs between the checkpoint and the model that asks
+    for it.
+    """
     identity = identity_of(config, memory)
     problems = model_problems(path, manifest, config)
     problems += _tensor_problems(path, metadata_of(tensors), stored)
@@ -61,7 +71,14 @@ def require_same_model(
         if not problems and identity[key] != manifest[key]:
             rule = f"is not the one of {path} ({manifest[key]}): its rows would be noise"
             fix = "use the token files and Engram settings that the run was trained with"
-            problems.append(Problem(field=name, value=identity[key], rule=rule, fix=fix))
+            problems.append(
+                Problem(
+                    field=name,
+                    value=identity[key],
+                    rule=rule,
+                    fix=fix,
+                )
+            )
     if problems:
         raise RunError(*problems)
 
@@ -70,16 +87,28 @@ def model_problems(path: Path, manifest: Manifest, config: ModelConfig) -> list[
     """The fields that make another function of the model than the checkpoint's."""
     here = identity_of(config, None)["model"]
     return [
-        Problem(field=f"model.{name}", value=mine, rule=f"is {theirs} in {path}", fix="use the checkpoint's value")
+        Problem(
+            field=f"model.{name}",
+            value=mine,
+            rule=f"is {theirs} in {path}",
+            fix="use the checkpoint's value",
+        )
         for name, mine, theirs in _config_differences(here, manifest["model"])
     ]
 
 
 def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, value here, value there) for fields that both know and that change the model's function."""
+    """(field, value here, value there) for fields that both know and that change the model's
+    function.
+    """
     used = here["pattern"] + there["pattern"]
-    unused = {{"-": "mlp_dim"}.get(letter, block) for letter, block in MIXERS.items() if letter not in used}
-    mine, other = _flat(here), _flat(there)
+    unused = {
+        {"-": "mlp_dim"}.get(letter, block)
+        for letter, block in MIXERS.items()
+        if letter not in used
+    }
+    mine = _flat(here)
+    other = _flat(there)
     return [
         (name, mine[name], other[name])
         for name in mine
@@ -91,7 +120,9 @@ def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tup
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
@@ -100,10 +131,14 @@ def _tensor_problems(path: Path, here: TensorMetadata, there: TensorMetadata) ->
     lines += [f"{name} is in it and not in this model" for name in there if name not in here]
     for name in here.keys() & there.keys():
         if here[name] != there[name]:
-            there_is, here_is = (f"{record['dtype']} {record['shape']}" for record in (there[name], here[name]))
+            there_is, here_is = (
+                f"{record['dtype']} {record['shape']}" for record in (there[name], here[name])
+            )
             lines.append(f"{name} is {there_is} in it and {here_is} here")
     if not lines:
         return []
     listed = "; ".join(sorted(lines)[:MAX_LISTED])
     more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return list(checkpoint_problem(path, f"holds another model: {listed}{more}", "use its run.json").problems)  # type: ignore[arg-type]
+    rule = f"holds another model: {listed}{more}"
+    error = checkpoint_problem(path, rule, "use its run.json")
+    return [problem for problem in error.problems if isinstance(problem, Problem)]

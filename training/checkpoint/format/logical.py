@@ -1,8 +1,10 @@
-"""The state of a run as logical tensors: layout-free names, global shapes, and the boxes of them that this rank holds.
+"""The state of a run as logical tensors: layout-free names, global shapes, and the boxes of them
+that this rank holds.
 
-``fp32/<parameter>[.<part>]``, ``exp_avg/…``, ``exp_avg_sq/…``, ``step/<optimizer group>``, ``buffer/<router bias>``,
-``engram.<layer>.<weight, and what the table's format and optimizer keep of a row>``. All values are live views: reading
-into them restores the run.
+``fp32/<parameter>[.<part>]``, ``exp_avg/…``, ``exp_avg_sq/…``, ``step/<optimizer group>``,
+``buffer/<router bias>``,
+``engram.<layer>.<weight, and what the table's format and optimizer keep of a row>``. All values are
+live views: reading into them restores the run.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +40,9 @@ class Chunk:
         """The chunk in parts of at most ``max_bytes``, views of its values."""
         for box in self.box.split(max_bytes // self.values.itemsize):
             starts = (a - b for a, b in zip(box.offset, self.box.offset, strict=True))
-            place = tuple(slice(start, start + n) for start, n in zip(starts, box.sizes, strict=True))
+            place = tuple(
+                slice(start, start + n) for start, n in zip(starts, box.sizes, strict=True)
+            )
             yield Chunk(box, self.values[place], self.writes)
 
 
@@ -56,17 +60,28 @@ Tensors = dict[str, LogicalTensor]
 
 
 def trainer_tensors(trainer: Trainer) -> Tensors:
-    """All that a run must restore to go on: masters, Adam moments and steps, router biases, table rows and state."""
+    """All that a run must restore to go on: masters, Adam moments and steps, router biases, table
+    rows and state.
+    """
     tensors: Tensors = {}
     for kind in KINDS:
         _declare_parameters(tensors, kind, trainer.model)
     names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
     for parameter, start, state in master_fragments(trainer.engine):
         for kind in KINDS:
-            _add_fragment(tensors, f"{kind}/{names[id(parameter)]}", parameter, start, state[kind], trainer.mesh)
+            _add_fragment(
+                tensors,
+                f"{kind}/{names[id(parameter)]}",
+                parameter,
+                start,
+                state[kind],
+                trainer.mesh,
+            )
     is_first = trainer.mesh.rank("world") == 0
     for parameters, state in optimizer_groups_state(trainer.engine):
-        steps = tensors.setdefault(f"step/{_group_tag(parameters[0].placement)}", LogicalTensor((1,), torch.float32))
+        steps = tensors.setdefault(
+            f"step/{_group_tag(parameters[0].placement)}", LogicalTensor((1,), torch.float32)
+        )
         writes = is_first and not steps.chunks
         steps.chunks.append(Chunk(Box((0,), (1,)), state["step"].view(1), writes))
     _add_buffers(tensors, trainer.model, is_first)
@@ -75,11 +90,20 @@ def trainer_tensors(trainer: Trainer) -> Tensors:
 
 
 def weight_tensors(model: HybridModel, mesh: Mesh, memory: EngramMemory | None) -> Tensors:
-    """What a model without an optimizer reads; its parameters may be bf16, the saved values are fp32."""
+    """What a model without an optimizer reads; its parameters may be bf16, the saved values are
+    fp32.
+    """
     tensors: Tensors = {}
     _declare_parameters(tensors, "fp32", model)
     for name, parameter in placed_parameters(model):
-        _add_fragment(tensors, f"fp32/{name}", parameter, 0, parameter.detach().view(-1), mesh)
+        _add_fragment(
+            tensors,
+            f"fp32/{name}",
+            parameter,
+            0,
+            parameter.detach().view(-1),
+            mesh,
+        )
     _add_buffers(tensors, model, writes=False)
     _add_tables(tensors, memory, weights_only=True)
     return tensors
@@ -92,8 +116,11 @@ def is_weight(name: str) -> bool:
 
 
 def _group_tag(placement: Placement) -> str:
-    """An optimizer group by what its parameters have in common on every layout (the number of groups depends on EP)."""
-    return f"{'experts' if placement.axis == 'ep' else 'dense'}-{'decay' if placement.decay else 'plain'}"
+    """An optimizer group by what its parameters have in common on every layout (the number of
+    groups depends on EP).
+    """
+    kind = "experts" if placement.axis == "ep" else "dense"
+    return f"{kind}-{'decay' if placement.decay else 'plain'}"
 
 
 def _suffix(part_name: str) -> str:
@@ -106,14 +133,25 @@ def _declare_parameters(tensors: Tensors, kind: str, model: nn.Module) -> None:
         for piece in placement.cut(1, 0):
             shape = list(placement.shape)
             shape[placement.dim] = piece.part.size
-            tensors[f"{kind}/{name}{_suffix(piece.part.name)}"] = LogicalTensor(tuple(shape), torch.float32)
+            tensors[f"{kind}/{name}{_suffix(piece.part.name)}"] = LogicalTensor(
+                tuple(shape), torch.float32
+            )
 
 
 def _add_fragment(
-    tensors: Tensors, name: str, parameter: PlacedParameter, start: int, values: torch.Tensor, mesh: Mesh
+    tensors: Tensors,
+    name: str,
+    parameter: PlacedParameter,
+    start: int,
+    values: torch.Tensor,
+    mesh: Mesh,
 ) -> None:
-    """Add what a piece of the flat local parameter, which begins at ``start``, holds of each packed part."""
-    placement, dim, place = parameter.placement, parameter.placement.dim, 0
+    """Add what a piece of the flat local parameter, which begins at ``start``, holds of each packed
+    part.
+    """
+    placement = parameter.placement
+    dim = parameter.placement.dim
+    place = 0
     rank = mesh.rank(placement.axis or "tp")
     for box in range_boxes(tuple(parameter.shape), start, start + values.numel()):
         block = values[place : place + box.numel].view(box.sizes)
@@ -123,7 +161,9 @@ def _add_fragment(
             if inside is not None:
                 mine = block.narrow(dim, inside.offset[dim] - box.offset[dim], inside.sizes[dim])
                 moved = inside.shift(dim, piece.start - piece.offset)
-                tensors[name + _suffix(piece.part.name)].chunks.append(Chunk(moved, mine, rank % piece.copies == 0))
+                tensors[name + _suffix(piece.part.name)].chunks.append(
+                    Chunk(moved, mine, rank % piece.copies == 0)
+                )
 
 
 def _add_buffers(tensors: Tensors, model: nn.Module, writes: bool) -> None:
@@ -136,7 +176,9 @@ def _add_buffers(tensors: Tensors, model: nn.Module, writes: bool) -> None:
 
 
 def _add_tables(tensors: Tensors, memory: EngramMemory | None, weights_only: bool) -> None:
-    for name, (values, start, num_rows) in ({} if memory is None else memory.tables.state()).items():
+    for name, (values, start, num_rows) in (
+        {} if memory is None else memory.tables.state()
+    ).items():
         if is_weight(name) or not weights_only:
             inner = tuple(values.shape[1:])
             box = Box((start, *[0] * len(inner)), tuple(values.shape))

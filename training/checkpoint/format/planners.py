@@ -1,8 +1,9 @@
-"""Logical tensors to and from a directory, by torch.distributed.checkpoint (DCP) on its public planner interface.
+"""Logical tensors to and from a directory, by torch.distributed.checkpoint (DCP) on its public
+planner interface.
 
-What is written is a plain DCP checkpoint: ``dcp.load`` and ``format_utils.dcp_to_torch_save`` read it without us.
-DCP leaves four holes that are closed here: it checks coverage neither when it loads nor when one rank saves, never
-misses a name that no rank has, and casts dtypes in silence.
+What is written is a plain DCP checkpoint: ``dcp.load`` and ``format_utils.dcp_to_torch_save`` read
+it without us. DCP leaves four holes that are closed here: it checks coverage neither when it loads
+nor when one rank saves, never misses a name that no rank has, and casts dtypes in silence.
 """
 
 import io
@@ -64,8 +65,11 @@ class SummedFiles(FileSystem):
         self.records[Path(path).name] = file.record()
 
 
-def write_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    """Save what this rank ``writes`` of ``tensors`` into a fresh directory, synced to disk. Collective over ``group``.
+def write_tensors(
+    path: Path, tensors: Tensors, group: dist.ProcessGroup | None
+) -> dict[str, dict[str, Any]]:
+    """Save what this rank ``writes`` of ``tensors`` into a fresh directory, synced to disk.
+    Collective over ``group``.
 
     Returns:
         Size and checksum of each data file of this rank.
@@ -83,7 +87,9 @@ def write_planned(
     writer = dcp.FileSystemWriter(path, sync_files=True, overwrite=False)
     writer.fs = files = SummedFiles()
     with _alone(group), _without_zip_sums():
-        dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        dcp.save(
+            {}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
+        )
     return {name: record for name, record in files.records.items() if name.endswith(".distcp")}
 
 
@@ -96,7 +102,11 @@ def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) 
     reader = DirectReader(path)
     with _alone(group):
         dcp.load(
-            {}, storage_reader=reader, planner=ChunkLoadPlanner(tensors), process_group=group, no_dist=group is None
+            {},
+            storage_reader=reader,
+            planner=ChunkLoadPlanner(tensors),
+            process_group=group,
+            no_dist=group is None,
         )
 
 
@@ -113,7 +123,9 @@ def _alone(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 @contextmanager
 def _without_zip_sums() -> Iterator[None]:
-    """torch.save sums every tensor a second time, which nothing that loads it looks at: 80 of 185 ms for 263 MB."""
+    """torch.save sums every tensor a second time, which nothing that loads it looks at: 80 of 185
+    ms for 263 MB.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -148,7 +160,8 @@ class ChunkSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """On rank 0: every element of every tensor is written by exactly one rank, or nothing is written.
+        """On rank 0: every element of every tensor is written by exactly one rank, or nothing is
+        written.
 
         Raises:
             RunError: a tensor with a gap or an overlap.
@@ -168,10 +181,16 @@ class ChunkSavePlanner(DefaultSavePlanner):
 
 
 def _own_storage(values: torch.Tensor) -> torch.Tensor:
-    """The same memory, by way of numpy as a storage of its own: DCP copies what is a part of a larger one."""
+    """The same memory, by way of numpy as a storage of its own: DCP copies what is a part of a
+    larger one.
+    """
     if values.device.type != "cpu":
         return values
-    return torch.from_numpy(values.view(-1).view(torch.uint8).numpy()).view(values.dtype).view(values.shape)
+    return (
+        torch.from_numpy(values.view(-1).view(torch.uint8).numpy())
+        .view(values.dtype)
+        .view(values.shape)
+    )
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
@@ -185,7 +204,8 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         """What to read.
 
         Raises:
-            RunError: a tensor that the checkpoint lacks, has in another shape or dtype, or not all of.
+            RunError: a tensor that the checkpoint lacks, has in another shape or dtype, or not all
+                of.
         """
         assert self.metadata is not None, "DCP sets the planner up first"
         plan = LoadPlan([])
@@ -195,12 +215,20 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
                 raise RunError(f"{name} is not in the checkpoint")
             found = (tuple(saved.size), saved.properties.dtype)
             if found != (tensor.shape, tensor.dtype):
-                raise RunError(f"{name} is {found} in the checkpoint, expected {(tensor.shape, tensor.dtype)}")
-            wanted = [ChunkStorageMetadata(torch.Size(c.box.offset), torch.Size(c.box.sizes)) for c in tensor.chunks]
+                raise RunError(
+                    f"{name} is {found} in the checkpoint, expected {(tensor.shape, tensor.dtype)}"
+                )
+            wanted = [
+                ChunkStorageMetadata(torch.Size(c.box.offset), torch.Size(c.box.sizes))
+                for c in tensor.chunks
+            ]
             items = create_read_items_for_chunk_list(name, saved, wanted)
-            read, asked = sum(item.lengths.numel() for item in items), sum(chunk.box.numel for chunk in tensor.chunks)
+            read = sum(item.lengths.numel() for item in items)
+            asked = sum(chunk.box.numel for chunk in tensor.chunks)
             if read != asked:
-                raise RunError(f"{name}: the checkpoint holds {read} of the {asked} elements that are needed")
+                raise RunError(
+                    f"{name}: the checkpoint holds {read} of the {asked} elements that are needed"
+                )
             plan.items.extend(items)
         return plan
 
@@ -221,7 +249,9 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         return self._chunk(index).values
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Where to read to: a part of the chunk's values, or a buffer for a chunk that takes blocks."""
+        """Where to read to: a part of the chunk's values, or a buffer for a chunk that takes
+        blocks.
+        """
         chunk = self._chunk(read_item.dest_index)
         if chunk.take is None:
             return super().resolve_tensor(read_item)
@@ -231,7 +261,9 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         """Hand on what has been read."""
         chunk = self._chunk(read_item.dest_index)
         if chunk.take is not None:
-            offset = tuple(a + b for a, b in zip(chunk.box.offset, read_item.dest_offsets, strict=True))
+            offset = tuple(
+                a + b for a, b in zip(chunk.box.offset, read_item.dest_offsets, strict=True)
+            )
             chunk.take(Box(offset, tuple(read_item.lengths)), tensor)
 
     def _chunk(self, index: MetadataIndex) -> Chunk:
@@ -241,7 +273,8 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
 
 
 def check_cover(shapes: dict[str, tuple[int, ...]], boxes: dict[str, list[Box]]) -> None:
-    """Raise unless the boxes of each tensor are each of its elements exactly once, and no other tensor has any.
+    """Raise unless the boxes of each tensor are each of its elements exactly once, and no other
+    tensor has any.
 
     Raises:
         RunError: one line for each tensor of which that is not true.

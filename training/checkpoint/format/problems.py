@@ -18,7 +18,9 @@ def checkpoint_problem(path: Path, rule: str, fix: str = OLDER) -> RunError:
 
 @contextlib.contextmanager
 def told_for(path: Path, what: str) -> Iterator[None]:
-    """Turn errors of the file system and of DCP, which raises no ``Exception``, into one for the user."""
+    """Turn errors of the file system and of DCP, which raises no ``Exception``, into one for the
+    user.
+    """
     try:
         yield
     except OSError as error:

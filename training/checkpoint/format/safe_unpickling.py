@@ -1,7 +1,8 @@
 """DCP's ``.metadata`` without running a stranger's code.
 
-It is the one pickle of a checkpoint: names, shapes, dtypes, and where in which file each chunk lies. A pickle may call
-anything that Python can import; this reader imports the classes that those descriptions are made of, and nothing else.
+It is the one pickle of a checkpoint: names, shapes, dtypes, and where in which file each chunk
+lies. A pickle may call anything that Python can import; this reader imports the classes that those
+descriptions are made of, and nothing else.
 """
 
 import pickle
@@ -17,15 +18,21 @@ from training.checkpoint.format.problems import checkpoint_problem
 METADATA = ".metadata"
 DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
-}  # fmt: skip
+}
 
 
 class _ForeignCode(Exception):
@@ -41,7 +48,9 @@ class _Descriptions(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, which would unpickle anything; tensors themselves it loads with ``weights_only`` already."""
+    """DCP's reader, which would unpickle anything; tensors themselves it loads with
+    ``weights_only`` already.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """As ``read_metadata`` below."""
@@ -66,7 +75,9 @@ def read_metadata(path: Path) -> Metadata:
         rule = f"is refused: {METADATA} asks for {error}, which describes no tensor"
         raise checkpoint_problem(path, rule, "do not load it: it was made to run code") from None
     except Exception as error:  # what a damaged pickle raises is anything
-        raise checkpoint_problem(path, f"is damaged: {METADATA} cannot be read ({error})") from error
+        raise checkpoint_problem(
+            path, f"is damaged: {METADATA} cannot be read ({error})"
+        ) from error
     if not isinstance(metadata, Metadata):
         raise checkpoint_problem(path, f"is damaged: {METADATA} holds a {type(metadata).__name__}")
     return metadata

@@ -1,4 +1,6 @@
-"""Is a checkpoint whole? Files against their checksums, tensors against the manifest, every element exactly once."""
+"""Is a checkpoint whole? Files against their checksums, tensors against the manifest, every element
+exactly once.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +37,8 @@ def verify(path: Path, track: Track = lambda files: files) -> Verified:
     """
     problems = list(_faults(path, track))
     if not problems:
-        manifest, tensors = storage.read_manifest(path), Reader(path).tensors
+        manifest = storage.read_manifest(path)
+        tensors = Reader(path).tensors
         total = sum(record["bytes"] for record in manifest["files"].values())
         return Verified(path, len(manifest["files"]), total, len(tensors))
     good = next((other for other in _older(path) if not list(_faults(other))), None)
@@ -56,13 +59,23 @@ def newest_named(path: Path) -> Path:
         if found := _numbered(directory):
             return found[0]
     rule = "holds no checkpoint" if path.is_dir() else "does not exist"
-    raise checkpoint_problem(path, rule, "name a run, as in runs/tiny, or a directory step-NNNNNNNN")
+    raise checkpoint_problem(
+        path, rule, "name a run, as in runs/tiny, or a directory step-NNNNNNNN"
+    )
 
 
 def _numbered(directory: Path) -> list[Path]:
-    """Directories named as checkpoints, newest first; one that is being replaced comes after its successor."""
-    found = [p for p in directory.iterdir() if COMPLETE.fullmatch(p.name)] if directory.is_dir() else []
-    return sorted(found, key=lambda p: (int(p.name[5:].removesuffix(".old")), p.suffix != ".old"), reverse=True)
+    """Directories named as checkpoints, newest first; one that is being replaced comes after its
+    successor.
+    """
+    found = (
+        [p for p in directory.iterdir() if COMPLETE.fullmatch(p.name)] if directory.is_dir() else []
+    )
+    return sorted(
+        found,
+        key=lambda p: (int(p.name[5:].removesuffix(".old")), p.suffix != ".old"),
+        reverse=True,
+    )
 
 
 def _older(path: Path) -> list[Path]:
@@ -95,7 +108,11 @@ def _faults(path: Path, track: Track = lambda files: files) -> Iterable[Problem 
 
 def _file_faults(path: Path, manifest: Manifest, names: list[str]) -> list[Problem | str]:
     try:
-        storage.verify(path, {**manifest, "files": {name: manifest["files"][name] for name in names}}, ONE_PROCESS)
+        storage.verify(
+            path,
+            {**manifest, "files": {name: manifest["files"][name] for name in names}},
+            ONE_PROCESS,
+        )
     except RunError as error:
         return list(error.problems)
     return []
@@ -103,13 +120,18 @@ def _file_faults(path: Path, manifest: Manifest, names: list[str]) -> list[Probl
 
 def _tensor_faults(path: Path, reader: Reader) -> Iterable[Problem | str]:
     """What contradicts the manifest, lies outside its files, or does not cover its tensor."""
-    metadata, files = reader.manifest["tensors"], reader.manifest["files"]
+    metadata = reader.manifest["tensors"]
+    files = reader.manifest["files"]
     for name in sorted(metadata.keys() - reader.tensors.keys()):
         yield _problem(path, f"is damaged: {METADATA} lacks {name}")
     for name, tensor in reader.tensors.items():
         found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
         if metadata.get(name) != found:
-            yield _problem(path, f"is damaged: {name} is {found} in {METADATA}, {metadata.get(name)} in the manifest")
+            yield _problem(
+                path,
+                f"is damaged: {name} is {found} in {METADATA}, {metadata.get(name)} in the "
+                "manifest",
+            )
         if (gap := cover_problem(tensor.shape, [chunk.box for chunk in tensor.chunks])) is not None:
             yield _problem(path, f"is damaged: {name}: {gap}")
         for chunk in tensor.chunks:

@@ -1,4 +1,6 @@
-"""How two checkpoints differ: in what they hold, tensor by tensor in values, and in their configurations."""
+"""How two checkpoints differ: in what they hold, tensor by tensor in values, and in their
+configurations.
+"""
 
 import json
 import math
@@ -54,7 +56,8 @@ def compare(path_a: Path, path_b: Path, track: Track = lambda names: names) -> D
     Raises:
         RunError: one of them is no complete checkpoint, or damaged.
     """
-    a, b = Reader(path_a), Reader(path_b)
+    a = Reader(path_a)
+    b = Reader(path_b)
     difference = Difference(
         only_in_a=sorted(a.tensors.keys() - b.tensors.keys()),
         only_in_b=sorted(b.tensors.keys() - a.tensors.keys()),
@@ -68,7 +71,9 @@ def compare(path_a: Path, path_b: Path, track: Track = lambda names: names) -> D
             difference.values.append(found)
         else:
             difference.num_identical += 1
-    difference.values.sort(key=lambda d: (not math.isnan(d.relative_rmse), -d.relative_rmse, -d.max_abs, d.name))
+    difference.values.sort(
+        key=lambda d: (not math.isnan(d.relative_rmse), -d.relative_rmse, -d.max_abs, d.name)
+    )
     return difference
 
 
@@ -81,9 +86,15 @@ def _compare_values(name: str, a: Reader, b: Reader) -> ValueDifference | None:
     max_abs = squares = norm = 0.0
     num_different = 0
     for box in a.boxes(name):
-        mine, other = a.read(name, box), b.read(name, box)
+        mine = a.read(name, box)
+        other = b.read(name, box)
         norm += float(mine.double().square().sum())
-        different = mine.view(torch.uint8).ne(other.view(torch.uint8)).unflatten(-1, (-1, mine.itemsize)).any(-1)
+        different = (
+            mine.view(torch.uint8)
+            .ne(other.view(torch.uint8))
+            .unflatten(-1, (-1, mine.itemsize))
+            .any(-1)
+        )
         if different.any():
             num_different += int(different.sum())
             gap = (other.double() - mine.double())[different].abs()
@@ -93,11 +104,18 @@ def _compare_values(name: str, a: Reader, b: Reader) -> ValueDifference | None:
     if not num_different:
         return None
     relative = math.sqrt(squares / norm) if norm else squares and squares * math.inf
-    return ValueDifference(name, max_abs, relative, num_different, math.prod(a.tensors[name].shape))
+    return ValueDifference(
+        name,
+        max_abs,
+        relative,
+        num_different,
+        math.prod(a.tensors[name].shape),
+    )
 
 
 def _field_differences(a: Reader, b: Reader) -> list[tuple[str, Any, Any]]:
-    fields_a, fields_b = _fields(a), _fields(b)
+    fields_a = _fields(a)
+    fields_b = _fields(b)
     return [
         (name, fields_a.get(name, MISSING), fields_b.get(name, MISSING))
         for name in {**fields_a, **fields_b}
@@ -106,9 +124,15 @@ def _field_differences(a: Reader, b: Reader) -> list[tuple[str, Any, Any]]:
 
 
 def _fields(reader: Reader) -> dict[str, Any]:
-    """Step, layout, model and hash of a checkpoint, and the rest of its run's configuration where that lies beside."""
-    manifest, run_json = reader.manifest, sidecar_files(reader.path).get("run.json")
-    told = {key: manifest.get(key) for key in ("step", "format", "layout", "model", "token_map", "hashes")}
+    """Step, layout, model and hash of a checkpoint, and the rest of its run's configuration where
+    that lies beside.
+    """
+    manifest = reader.manifest
+    run_json = sidecar_files(reader.path).get("run.json")
+    told = {
+        key: manifest.get(key)
+        for key in ("step", "format", "layout", "model", "token_map", "hashes")
+    }
     if run_json is not None:
         config = json.loads(run_json.read_text()).get("config", {})
         told["run"] = {key: value for key, value in config.items() if key != "model"}
@@ -119,5 +143,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
     return flat

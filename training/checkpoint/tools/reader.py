@@ -1,4 +1,6 @@
-"""A checkpoint as a table of tensors that are read box by box, on one process without process groups."""
+"""A checkpoint as a table of tensors that are read box by box, on one process without process
+groups.
+"""
 
 import io
 import math
@@ -9,7 +11,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from parallel.agree import ONE_PROCESS
 from training.checkpoint.format import storage
@@ -19,7 +26,16 @@ from training.checkpoint.format.safe_unpickling import read_metadata
 from training.checkpoint.format.storage import COMPLETE, Manifest
 
 CACHED_CHUNKS = 16  # of at most 8 MiB each: boxes that lie across chunks read each of them once
-NEEDED = {"step", "format", "layout", "model", "token_map", "hashes", "files", "tensors"}  # of a manifest
+NEEDED = {
+    "step",
+    "format",
+    "layout",
+    "model",
+    "token_map",
+    "hashes",
+    "files",
+    "tensors",
+}  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,11 @@ class StoredTensor:
 
     def overlapping(self, box: Box) -> Iterator[StoredChunk]:
         """The chunks that share an element with ``box``."""
-        first, last = box.offset[0] - self._most_rows + 1, box.offset[0] + box.sizes[0]
-        for chunk in self.chunks[bisect_left(self._first_rows, first) : bisect_left(self._first_rows, last)]:
+        first = box.offset[0] - self._most_rows + 1
+        last = box.offset[0] + box.sizes[0]
+        for chunk in self.chunks[
+            bisect_left(self._first_rows, first) : bisect_left(self._first_rows, last)
+        ]:
             if chunk.box.overlaps(box):
                 yield chunk
 
@@ -69,7 +88,8 @@ class Reader:
         path: a directory ``step-NNNNNNNN``.
 
     Raises:
-        RunError: no complete checkpoint, a damaged one, one of a newer format, or one that asks for code.
+        RunError: no complete checkpoint, a damaged one, one of a newer format, or one that asks for
+            code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,13 +112,16 @@ class Reader:
         chunks = list(tensor.overlapping(box))
         if [chunk.box for chunk in chunks] == [box]:
             return self._load(chunks[0])
-        values, found = torch.empty(box.sizes, dtype=tensor.dtype), 0
+        values = torch.empty(box.sizes, dtype=tensor.dtype)
+        found = 0
         for chunk in chunks:
             common = _common(box, chunk.box)
             values[_inside(common, box)] = self._values(chunk)[_inside(common, chunk.box)]
             found += common.numel
         if found != box.numel:
-            raise checkpoint_problem(self.path, f"is damaged: {name} has {found} of the {box.numel} elements of {box}")
+            raise checkpoint_problem(
+                self.path, f"is damaged: {name} has {found} of the {box.numel} elements of {box}"
+            )
         return values
 
     def boxes(self, name: str) -> list[Box]:
@@ -113,14 +136,19 @@ class Reader:
         try:
             values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and torch each have their own
-            raise checkpoint_problem(self.path, f"is damaged: {chunk.file} cannot be read ({error})") from error
+            raise checkpoint_problem(
+                self.path, f"is damaged: {chunk.file} cannot be read ({error})"
+            ) from error
         if not isinstance(values, torch.Tensor) or tuple(values.shape) != chunk.box.sizes:
-            raise checkpoint_problem(self.path, f"is damaged: {chunk.file} holds no {chunk.box} at {chunk.offset}")
+            raise checkpoint_problem(
+                self.path, f"is damaged: {chunk.file} holds no {chunk.box} at {chunk.offset}"
+            )
         return values
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest complete one of a run or of its ``checkpoints``.
+    """The checkpoint that ``path`` means: itself, or the newest complete one of a run or of its
+    ``checkpoints``.
 
     Raises:
         RunError: there is none.
@@ -132,7 +160,9 @@ def find_checkpoint(path: Path) -> Path:
         if (newest := storage.latest(directory, ONE_PROCESS)) is not None:
             return newest
     rule = "holds no complete checkpoint" if path.is_dir() else "does not exist"
-    raise checkpoint_problem(path, rule, "name a run, as in runs/tiny, or a directory step-NNNNNNNN")
+    raise checkpoint_problem(
+        path, rule, "name a run, as in runs/tiny, or a directory step-NNNNNNNN"
+    )
 
 
 def _stored_tensors(path: Path, metadata: Metadata) -> dict[str, StoredTensor]:
@@ -141,7 +171,9 @@ def _stored_tensors(path: Path, metadata: Metadata) -> dict[str, StoredTensor]:
     for name, saved in metadata.state_dict_metadata.items():
         if not isinstance(saved, TensorStorageMetadata):
             raise checkpoint_problem(path, f"is damaged: {name} is no tensor")
-        chunks = sorted((_stored_chunk(path, name, chunk, places) for chunk in saved.chunks), key=_place)
+        chunks = sorted(
+            (_stored_chunk(path, name, chunk, places) for chunk in saved.chunks), key=_place
+        )
         tensors[name] = StoredTensor(tuple(saved.size), saved.properties.dtype, tuple(chunks))
     return tensors
 
@@ -150,9 +182,16 @@ def _stored_chunk(path: Path, name: str, chunk: ChunkStorageMetadata, places: di
     place = places.get(MetadataIndex(name, chunk.offsets))
     if place is None:
         raise checkpoint_problem(path, f"is damaged: no file holds {name} at {list(chunk.offsets)}")
-    if place.relative_path != Path(place.relative_path).name or getattr(place, "transform_descriptors", None):
+    if place.relative_path != Path(place.relative_path).name or getattr(
+        place, "transform_descriptors", None
+    ):
         raise checkpoint_problem(path, f"is damaged: {name} lies in {place.relative_path!r}")
-    return StoredChunk(Box(tuple(chunk.offsets), tuple(chunk.sizes)), place.relative_path, place.offset, place.length)
+    return StoredChunk(
+        Box(tuple(chunk.offsets), tuple(chunk.sizes)),
+        place.relative_path,
+        place.offset,
+        place.length,
+    )
 
 
 def _place(chunk: StoredChunk) -> tuple[int, ...]:
@@ -161,7 +200,16 @@ def _place(chunk: StoredChunk) -> tuple[int, ...]:
 
 def _common(one: Box, other: Box) -> Box:
     start = tuple(map(max, one.offset, other.offset))
-    ends = (min(a + n, b + m) for a, n, b, m in zip(one.offset, one.sizes, other.offset, other.sizes, strict=True))
+    ends = (
+        min(a + n, b + m)
+        for a, n, b, m in zip(
+            one.offset,
+            one.sizes,
+            other.offset,
+            other.sizes,
+            strict=True,
+        )
+    )
     return Box(start, tuple(end - first for first, end in zip(start, ends, strict=True)))
 
 

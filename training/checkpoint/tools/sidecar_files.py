@@ -1,6 +1,8 @@
-"""Files that a checkpoint is used with: the run's configuration, the hash into its tables, tokenizer and token map.
+"""Files that a checkpoint is used with: the run's configuration, the hash into its tables,
+tokenizer and token map.
 
-A checkpoint may hold them itself; an older one finds them in its run, and among the token files that the run names.
+A checkpoint may hold them itself; an older one finds them in its run, and among the token files
+that the run names.
 """
 
 import json
@@ -22,7 +24,10 @@ def sidecar_files(path: Path) -> dict[str, Path]:
     if (data := data_directory(path)) is not None:
         for name in OF_DATA:
             places[name].append(data / name)
-    found = {name: next((file for file in files if file.is_file()), None) for name, files in places.items()}
+    found = {
+        name: next((file for file in files if file.is_file()), None)
+        for name, files in places.items()
+    }
     return {name: file for name, file in found.items() if file is not None}
 
 
@@ -39,7 +44,14 @@ def data_directory(path: Path) -> Path | None:
 def refuse_existing(output: Path) -> None:
     """Raise a RunError where ``output`` exists: nothing is overwritten."""
     if output.exists():
-        raise RunError(Problem(field="output", value=output, rule="exists", fix="name a new directory, or delete it"))
+        raise RunError(
+            Problem(
+                field="output",
+                value=output,
+                rule="exists",
+                fix="name a new directory, or delete it",
+            )
+        )
 
 
 def start_run(output: Path, files: dict[str, bytes]) -> None:
@@ -55,4 +67,11 @@ def start_run(output: Path, files: dict[str, bytes]) -> None:
                 (output / name).write_bytes(files[name])
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
-        raise RunError(Problem(field="output", value=output, rule=rule, fix="name a directory of yours")) from error
+        raise RunError(
+            Problem(
+                field="output",
+                value=output,
+                rule=rule,
+                fix="name a directory of yours",
+            )
+        ) from error

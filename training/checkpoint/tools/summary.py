@@ -27,7 +27,9 @@ LAYER = re.compile(r"(?<=layers\.)(\d+)|(?<=engram\.)(\d+)")
 
 @dataclass(frozen=True)
 class Line:
-    """Tensors of one role: the same name in other layers, or for another state of the same parameter."""
+    """Tensors of one role: the same name in other layers, or for another state of the same
+    parameter.
+    """
 
     name: str
     """With ``*`` for the layer's number, and packed parts in braces."""
@@ -76,7 +78,10 @@ def as_json(reader: Reader) -> dict[str, Any]:
         }
         for name, tensor in reader.tensors.items()
     }
-    copied = {key: manifest.get(key) for key in ("step", "format", "layout", "model", "token_map", "hashes", "extra")}
+    copied = {
+        key: manifest.get(key)
+        for key in ("step", "format", "layout", "model", "token_map", "hashes", "extra")
+    }
     weights_only = manifest.get("weights_only", False)
     return {
         "path": str(reader.path),
@@ -91,7 +96,15 @@ def as_json(reader: Reader) -> dict[str, Any]:
 def all_lines(reader: Reader) -> list[Line]:
     """One line a tensor."""
     return [
-        Line(name, (), _shape(tensor.shape), _dtype(tensor), (), 1, tensor.num_bytes)
+        Line(
+            name,
+            (),
+            _shape(tensor.shape),
+            _dtype(tensor),
+            (),
+            1,
+            tensor.num_bytes,
+        )
         for name, tensor in _in_order(reader)
     ]
 
@@ -105,14 +118,21 @@ def folded_lines(reader: Reader) -> list[Line]:
     layers: dict[tuple, list[tuple[int | None, int, int]]] = defaultdict(list)
     for name, shape, dtype, kept, count, size in _pack(states):
         layer = LAYER.search(name)
-        layers[LAYER.sub("*", name), shape, dtype, kept].append((int(layer[0]) if layer else None, count, size))
+        layers[LAYER.sub("*", name), shape, dtype, kept].append(
+            (int(layer[0]) if layer else None, count, size)
+        )
     return [
         Line(
-            name, tuple(n for n, _, _ in found if n is not None), shape, dtype, kept,
-            sum(count for _, count, _ in found), sum(size for _, _, size in found),
+            name,
+            tuple(n for n, _, _ in found if n is not None),
+            shape,
+            dtype,
+            kept,
+            sum(count for _, count, _ in found),
+            sum(size for _, _, size in found),
         )
         for (name, shape, dtype, kept), found in layers.items()
-    ]  # fmt: skip
+    ]
 
 
 def _in_order(reader: Reader) -> list[tuple[str, StoredTensor]]:
@@ -132,19 +152,32 @@ def _state_of(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _pack(states: dict[Tensor, list[str]]) -> Iterable[tuple[str, str, str, tuple[str, ...], int, int]]:
-    """(name, shape, dtype, states, tensors, bytes): packed parts of one parameter (in_proj's z, x, ...) as one."""
+def _pack(
+    states: dict[Tensor, list[str]],
+) -> Iterable[tuple[str, str, str, tuple[str, ...], int, int]]:
+    """(name, shape, dtype, states, tensors, bytes): packed parts of one parameter (in_proj's z, x,
+    ...) as one.
+    """
     groups: dict[tuple, list[tuple[str, tuple[int, ...], int]]] = defaultdict(list)
     for (name, shape, dtype, size), kept in states.items():
         whole, _, part = name.rpartition(".")
         is_part = whole.endswith(("weight", "bias"))
-        groups[whole if is_part else name, shape[1:], dtype, tuple(kept)].append((part * is_part, shape, size))
+        groups[whole if is_part else name, shape[1:], dtype, tuple(kept)].append(
+            (part * is_part, shape, size)
+        )
     for (name, inner, dtype, kept), parts in groups.items():
         rows = "+".join(str(shape[0]) for _, shape, _ in parts)
         names = ",".join(part for part, _, _ in parts)
         shown = name + (f".{{{names}}}" if len(parts) > 1 else f".{names}" * bool(names))
         total = sum(size for _, _, size in parts) * len(kept)
-        yield shown, f"[{', '.join([rows, *map(str, inner)])}]", dtype, kept, len(parts) * len(kept), total
+        yield (
+            shown,
+            f"[{', '.join([rows, *map(str, inner)])}]",
+            dtype,
+            kept,
+            len(parts) * len(kept),
+            total,
+        )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,4 +1,6 @@
-"""A checkpoint of weights alone, written by one process as its values are made: what averages and imports become."""
+"""A checkpoint of weights alone, written by one process as its values are made: what averages and
+imports become.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +9,11 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.mesh_plan import ParallelConfig
@@ -24,7 +30,11 @@ Read = Callable[[str, Box], torch.Tensor]
 
 
 def write_weights(
-    directory: Path, record: Manifest, shapes: Shapes, read: Read, files: Mapping[str, bytes] | None = None
+    directory: Path,
+    record: Manifest,
+    shapes: Shapes,
+    read: Read,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write ``directory/step-N`` of weights that ``read`` makes, one box at a time.
 
@@ -48,7 +58,14 @@ def write_weights(
         name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
         for name, (shape, dtype) in shapes.items()
     }
-    whole = {"format": FORMAT, "layout": layout, "weights_only": True, **record, "files": records, "tensors": metadata}
+    whole = {
+        "format": FORMAT,
+        "layout": layout,
+        "weights_only": True,
+        **record,
+        "files": records,
+        "tensors": metadata,
+    }
     return storage.commit(path, json.loads(json.dumps(whole)))
 
 
@@ -57,7 +74,8 @@ class _BoxPlanner(DefaultSavePlanner):
 
     def __init__(self, shapes: Shapes, read: Read) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.shapes, self.make = shapes, read
+        self.shapes = shapes
+        self.make = read
 
     def create_local_plan(self) -> SavePlan:
         """All boxes of all tensors."""
@@ -76,4 +94,6 @@ class _BoxPlanner(DefaultSavePlanner):
             for box in Box((0,) * len(shape), shape).split(MAX_CHUNK_BYTES // dtype.itemsize):
                 chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes))
                 data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(shape))
-                yield WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+                yield WriteItem(
+                    MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data
+                )

@@ -1,4 +1,6 @@
-"""What ``generate`` of transformers says of an exported model is our own greedy continuation of the same weights."""
+"""What ``generate`` of transformers says of an exported model is our own greedy continuation of the
+same weights.
+"""
 
 import importlib
 import logging
@@ -17,12 +19,26 @@ from training.decode.generate import continue_tokens
 from training.model.config import AttentionConfig, Mamba2Config, MoEConfig
 from training.model.model import build_model
 
-GRANITE, NEMOTRON = "GraniteMoeHybridForCausalLM", "NemotronHForCausalLM"
+GRANITE = "GraniteMoeHybridForCausalLM"
+NEMOTRON = "NemotronHForCausalLM"
 NUM_TOKENS = 8
-SOFTMAX = MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0)
+SOFTMAX = MoEConfig(
+    num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0
+)
 LONE_EXPERTS = replace(SOFTMAX, shared_dim=0, top_k=1)
-ROPE = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", rope_theta=500.0)
-GROUPS = Mamba2Config(head_dim=8, state_dim=12, num_groups=4, chunk_size=8)
+ROPE = AttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    positions="rope",
+    rope_theta=500.0,
+)
+GROUPS = Mamba2Config(
+    head_dim=8,
+    state_dim=12,
+    num_groups=4,
+    chunk_size=8,
+)
 CASES = [
     ("Mamba2ForCausalLM", {"pattern": "M"}),
     ("Mamba2ForCausalLM", {"pattern": "MMM", "mamba2": GROUPS, "tie_embeddings": True}),
@@ -54,23 +70,45 @@ def transformers():
 
 def our_tokens(path, config, prompts: list[list[int]]) -> list[list[int]]:
     """Our greedy continuations of ``prompts``; no token ends them."""
-    model = build_model(config.model, single_mesh(), seed=99, dtype=torch.float32, device=torch.device("cpu")).eval()
+    model = build_model(
+        config.model, single_mesh(), seed=99, dtype=torch.float32, device=torch.device("cpu")
+    ).eval()
     load_weights(path, model, single_mesh(), None)
     unused = torch.Generator()
-    return [continue_tokens(model, None, ids, NUM_TOKENS, 0.0, 1.0, unused, -1, VOCAB) for ids in prompts]
+    return [
+        continue_tokens(
+            model,
+            None,
+            ids,
+            NUM_TOKENS,
+            0.0,
+            1.0,
+            unused,
+            -1,
+            VOCAB,
+        )
+        for ids in prompts
+    ]
 
 
 def their_tokens(model, prompts: list[list[int]]) -> list[list[int]]:
     ids = torch.tensor(prompts)
     mask = torch.ones_like(ids)
     found = model.generate(
-        ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return found[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fields"), CASES, ids=lambda value: value if isinstance(value, str) else value["pattern"]
+    ("architecture", "fields"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else value["pattern"],
 )
 def test_greedy_continuations_are_ours(architecture, fields, transformers, tmp_path):
     config = tiny_config(engram=None, **fields)
@@ -83,7 +121,11 @@ def test_greedy_continuations_are_ours(architecture, fields, transformers, tmp_p
     theirs = automatic.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     theirs.save_pretrained(tmp_path / "again")
     again = automatic.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
-    assert again.config.use_cache == theirs.config.use_cache == ("*" in fields["pattern"] or architecture != GRANITE)
+    assert (
+        again.config.use_cache
+        == theirs.config.use_cache
+        == ("*" in fields["pattern"] or architecture != GRANITE)
+    )
     for model in (theirs, again):
         assert model(torch.tensor(prompts)).logits.shape == (2, 9, VOCAB)
         assert [their_tokens(model, case) for case in cases] == expected

@@ -1,4 +1,6 @@
-"""Export and import: transformers' own classes give our logits, and what comes back is what went out, bit by bit."""
+"""Export and import: transformers' own classes give our logits, and what comes back is what went
+out, bit by bit.
+"""
 
 import importlib
 import json
@@ -27,18 +29,40 @@ from training.config import RunConfig
 from training.model.config import AttentionConfig, Mamba2Config, MoEConfig
 from training.run.run_file import load_run_json
 
-SOFTMAX = MoEConfig(num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0)
-ROPE = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", rope_theta=500.0)
-GROUPS = Mamba2Config(head_dim=8, state_dim=12, num_groups=4, chunk_size=8)
+SOFTMAX = MoEConfig(
+    num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0
+)
+ROPE = AttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    positions="rope",
+    rope_theta=500.0,
+)
+GROUPS = Mamba2Config(
+    head_dim=8,
+    state_dim=12,
+    num_groups=4,
+    chunk_size=8,
+)
 # Class of transformers by model; all are trained on two tensor ranks.
 FITTING = {
     "mamba2": ("Mamba2ForCausalLM", {"pattern": "MMM", "mamba2": GROUPS}),
-    "mamba2 tied": ("Mamba2ForCausalLM", {"pattern": "MM", "tie_embeddings": True, "norm_eps": 1e-3}),
+    "mamba2 tied": (
+        "Mamba2ForCausalLM",
+        {"pattern": "MM", "tie_embeddings": True, "norm_eps": 1e-3},
+    ),
     "mamba1": ("MambaForCausalLM", {"pattern": "SS"}),
     "hybrid": ("NemotronHForCausalLM", {"pattern": "M*M", "mamba2": GROUPS}),
     "hybrid rope": ("GraniteMoeHybridForCausalLM", {"pattern": "M*M", "attention": ROPE}),
-    "hybrid mlp": ("GraniteMoeHybridForCausalLM", {"pattern": "M-*-M", "attention": ROPE, "tie_embeddings": True}),
-    "experts": ("GraniteMoeHybridForCausalLM", {"pattern": "MEM*EM", "moe": SOFTMAX, "mamba2": GROUPS}),
+    "hybrid mlp": (
+        "GraniteMoeHybridForCausalLM",
+        {"pattern": "M-*-M", "attention": ROPE, "tie_embeddings": True},
+    ),
+    "experts": (
+        "GraniteMoeHybridForCausalLM",
+        {"pattern": "MEM*EM", "moe": SOFTMAX, "mamba2": GROUPS},
+    ),
     "experts alone": (
         "GraniteMoeHybridForCausalLM",
         {"pattern": "*EME", "moe": replace(SOFTMAX, shared_dim=0, top_k=1)},
@@ -90,7 +114,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    mine, theirs = weights(one), read_plainly(other)
+    mine = weights(one)
+    theirs = read_plainly(other)
     assert mine.keys() == theirs.keys()
     for name, values in mine.items():
         assert values.dtype == theirs[name].dtype
@@ -98,7 +123,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("case", FITTING)
-def test_transformers_computes_our_logits_and_import_brings_our_bits_back(case, saved, transformers, tmp_path):
+def test_transformers_computes_our_logits_and_import_brings_our_bits_back(
+    case, saved, transformers, tmp_path
+):
     architecture, fields = FITTING[case]
     path, config = saved(**fields)
     exported = export(path, tmp_path / "out")
@@ -109,7 +136,12 @@ def test_transformers_computes_our_logits_and_import_brings_our_bits_back(case, 
     assert type(theirs).__name__ == architecture
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = loaded_logits(path, config)
-    assert_close("logits", their_logits(theirs), expected, 1e-5)
+    assert_close(
+        "logits",
+        their_logits(theirs),
+        expected,
+        1e-5,
+    )
     made = import_model(tmp_path / "out", tmp_path / "back")
     assert made.model == config.model
     assert_same_weights(path, made.path)
@@ -118,18 +150,29 @@ def test_transformers_computes_our_logits_and_import_brings_our_bits_back(case, 
 
 @pytest.mark.parametrize("case", ["mamba2", "mamba1", "hybrid", "hybrid mlp", "experts"])
 def test_what_transformers_saved_gives_its_logits_here(case, saved, transformers, tmp_path):
-    """Without our own file: the model is known by its config.json alone; weights in bf16, cut into several files."""
+    """Without our own file: the model is known by its config.json alone; weights in bf16, cut into
+    several files.
+    """
     path, _ = saved(**FITTING[case][1])
     export(path, tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16
+    )
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     made = import_model(tmp_path / "saved", tmp_path / "run")
     assert (made.has_run, made.architecture) == (False, FITTING[case][0])
     config = load_run_json(tmp_path / "run" / "run.json")
     assert config.model == made.model
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert_close("logits", loaded_logits(made.path, config), their_logits(again), 1e-5)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    )
+    assert_close(
+        "logits",
+        loaded_logits(made.path, config),
+        their_logits(again),
+        1e-5,
+    )
 
 
 def test_router_biases_that_matter_keep_a_model_out(saved, tmp_path):
@@ -163,12 +206,16 @@ def test_any_model_goes_out_and_in(saved, tmp_path):
 
 @pytest.mark.parametrize("rows", ["bf16", "fp8"])
 def test_tables_keep_their_format(rows, tmp_path):
-    config = config_of(pattern="MM", engram=replace(tiny_config().model.engram, layers=(1,), head_dim=32))
+    config = config_of(
+        pattern="MM", engram=replace(tiny_config().model.engram, layers=(1,), head_dim=32)
+    )
     config = replace(config, table=TableConfig(rows=rows))
     path = save_run(config, tmp_path / "run", 2)[0]
     export(path, tmp_path / "out")
     made = import_model(tmp_path / "out", tmp_path / "back")
-    assert weights(path)["engram.1.weight"].dtype == {"bf16": torch.bfloat16, "fp8": torch.uint8}[rows]
+    assert (
+        weights(path)["engram.1.weight"].dtype == {"bf16": torch.bfloat16, "fp8": torch.uint8}[rows]
+    )
     assert_same_weights(path, made.path)
     assert torch.equal(loaded_logits(made.path, config), loaded_logits(path, config))
     if rows == "fp8":
@@ -191,7 +238,10 @@ def test_tables_keep_their_format(rows, tmp_path):
             {"pattern": "ME", "moe": replace(SOFTMAX, scores="sigmoid")},
             "weighed by a softmax, ours by moe.scores=sigmoid",
         ),
-        ({"pattern": "ME", "moe": replace(SOFTMAX, route_scale=2.5)}, "sum to 1, ours to moe.route_scale=2.5"),
+        (
+            {"pattern": "ME", "moe": replace(SOFTMAX, route_scale=2.5)},
+            "sum to 1, ours to moe.route_scale=2.5",
+        ),
         ({"pattern": "ME", "moe": replace(SOFTMAX, capacity_factor=1.0)}, "drop no tokens"),
     ],
 )
@@ -206,20 +256,30 @@ def test_zeros_that_were_trained_are_no_longer_ours(saved, transformers, tmp_pat
     assert export(path, tmp_path / "out").num_zeros > 0
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.block_sparse_moe.output_linear.weight"][2, 0, 0] = 1e-3  # "M" at 2 has none after it
+    tensors["model.layers.1.block_sparse_moe.output_linear.weight"][2, 0, 0] = (
+        1e-3  # "M" at 2 has none after it
+    )
     before = json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]
     assert before == ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(
-        RunError, match=r"layers\.1\.block_sparse_moe\.output_linear.* is not 0 all over; delete engramba"
+        RunError,
+        match=r"layers\.1\.block_sparse_moe\.output_linear.* is not 0 all over; delete engramba",
     ):
         import_model(tmp_path / "out", tmp_path / "back")
     (tmp_path / "out" / "engramba.json").unlink()
     made = import_model(tmp_path / "out", tmp_path / "back")
     assert made.model.pattern == "MEME*EME"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
     config = load_run_json(tmp_path / "back" / "run.json")
-    assert_close("logits", loaded_logits(made.path, config), their_logits(theirs), 1e-5)
+    assert_close(
+        "logits",
+        loaded_logits(made.path, config),
+        their_logits(theirs),
+        1e-5,
+    )
 
 
 @pytest.fixture
@@ -233,7 +293,10 @@ def out(saved, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "llama"}, "is of model_type llama; import one of mamba2, mamba, nemotron_h, granitemoehybrid"),
+        (
+            {"model_type": "llama"},
+            "is of model_type llama; import one of mamba2, mamba, nemotron_h, granitemoehybrid",
+        ),
         ({"use_bias": True}, "use_bias is True, here False"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu, here silu"),
         ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\], here none"),
@@ -257,17 +320,26 @@ def test_a_multiplier_is_no_function_of_ours(saved, tmp_path):
     (tmp_path / "out" / "engramba.json").unlink()
     file = tmp_path / "out" / "config.json"
     whole = json.loads(file.read_text())
-    for key, value in {"residual_multiplier": 0.22, "logits_scaling": 8, "attention_multiplier": 1.0}.items():
+    for key, value in {
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8,
+        "attention_multiplier": 1.0,
+    }.items():
         file.write_text(json.dumps(whole | {key: value}))
         with pytest.raises(RunError, match=f"{key} is {value}, here"):
             import_model(tmp_path / "out", tmp_path / "run")
-    file.write_text(json.dumps({key: value for key, value in whole.items() if key != "attention_multiplier"}))
+    file.write_text(
+        json.dumps({key: value for key, value in whole.items() if key != "attention_multiplier"})
+    )
     with pytest.raises(RunError, match=r"attention_multiplier is 1\.0"):
         import_model(tmp_path / "out", tmp_path / "run")
 
 
 def test_what_is_no_export(out, tmp_path):
-    for name, reason in (("config.json", "has no config.json to read"), ("model.safetensors", "cannot be read")):
+    for name, reason in (
+        ("config.json", "has no config.json to read"),
+        ("model.safetensors", "cannot be read"),
+    ):
         moved = (out / name).rename(out / "away")
         with pytest.raises(RunError, match=reason):
             import_model(out, tmp_path / "run")
@@ -325,7 +397,12 @@ def test_the_library_reads_what_is_written_in_blocks(tmp_path_factory, kinds, st
     tensors = {name: (torch.randn(shape) * 100).to(dtype) for name, (shape, dtype) in kinds.items()}
     path = tmp_path_factory.mktemp("files") / "x.safetensors"
     shapes = {name: (tuple(values.shape), values.dtype) for name, values in tensors.items()}
-    write_tensor_file(path, shapes, ((name, values.split(step)) for name, values in tensors.items()))
+    write_tensor_file(
+        path, shapes, ((name, values.split(step)) for name, values in tensors.items())
+    )
     read = load_file(path)
     assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], values) and read[name].dtype == values.dtype for name, values in tensors.items())
+    assert all(
+        torch.equal(read[name], values) and read[name].dtype == values.dtype
+        for name, values in tensors.items()
+    )
