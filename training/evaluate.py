@@ -2,6 +2,7 @@
 every layout.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from parallel.experts import take_exchange_seconds
 from training.data.dataset import Row, ValidationRows
 from training.data.loader import load_step
-from training.trainer import Trainer, memory_of
+from training.engram.memory import memory_of
+from training.trainer import Trainer
 
 
 @dataclass
@@ -43,7 +45,7 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
         for batch in load_step(
             first, start, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")
         ):
-            fetched = trainer.fetch(batch)
+            fetched = trainer.rows_for_evaluation(batch)
             moved = batch.to(trainer.device)
             loss, _ = trainer.model(
                 moved.input_ids_BL, moved.targets_BL, moved.seq_idx_BL, memory_of(fetched)
@@ -54,3 +56,8 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
     take_exchange_seconds(trainer.model)  # none of it belongs to the next step
     dist.all_reduce(total, group=mesh.group("dp"))
     return float(total[0] / total[1].clamp_min(1))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

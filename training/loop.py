@@ -24,9 +24,10 @@ from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import Split, TokenFiles
 from training.data.loader import StepLoader, fingerprint
+from training.data.token_map import TokenMap
 from training.engram.hash_artifact import check_artifact
-from training.engram.token_map import TokenMap
-from training.evaluate import evaluate
+from training.engram.memory import run_token_map
+from training.evaluate import evaluate, perplexity
 from training.run.directory import attached, prepare_directory
 from training.run.ending import finish, resume_command
 from training.run.metrics import Metrics
@@ -37,7 +38,7 @@ from training.run.speedometer import Speedometer
 from training.run.start_mode import StartMode
 from training.schedule import learning_rate, warm_up_notice
 from training.step import train_step
-from training.trainer import Trainer, build_trainer, perplexity, run_token_map
+from training.trainer import Trainer, build_trainer
 
 RUNS = Path("runs")
 

@@ -12,8 +12,9 @@ from parallel.errors import RunError
 from parallel.experts import take_exchange_seconds
 from parallel.placement import placed_parameters
 from training.data.dataset import Batch
+from training.engram.memory import memory_of
 from training.model.moe import expert_loads, update_balance
-from training.trainer import Trainer, memory_of
+from training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def train_step(
     loads = None
     waited, worked = engram_seconds(trainer)
     for index, batch in enumerate(batches):
-        rows = trainer.rows_of(batch, partial(following, batches[index + 1 :], upcoming))
+        rows = trainer.rows_for_training(batch, partial(following, batches[index + 1 :], upcoming))
         ids_BL, targets_BL, seq_idx_BL = (
             part.to(trainer.device, non_blocking=True)
             for part in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)

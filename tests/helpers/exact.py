@@ -21,9 +21,9 @@ from parallel.mesh import single_mesh
 from parallel.placement import placed_parameters
 from tests.helpers.tiny import made_up_batches, made_up_token_map
 from training.config import RunConfig
+from training.engram.memory import EngramMemory, build_memory
 from training.model.model import HybridModel, Memory, build_model
 from training.model.moe import expert_loads, update_balance
-from training.trainer import EngramMemory, build_memory
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def accumulate(model: HybridModel, memory: EngramMemory, config: RunConfig, step
     """Gradients of a step's mean loss, which is returned."""
     one_batch = replace(config, train=replace(config.train, micro_batch=config.train.global_batch))
     (batch,) = made_up_batches(step, one_batch, 0, 1)
-    rows = memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+    rows = memory.look_up(batch.input_ids_BL, batch.seq_idx_BL)
     dtype = model.embedding.weight.dtype
     cross_entropy, auxiliary = model(
         batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL, recall(rows, dtype)

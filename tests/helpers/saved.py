@@ -15,10 +15,10 @@ from tests.helpers.tiny import made_up_batches, made_up_rows, made_up_token_map,
 from training.checkpoint import load_weights, save
 from training.checkpoint.format import checksums, storage
 from training.config import RunConfig
+from training.engram.memory import build_memory, memory_of
 from training.model.model import build_model
 from training.run.run_file import save_run_json
 from training.step import train_step
-from training.trainer import build_memory, memory_of
 
 
 def _train_and_save(config: RunConfig, directory: Path, steps: int) -> None:
@@ -75,7 +75,7 @@ def loaded_logits(path: Path, config: RunConfig) -> torch.Tensor:
     load_weights(path, model, mesh, memory)
     ids_BL = sample_ids()
     return model.logits(
-        ids_BL, None, {} if memory is None else memory_of(memory.fetch(ids_BL, None))
+        ids_BL, None, {} if memory is None else memory_of(memory.look_up(ids_BL, None))
     )
 
 

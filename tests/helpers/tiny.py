@@ -10,7 +10,7 @@ from parallel.mesh import build_mesh
 from parallel.mesh_plan import ParallelConfig
 from training.config import OptimizerConfig, RunConfig, TrainConfig
 from training.data.dataset import Batch
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
 from training.model.config import (
     AttentionConfig,
     EngramConfig,

@@ -16,9 +16,10 @@ from training.config import RunConfig
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import TokenFiles
 from training.data.loader import load_step
+from training.engram.memory import memory_of, run_token_map
 from training.evaluate import evaluate
 from training.step import train_step
-from training.trainer import Trainer, build_trainer, memory_of, run_token_map
+from training.trainer import Trainer, build_trainer
 
 LENGTH = 24
 NUM_ROWS = (
@@ -60,7 +61,7 @@ def row_by_row(path: Path) -> list[float]:
     counts = []
     for index in range(len(rows)):
         (batch,) = load_step(rows, index, 1, 1)
-        memory = memory_of(trainer.fetch(batch))
+        memory = memory_of(trainer.rows_for_evaluation(batch))
         sums.append(
             float(
                 trainer.model(

@@ -22,8 +22,9 @@ from tests.helpers.tiny import layout, made_up_batches, made_up_token_map, make_
 from tests.parity import STEPS, plain_run, quiet_libraries, reference_run
 from training.config import RunConfig
 from training.data.dataset import Batch
+from training.engram.memory import build_memory, memory_of
 from training.step import train_step
-from training.trainer import Trainer, build_memory, memory_of
+from training.trainer import Trainer
 
 
 def test_one_rank_equals_a_plain_loop():
@@ -94,7 +95,7 @@ def test_loss_is_the_mean_over_all_ranks_targets(parallel):
     total = torch.zeros(())
     count = sum(batch.num_targets for batch in everyone)
     for batch in everyone:
-        rows = memory.fetch(batch.input_ids_BL, batch.seq_idx_BL)
+        rows = memory.look_up(batch.input_ids_BL, batch.seq_idx_BL)
         loss, _ = model(
             batch.input_ids_BL,
             batch.targets_BL,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from training.analysis.ngrams import NgramCounts, windows_of
 from training.data.dataset import NO_TARGET, Batch, Rows
+from training.engram.memory import EngramMemory, memory_of
 from training.model.engram import Engram
 from training.model.model import HybridModel, Memory, Recall
-from training.trainer import EngramMemory, memory_of
 
 LOGIT_TOKENS = 1024  # whose logits exist at once, per row of the batch
 BINS = (0, 1, 2, 10, 100, 1000, 10_000)  # lower ends of the bins of n-gram frequency
@@ -50,7 +50,7 @@ def observe(
         batch = Batch.stack(
             [rows.read(index) for index in range(start, min(start + micro_batch, num_rows))]
         )
-        fetched = memory_of(memory.fetch(batch.input_ids_BL, batch.seq_idx_BL))
+        fetched = memory_of(memory.look_up(batch.input_ids_BL, batch.seq_idx_BL))
         with recorded_gates(model) as gates:
             loss_BL = token_losses(model, batch, fetched)
         kept_BL = batch.targets_BL != NO_TARGET

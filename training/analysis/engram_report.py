@@ -32,8 +32,8 @@ from training.analysis.usage import (
 from training.data.dataset import PackedRows, ValidationRows
 from training.data.files import Split
 from training.decode.loaded_model import LoadedModel, load_model
+from training.engram.memory import EngramMemory
 from training.run.resume import rows_consumed
-from training.trainer import EngramMemory
 
 COUNTED_TOKENS = 2**23  # bounds memory: counting takes some 150 bytes a token
 SHOWN_TOKENS = 1500  # of the text, coloured on the page

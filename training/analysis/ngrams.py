@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.data.dataset import Batch, Rows
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
 
 # of text, looked at for one mean
 MOST_BLOCKS = 64

@@ -19,7 +19,7 @@ from training.checkpoint.format.planners import read_tensors
 from training.compute_dtype import DTYPES
 from training.config import Dtype
 from training.data.dataset import Batch, Rows
-from training.trainer import EngramMemory
+from training.engram.memory import EngramMemory
 
 HASH_CHUNK = 2**18  # n-grams hashed at once
 COVERED = (1_000, 10_000, 100_000)  # most frequent n-grams whose share of the lookups is told

@@ -38,7 +38,7 @@ from training.checkpoint.format.logical import trainer_tensors
 from training.checkpoint.snapshot import Snapshot, snapshot_bytes
 from training.config import RunConfig, TrainConfig
 from training.data.dataset import Batch
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig
 from training.step import train_step
 from training.trainer import Trainer, build_trainer

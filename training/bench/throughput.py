@@ -37,7 +37,7 @@ from training.config import DataConfig, Dtype, OptimizerConfig, RunConfig, Train
 from training.data.dataset import Batch, PackedRows
 from training.data.files import TokenFiles
 from training.data.loader import load_step
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig, MoEConfig
 from training.step import train_step
 from training.trainer import build_trainer

@@ -27,9 +27,10 @@ from training.checkpoint.format.storage import FORMAT, Manifest
 from training.checkpoint.format.stored_rows import TensorMetadata, fit_rows
 from training.checkpoint.tools.reader import find_checkpoint
 from training.config import TrainConfig
+from training.engram.memory import EngramMemory
 from training.model.config import ModelConfig
 from training.model.model import HybridModel
-from training.trainer import EngramMemory, Trainer
+from training.trainer import Trainer
 
 T = TypeVar("T")
 

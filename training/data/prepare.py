@@ -301,7 +301,7 @@ def _complete(
     config: PrepareConfig, reading: Reading, encoding: Encoding, work: Path, num_ranks: int
 ) -> dict[str, Any]:
     """Merge the parts, write what stands beside them; the manifest."""
-    from training.engram.token_map import build_token_map, save_token_map
+    from training.data.token_map import build_token_map, save_token_map
 
     counts = {split: _merge_parts(work, split, encoding.dtype, num_ranks) for split in SPLITS}
     if not all(count["documents"] for count in counts.values()):

@@ -9,9 +9,9 @@ import torch
 
 from kernels.engram_hash import engram_hash
 from training.decode.loaded_model import load_model
+from training.engram.memory import EngramMemory, memory_of
 from training.model.mamba2 import Cache
 from training.model.model import HybridModel
-from training.trainer import EngramMemory, memory_of
 
 
 def generate(

@@ -19,9 +19,9 @@ from training.data.files import MANIFEST as DATASET
 from training.data.files import TokenFiles
 from training.data.vocabulary import Vocabulary
 from training.engram.hash_artifact import check_artifact
+from training.engram.memory import EngramMemory, build_memory, run_token_map
 from training.model.model import HybridModel, build_model
 from training.run.run_file import load_run_json
-from training.trainer import EngramMemory, build_memory, run_token_map
 
 RUN_FILE = "run.json"
 

@@ -16,10 +16,10 @@ import torch
 
 from parallel.errors import Problem, RunError
 from training.data.files import TokenFiles
+from training.data.token_map import TokenMap
 from training.data.vocabulary import Vocabulary
-from training.engram.token_map import TokenMap
+from training.engram.memory import engram_hashes
 from training.model.config import EngramConfig
-from training.trainer import engram_hashes
 
 FILE = "engram_hash.json"
 FORMAT = "engramba-hash"

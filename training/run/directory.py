@@ -9,8 +9,8 @@ import torch.distributed as dist
 from parallel.rendezvous import ProcessLike
 from training.config import RunConfig
 from training.data.files import TokenFiles
+from training.data.token_map import TokenMap
 from training.engram.hash_artifact import keep_artifact
-from training.engram.token_map import TokenMap
 from training.run.resume import Origin
 from training.run.run_file import load_history, save_run_json
 from training.run.start_mode import StartMode

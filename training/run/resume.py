@@ -15,7 +15,7 @@ from training.checkpoint.format.identity import model_problems
 from training.checkpoint.format.problems import checkpoint_problem
 from training.checkpoint.format.storage import Choice, Manifest, choose_whole, read_manifest
 from training.config import RunConfig
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
 from training.run.metrics_file import read_lines
 from training.run.run_file import Changes, find_changes, load_run_json
 from training.run.start_mode import StartMode, directory_problems, has_run

@@ -28,8 +28,8 @@ from training.analysis.effect import (
 from training.analysis.ngrams import NgramCounts, windows_of, windows_of_rows
 from training.analysis.usage import _one_head, growth, head_usage, table_rows, traffic
 from training.data.dataset import NO_TARGET, Batch, Row
+from training.engram.memory import build_memory, memory_of
 from training.model.model import build_model
-from training.trainer import build_memory, memory_of
 
 LENGTH = 24
 
@@ -226,7 +226,7 @@ def test_losses_are_the_models_and_without_rows_those_of_empty_tables(model):
     assert np.array_equal(observed.tokens_T, rows.input_ids_BL[kept].numpy())
 
     def loss() -> float:
-        memory_rows = memory_of(memory.fetch(rows.input_ids_BL, rows.seq_idx_BL))
+        memory_rows = memory_of(memory.look_up(rows.input_ids_BL, rows.seq_idx_BL))
         with torch.no_grad():
             return float(
                 built(
@@ -257,7 +257,7 @@ def test_gates_are_recorded_where_they_gate(model):
     built, memory = model
     rows = batch()
     seen = {}
-    fetched = memory_of(memory.fetch(rows.input_ids_BL, rows.seq_idx_BL))
+    fetched = memory_of(memory.look_up(rows.input_ids_BL, rows.seq_idx_BL))
     layer = built.layers[3]
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.update(h=inputs[0]))
     with recorded_gates(built) as gates, torch.no_grad():

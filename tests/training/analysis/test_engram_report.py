@@ -23,9 +23,9 @@ from training.checkpoint import load_weights
 from training.data.files import TokenFiles
 from training.decode.loaded_model import load_model
 from training.engram.hash_artifact import FILE, make_artifact, write_artifact
+from training.engram.memory import build_memory, memory_of, run_token_map
 from training.run.metrics_file import read_metrics
 from training.run.run_file import load_run_json
-from training.trainer import build_memory, memory_of, run_token_map
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
         return host_zeros(shape, dtype)
 
     def logits(model, memory) -> torch.Tensor:
-        return model.logits(ids_BL, None, memory_of(memory.fetch(ids_BL, None)))
+        return model.logits(ids_BL, None, memory_of(memory.look_up(ids_BL, None)))
 
     monkeypatch.setattr(storage, "host_zeros", recorded)
     trained = load_model(run)

@@ -34,10 +34,11 @@ from training.checkpoint import latest, load, load_initial, load_weights, save
 from training.checkpoint.format import storage
 from training.checkpoint.format.logical import is_weight
 from training.config import RunConfig
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
+from training.engram.memory import EngramMemory, build_memory, memory_of
 from training.model.model import HybridModel, build_model
 from training.step import train_step
-from training.trainer import DTYPES, EngramMemory, Trainer, build_memory, memory_of
+from training.trainer import DTYPES, Trainer
 
 SAVED_AT = 3
 
@@ -80,7 +81,7 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 def logits_of(model: HybridModel, memory: EngramMemory | None) -> torch.Tensor:
     ids_BL, documents_BL = tokens()
-    rows = {} if memory is None else memory_of(memory.fetch(ids_BL, documents_BL))
+    rows = {} if memory is None else memory_of(memory.look_up(ids_BL, documents_BL))
     return model.logits(ids_BL, documents_BL, rows)
 
 

@@ -32,11 +32,11 @@ from training.checkpoint.format import planners
 from training.checkpoint.format.storage import read_manifest
 from training.checkpoint.format.stored_rows import is_row_state, row_format, row_optimizer, told
 from training.config import RunConfig
+from training.engram.memory import build_memory
 from training.loop import tell
 from training.model.config import EngramConfig
 from training.model.model import build_model
 from training.step import train_step
-from training.trainer import build_memory
 
 CPU = torch.device("cpu")
 SAVED_AT = 3

@@ -33,9 +33,9 @@ from training.checkpoint.tools.compare import compare
 from training.checkpoint.tools.reader import Reader, find_checkpoint
 from training.checkpoint.tools.summary import as_json, folded_lines, kind_of, sizes_by_kind
 from training.checkpoint.tools.writer import write_weights
+from training.engram.memory import build_memory, engram_hashes, memory_of
 from training.model.model import build_model
 from training.plan.parameters import count_parameters
-from training.trainer import build_memory, engram_hashes, memory_of
 
 CONFIG = replace(tiny_config(), parallel=layout(tp=2, ep=2, zero_stage=2))
 
@@ -518,5 +518,5 @@ def test_values_of_a_model_are_where_their_names_say(path):
     for name, (values, _, _) in memory.tables.state().items():
         values.copy_(whole(name))
     ids_BL = sample_ids()
-    got = model.logits(ids_BL, None, memory_of(memory.fetch(ids_BL, None)))
+    got = model.logits(ids_BL, None, memory_of(memory.look_up(ids_BL, None)))
     assert torch.equal(got, loaded_logits(path, CONFIG))

@@ -12,7 +12,7 @@ from tests.training.data.test_prepare import make_documents, read_split, write_j
 from training.data.config import PrepareConfig
 from training.data.files import MANIFEST, TokenFiles
 from training.data.prepare import prepare
-from training.engram.token_map import load_token_map
+from training.data.token_map import load_token_map
 
 
 @pytest.fixture(scope="module")

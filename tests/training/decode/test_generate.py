@@ -15,8 +15,8 @@ from tests.helpers.runs import run_forked, words
 from tests.helpers.tiny import made_up_token_map, tiny_config
 from training.decode.generate import continue_tokens, generate, sample
 from training.decode.loaded_model import load_model
+from training.engram.memory import build_memory, memory_of
 from training.model.model import build_model
-from training.trainer import build_memory, memory_of
 
 logits = st.lists(st.floats(-20, 20), min_size=1, max_size=40)
 
@@ -98,7 +98,7 @@ def model():
 
     def whole(tokens: list[int]) -> torch.Tensor:
         ids_BL = torch.tensor([tokens])
-        return built.logits(ids_BL, None, memory_of(memory.fetch(ids_BL, None)))[0, -1]
+        return built.logits(ids_BL, None, memory_of(memory.look_up(ids_BL, None)))[0, -1]
 
     return built, memory, whole
 

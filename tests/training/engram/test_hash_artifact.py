@@ -9,6 +9,7 @@ import torch
 
 from kernels.engram_hash import ngram_hashes
 from parallel.errors import RunError
+from training.data.token_map import TokenMap
 from training.engram.hash_artifact import (
     FILE,
     check_artifact,
@@ -20,7 +21,6 @@ from training.engram.hash_artifact import (
     without_ids,
     write_artifact,
 )
-from training.engram.token_map import TokenMap
 from training.model.config import EngramConfig
 
 ENGRAM = EngramConfig(layers=(1, 4), num_heads=2, table_size=50)

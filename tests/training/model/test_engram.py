@@ -20,12 +20,12 @@ from parallel.placement import initialize_parameters
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, layout, made_up_rows, made_up_token_map, tiny_config
-from training.engram.token_map import TokenMap
+from training.data.token_map import TokenMap
+from training.engram.memory import EngramMemory, build_memory, memory_of
 from training.model import engram as engram_module
 from training.model.config import EngramConfig, ModelConfig
 from training.model.engram import Engram
 from training.model.model import Layer, build_model
-from training.trainer import EngramMemory, build_memory, memory_of
 
 WIDTH = 10
 LENGTHS = [1, 3, 2, 14, 9]
@@ -343,7 +343,7 @@ def test_uncompressed_ids_hash_as_they_are():
 def test_memory_holds_the_rows_in_column_order():
     memory = real_memory()
     ids_BL, _, seq_idx_BL = made_up_rows(2)
-    rows = memory.fetch(ids_BL, seq_idx_BL)
+    rows = memory.look_up(ids_BL, seq_idx_BL)
     row_ids = memory.row_ids(ids_BL, seq_idx_BL)
     for layer, recall in memory_of(rows).items():
         e_BLM, masked_BL = recall()
@@ -539,7 +539,7 @@ def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
 
     dense_RW = memory.tables.state()["engram.3.weight"].tensor.clone().requires_grad_()
     dense_BLM = (dense_RW[expected_ids.clamp_min(0)] * alive_BLO[..., None]).flatten(-2)
-    rows = memory.fetch(ids_BL, documents_BL)
+    rows = memory.look_up(ids_BL, documents_BL)
     e_BLM, nothing_BL = memory_of(rows)[3]()
     assert torch.equal(e_BLM, dense_BLM)
     assert torch.equal(nothing_BL, ~alive_BLO.any(-1))
@@ -672,7 +672,7 @@ def test_text_of_masked_positions_only_touches_no_row():
     layer = engram_layer(4, num_heads=2, head_dim=8)
     before = {name: piece.tensor.clone() for name, piece in memory.tables.state().items()}
     ids_BL = torch.full((2, LENGTH), -1)
-    rows = memory.fetch(ids_BL, None)
+    rows = memory.look_up(ids_BL, None)
     h_BLSD = torch.randn(2, LENGTH, 4, WIDTH, requires_grad=True)
     recalled = [recall() for recall in memory_of(rows).values()]
     out_BLSD = sum(
@@ -704,7 +704,7 @@ def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
     ids_BL, _, documents_BL = made_up_rows(0)
     ids_BL[2, 7] = token
     with pytest.raises(error, match=told):
-        memory.fetch(ids_BL, documents_BL)[1].embed()
+        memory.look_up(ids_BL, documents_BL)[1].embed()
 
 
 def test_a_token_map_larger_than_the_hash_is_an_error():

@@ -19,6 +19,7 @@ from tests.helpers.compare import assert_close, relative_rmse
 from tests.helpers.tiny import VOCAB, made_up_rows, made_up_token_map, tiny_config
 from training.config import RunConfig
 from training.decode.generate import continue_tokens
+from training.engram.memory import EngramMemory, build_memory, memory_of
 from training.model.config import (
     AttentionConfig,
     EngramConfig,
@@ -31,7 +32,6 @@ from training.model.config import (
 from training.model.model import HybridModel, build_model
 from training.model.moe import expert_loads
 from training.plan.parameters import count_parameters
-from training.trainer import EngramMemory, build_memory, memory_of
 
 CPU = torch.device("cpu")
 LETTERS = ["M", "S", "L", "*", "-", "E"]

@@ -13,8 +13,8 @@ from training.checkpoint.format.logical import Tensors
 from training.checkpoint.format.problems import checkpoint_problem
 from training.checkpoint.format.storage import Manifest
 from training.checkpoint.format.stored_rows import TensorMetadata
+from training.engram.memory import EngramMemory
 from training.model.config import MIXERS, ModelConfig
-from training.trainer import EngramMemory
 
 # Fields that may change in a resumed run: the function that the parameters describe stays the same.
 FREE_FIELDS = {

@@ -17,9 +17,10 @@ from parallel.engine.deepspeed import master_fragments, optimizer_groups_state
 from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, Placement, placed_parameters
 from training.checkpoint.format.boxes import Box, range_boxes
+from training.engram.memory import EngramMemory
 from training.model.model import HybridModel
 from training.model.moe import MoE
-from training.trainer import EngramMemory, Trainer
+from training.trainer import Trainer
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from kernels.engram_hash import engram_hash, ngram_hashes
 from parallel.errors import RunError
-from training.engram.token_map import TokenMap, build_token_map, load_token_map, save_token_map
+from training.data.token_map import TokenMap, build_token_map, load_token_map, save_token_map
 
 
 @pytest.fixture(scope="module")
