@@ -151,7 +151,7 @@ BAD = {
     "damaged": (
         1,
         ["--data.path", "damaged"],
-        "prepare it again: python -m launch prepare --out damaged --overwrite",
+        "prepare it again: python -m launch prepare --source TEXT_FILES_OR_HUB_DATASET",
     ),
     "vocabulary": (
         2,

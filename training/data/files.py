@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import Problem, RunError
+from training.data.config import PrepareConfig
 from training.data.vocabulary import TOKENIZER, Vocabulary, file_sha256
 
 MANIFEST = "dataset.json"
@@ -82,7 +83,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except OSError:
         rule = "does not exist" if not path.exists() else f"holds no {MANIFEST}: it is no dataset"
-        raise _bad_data(path, rule, f"run: python -m launch prepare --out {path}") from None
+        raise _bad_data(path, rule, f"run: {prepare_command(path)}") from None
     except ValueError:
         raise _bad_data(path, f"has a damaged {MANIFEST}") from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (
@@ -157,6 +158,16 @@ def _open_split(path: Path, manifest: dict[str, Any], name: str) -> Split:
     return Split(np.asarray(tokens), ends, manifest[name]["bytes"])
 
 
+def prepare_command(path: Path, *more: str) -> str:
+    """What to type to make the dataset of ``path``. Only the default path's is the standard
+    library: any other is of text that the user has to name.
+    """
+    words = ["python -m launch prepare"]
+    if path != Path(PrepareConfig.out):
+        words += ["--source TEXT_FILES_OR_HUB_DATASET", f"--out {path}"]
+    return " ".join([*words, *more])
+
+
 def _bad_data(path: Path, rule: str, fix: str | None = None) -> RunError:
-    fix = fix or f"prepare it again: python -m launch prepare --out {path} --overwrite"
+    fix = fix or f"prepare it again: {prepare_command(path, '--overwrite')}"
     return RunError(Problem(field="data.path", value=path, rule=rule, fix=fix))

@@ -10,7 +10,7 @@ import pytest
 from parallel.errors import RunError
 from tests.training.data.test_prepare import make_documents, read_split, write_jsonl
 from training.data.config import PrepareConfig
-from training.data.files import MANIFEST, TokenFiles
+from training.data.files import MANIFEST, TokenFiles, prepare_command
 from training.data.prepare import prepare
 from training.data.token_map import load_token_map
 
@@ -108,3 +108,13 @@ def test_damage_is_named(dataset, tmp_path, name):
     damage(path)
     with pytest.raises(RunError, match=rf"data.path=.*set .*{message}"):
         TokenFiles.open(path)
+
+
+def test_only_the_default_dataset_is_said_to_be_made_of_the_standard_library():
+    """Any other would be overwritten by, or made of, text that nobody asked for."""
+    assert prepare_command(Path("data/stdlib"), "--overwrite") == (
+        "python -m launch prepare --overwrite"
+    )
+    assert prepare_command(Path("data/pretrain")) == (
+        "python -m launch prepare --source TEXT_FILES_OR_HUB_DATASET --out data/pretrain"
+    )
