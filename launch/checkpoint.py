@@ -24,10 +24,10 @@ class Inspect:
     all: bool = False
     """A line for every tensor; otherwise layers, packed parts and optimizer states are folded."""
     json: bool = False
-    """For machines."""
+    """Print the summary as one JSON object, for machines."""
 
     def run(self) -> None:
-        """Print it."""
+        """Print what the checkpoint holds."""
         from launch.checkpoint_report import print_inspection
         from training.checkpoint.tools.reader import Reader, find_checkpoint
         from training.checkpoint.tools.summary import as_json
@@ -82,7 +82,7 @@ class Diff:
     """Tensors that are listed, at most."""
 
     def run(self) -> None:
-        """Print it."""
+        """Print what differs between the two."""
         from launch.checkpoint_report import print_difference
         from training.checkpoint.tools.compare import compare
         from training.checkpoint.tools.reader import find_checkpoint
@@ -107,10 +107,10 @@ class Average:
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...")]
     """Two checkpoints or more of one model."""
     output: Path
-    """The new run's directory."""
+    """Directory of the new run, which must not exist."""
 
     def run(self) -> None:
-        """Write it."""
+        """Write the averaged checkpoint as a run."""
         from training.checkpoint.tools.average import average
         from training.checkpoint.tools.reader import find_checkpoint
 
@@ -127,7 +127,7 @@ class Export:
     path: PathArgument
     """A checkpoint, or a run: its newest complete one."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
-    """The new directory."""
+    """Directory that is made and filled."""
 
     def run(self) -> None:
         """Write it, and say for whom."""
@@ -150,12 +150,12 @@ class Import:
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
-    """safetensors and config.json."""
+    """Directory with safetensors files and a config.json."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIRECTORY")]
-    """The new run's directory."""
+    """Directory of the new run, which must not exist."""
 
     def run(self) -> None:
-        """Write it."""
+        """Write the imported weights as a run."""
         from training.checkpoint.exchange.importing import import_model
 
         made = import_model(self.directory, self.output)

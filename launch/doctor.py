@@ -61,7 +61,7 @@ def show(findings: list[Finding]) -> None:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Installed packages."""
+    """Check the installed packages against what the code is written for."""
     for package, installed in versions().items():
         if installed:
             yield Finding(status="ok", subject=package, found=installed)

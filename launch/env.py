@@ -27,13 +27,13 @@ class Process:
     """One process of a run."""
 
     rank: int = 0
-    """Place among all processes."""
+    """This process's place among all processes, from 0."""
     local_rank: int = 0
     """Place among the processes of this node: the number of its card."""
     world_size: int = 1
-    """Processes of the run."""
+    """Number of processes of the run, on all nodes."""
     local_world_size: int = 1
-    """Processes on this node."""
+    """Number of processes on this node."""
     node_rank: int = 0
     """Place of this node among the nodes."""
     launcher: str = "python"

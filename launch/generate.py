@@ -17,9 +17,9 @@ class Request:
     """Continue a prompt with the newest checkpoint of a run."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIRECTORY")]
-    """The run's directory: runs/<name>."""
+    """Directory of the run, as in runs/<name>."""
     prompt: str
-    """The text to continue."""
+    """Text that the model continues."""
     max_tokens: int = 200
     """Tokens to generate, at most."""
     temperature: float = 0.8
@@ -27,7 +27,7 @@ class Request:
     top_p: float = 0.95
     """Sample from the likeliest tokens that hold this share of the probability."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling, for the same text again."""
 
 
 def main(argv: list[str]) -> int:

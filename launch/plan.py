@@ -54,19 +54,19 @@ class Request:
     growth: Path | None = None
     """A report.json of `analyze engram`: how n-grams repeat in your own text."""
     step_s: float | None = None
-    """Seconds a step."""
+    """Seconds that an optimizer step takes, to turn bytes into rates."""
     tokens_per_s: float = 10_000.0
     """Tokens that a rank trains a second: gives the step's time where --step_s does not."""
     ranks_per_node: int = 8
     """Ranks that share a node's memory."""
     host_gib: float = 2048.0
-    """Memory of a node."""
+    """Host memory of a node, in GiB."""
     json: bool = False
-    """Print JSON."""
+    """Print the plan as one JSON object, for machines."""
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan."""
+    """Print the plan of what was asked for."""
     request = tyro.cli(
         tyro.conf.FlagCreatePairsOff[Request],
         args=argv,

@@ -55,11 +55,11 @@ class View(io.BufferedIOBase):
         return size
 
     def writable(self) -> bool:
-        """Always."""
+        """Whether it can be written to: always."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """The number of the descriptor behind the stream."""
         return self._number
 
     def isatty(self) -> bool:

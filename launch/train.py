@@ -42,7 +42,7 @@ python -m launch train <preset> --help lists every field with the preset's value
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A training run."""
+    """A training run as the command line asks for it."""
 
     run: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     resume: bool = False
@@ -58,7 +58,7 @@ class Request:
 
     @property
     def mode(self) -> StartMode:
-        """How the run begins."""
+        """How the run is asked to begin."""
         return next(
             (mode for mode in StartMode if getattr(self, mode.value, False)), StartMode.FRESH
         )

@@ -30,17 +30,17 @@ BLOCK_NUMEL = (
 
 
 def normal(std: float) -> Init:
-    """Independent normal values."""
+    """An initial value of independent normal numbers."""
     return lambda generator, shape: torch.randn(shape, generator=generator) * std
 
 
 def uniform(low: float, high: float) -> Init:
-    """Independent uniform values."""
+    """An initial value of independent uniform numbers."""
     return lambda generator, shape: torch.rand(shape, generator=generator) * (high - low) + low
 
 
 def constant(value: float) -> Init:
-    """One value everywhere."""
+    """An initial value that is the same everywhere."""
     return lambda _, shape: torch.full(shape, value)
 
 
@@ -86,7 +86,7 @@ class Placement:
     summed over tp.
     """
     decay: bool = True
-    """Subject to weight decay."""
+    """Whether weight decay applies to the parameter."""
     fp32: bool = False
     """Kept in fp32 when the model computes in bf16: decays, step sizes, routers."""
     whole_init: bool = field(default=False)

@@ -1,8 +1,8 @@
 """N ranks equal one: trains the tiny model on many layouts and compares every figure and tensor
 with a single process.
 
-``python -m tests.parity`` prints the table of docs/layouts.md. ``tests/test_parity.py`` asserts the same
-figures.
+``python -m tests.parity`` prints the table of docs/layouts.md. ``tests/test_parity.py`` asserts the
+same figures.
 """
 
 import logging

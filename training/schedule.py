@@ -20,11 +20,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        cosine_steps = max(1, num_steps - config.warmup_steps)
+        progress = min(1.0, (step - config.warmup_steps) / cosine_steps)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         decay_steps = max(1, round(config.decay_fraction * num_steps))
-        share = 1 - math.sqrt(min(1.0, max(0.0, (step - (num_steps - decay_steps)) / decay_steps)))
+        decay_start = num_steps - decay_steps
+        progress = min(1.0, max(0.0, (step - decay_start) / decay_steps))
+        share = 1 - math.sqrt(progress)
     return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * share)
 
 

@@ -131,7 +131,7 @@ class Effect:
     tokens: int
     loss: float
     loss_without: float
-    """With all rows zero."""
+    """Mean loss in nats a token where all rows are zero."""
     gain: float
     """loss_without - loss, nats a token."""
     gain_error: float
@@ -146,7 +146,7 @@ class FrequencyBin:
 
     order: int
     low: int
-    """The least frequency, occurrences."""
+    """The least number of occurrences in the training text."""
     high: int | None
     """The greatest; None is no limit."""
     effect: Effect

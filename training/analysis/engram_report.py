@@ -42,7 +42,7 @@ TRAFFIC_BATCHES = 16  # micro-batches that traffic is a mean over
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured."""
+    """Everything that was measured of one checkpoint."""
 
     name: str
     checkpoint: str
@@ -227,7 +227,7 @@ def _write(trained: LoadedModel, observed: Observed, report: Report, output: Pat
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report as tables."""
+    """Yield the report as lines of text tables."""
     seen = f"{report.seen_tokens:,} tokens read in training"
     yield f"{report.checkpoint}: step {report.step:,}, {seen}"
     yield f"n-grams are counted over the first {report.counted_tokens:,} of them"
@@ -268,10 +268,8 @@ def _head_lines(report: Report) -> Iterator[str]:
             never = f"{1 - head.trained_rows / head.rows:.1%}"
         yield (
             f"{head.layer:5} {head.order:5} {head.head:4} {head.rows:11,} {head.ngrams:10,} "
-            f"{head.hit_rows:10,}"
-            f" {head.expected_hit_rows:12,.1f} {head.colliding:10,} "
-            f"{head.expected_colliding:12,.1f}"
-            f" {trained:>10} {never:>7}"
+            f"{head.hit_rows:10,} {head.expected_hit_rows:12,.1f} {head.colliding:10,} "
+            f"{head.expected_colliding:12,.1f} {trained:>10} {never:>7}"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from training.data.dataset import Batch, Rows
 from training.data.token_map import TokenMap
 
-# of text, looked at for one mean
+# What of a text is looked at for one mean.
 MOST_BLOCKS = 64
 BLOCK_TOKENS = 2**21
 
@@ -81,8 +81,10 @@ class NgramCounts:
     def frequency(self, windows_TN: np.ndarray, order: int) -> np.ndarray:
         """(T,) int64: how often the ``order``-gram of each window occurs in the counted text."""
         number_T = windows_TN[:, 0]
-        for back in range(1, order):  # an unknown (n-1)-gram, -1, gives a negative key: unknown too
-            number_T = self.levels[back + 1].find(number_T * self.vocab_size + windows_TN[:, back])
+        for back in range(1, order):
+            # An unknown (n-1)-gram, -1, gives a negative key: unknown, too.
+            keys_T = number_T * self.vocab_size + windows_TN[:, back]
+            number_T = self.levels[back + 1].find(keys_T)
         level = self.levels[order]
         if not len(level.counts_U):
             return np.zeros(len(windows_TN), dtype=np.int64)
@@ -99,15 +101,13 @@ class NgramCounts:
         return np.stack([keys_U, *reversed(columns)], -1)
 
     def distinct_in(self, order: int, num_tokens: int) -> float:
-        """Distinct n-grams among so many tokens in succession: the mean over the first few such
-        blocks.
+        """Distinct n-grams among so many tokens in succession.
+
+        The mean over the first few such blocks of the text.
         """
         numbers_T = self.levels[order].numbers_T
-        blocks = max(1, min(MOST_BLOCKS, BLOCK_TOKENS // num_tokens, len(numbers_T) // num_tokens))
-        return (
-            sum(
-                len(np.unique(block))
-                for block in numbers_T[: blocks * num_tokens].reshape(blocks, -1)
-            )
-            / blocks
-        )
+        whole_blocks = len(numbers_T) // num_tokens
+        num_blocks = max(1, min(MOST_BLOCKS, BLOCK_TOKENS // num_tokens, whole_blocks))
+        blocks = numbers_T[: num_blocks * num_tokens].reshape(num_blocks, -1)
+        distinct = sum(len(np.unique(block)) for block in blocks)
+        return distinct / num_blocks

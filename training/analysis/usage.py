@@ -142,10 +142,10 @@ class Traffic:
 
     layer: int
     tokens: int
-    """Of a micro-batch."""
+    """Tokens of the micro-batch that was looked at."""
     ids_per_token: int
     distinct_ids: float
-    """Mean over the micro-batches."""
+    """Distinct ids of a micro-batch, the mean over several."""
     dedup: float
     """Ids asked a distinct id."""
     bytes_per_token: float

@@ -189,7 +189,7 @@ def writing_process(directory: Path, size: int) -> Iterator[Event]:
 
 
 def write_while(writes: Event, path: Path, size: int) -> None:
-    """The work of ``writing_process``."""
+    """Write until told to stop: the work of ``writing_process``."""
     block = os.urandom(BLOCK_BYTES)
     while writes.wait():
         write_plain(path, size, block)
@@ -364,7 +364,7 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
 
 
 def main() -> None:
-    """Parse, check, measure, print."""
+    """Parse the options, check the state, measure, and print."""
     parser = argparse.ArgumentParser(
         prog="python -m training.bench.checkpoint", description="The cost of checkpoints."
     )

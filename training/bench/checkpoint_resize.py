@@ -67,7 +67,7 @@ def remove(path: Path) -> None:
 
 
 def save_both(directory: Path, rounds: int) -> Figures:
-    """On two processes."""
+    """Save with both systems, on two processes."""
     trainer = make_trainer(seed=0)
     one_step(trainer)
     ours = directory / "ours"
@@ -82,7 +82,7 @@ def save_both(directory: Path, rounds: int) -> Figures:
 
 
 def load_both(directory: Path, rounds: int) -> Figures:
-    """On one process."""
+    """Load with both systems, on one process."""
     mine = make_trainer(seed=1)
     other = make_trainer(seed=2)
     other.engine._config.load_universal_checkpoint = True

@@ -111,7 +111,7 @@ class Result:
     idle: np.ndarray
     """The same without a table, in turns with it."""
     copied: tuple[float, float]
-    """As of ``copied_mb``."""
+    """Megabytes that a step copies to the card and from it."""
     shares: tuple[float, float]
     """Distinct rows of lookups, and hot ones of those."""
 
@@ -184,7 +184,7 @@ def copied_in(events: list[dict], steps: int) -> tuple[float, float]:
 
 
 def quantiles(times: np.ndarray) -> str:
-    """Of a step's milliseconds."""
+    """Quantiles of a step's milliseconds."""
     low, median, high = np.quantile(times[:, 0], QUANTILES)
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
 

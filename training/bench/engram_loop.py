@@ -44,17 +44,17 @@ class Work:
     """A run of a model with Engram."""
     device: torch.device
     tokens: int
-    """A micro-batch."""
+    """Tokens of a micro-batch."""
     micro_batches: int
-    """A step."""
+    """Micro-batches that a step accumulates."""
     side: int
     """Of the square matrices that are multiplied."""
     products: int = 6
-    """A micro-batch."""
+    """Square products that stand for the model in a micro-batch."""
 
     @property
     def engram(self) -> EngramConfig:
-        """Of the model."""
+        """Engram's configuration in the run's model."""
         assert self.run.model.engram is not None
         return self.run.model.engram
 
@@ -68,12 +68,12 @@ class Work:
 
     @property
     def num_rows(self) -> int:
-        """Of all layers."""
+        """Rows of the tables of all layers together."""
         return sum(spec.num_rows for spec in self.hashes.values())
 
     @property
     def lookups(self) -> int:
-        """A step."""
+        """Ids that are looked up in a step."""
         return (
             self.micro_batches
             * self.tokens
@@ -108,7 +108,7 @@ class Work:
         return [torch.randn(self.side, self.side, device=self.device).bfloat16() for _ in range(3)]
 
     def multiply(self, count: int) -> None:
-        """So many products."""
+        """Multiply so many square matrices, as the model would."""
         for _ in range(count):
             torch.mm(self.matrices[0], self.matrices[1], out=self.matrices[2])
 

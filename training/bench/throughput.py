@@ -52,7 +52,7 @@ WARM_UP_ROUNDS = 4
 
 
 class Side(Protocol):
-    """A model in training."""
+    """A model in training, ours or the peer."""
 
     num_parameters: int
 
@@ -147,7 +147,7 @@ class Peer:
 
 @dataclass
 class Record:
-    """What one candidate did."""
+    """What one candidate did in its turns."""
 
     side: Side
     tokens_per_s: list[float] = field(default_factory=list)
@@ -230,7 +230,7 @@ def show(records: dict[str, Record]) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure in turns, and print."""
     parser = argparse.ArgumentParser(
         prog="python -m training.bench.throughput",
         description="Training speed beside transformers.",

@@ -83,8 +83,7 @@ def require_memory(tensors: Tensors, comm: Comm) -> None:
         )
         if total > free:
             rule = (
-                f"copies {total / GIB:.2f} GiB to memory of {host}, where {free / GIB:.2f} "
-                "GiB "
+                f"copies {total / GIB:.2f} GiB to memory of {host}, where {free / GIB:.2f} GiB "
                 "are available"
             )
             fix = "stop training while it is written: --train.async_save False"

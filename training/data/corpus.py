@@ -26,7 +26,7 @@ class Reading:
     """What was read of the sources, and what was not."""
 
     files: int = 0
-    """Files read."""
+    """Number of files that were read."""
     documents: int = 0
     """Documents found, empty ones included."""
     empty: int = 0
@@ -37,7 +37,7 @@ class Reading:
     """Why files beside those read were left out -> how many."""
 
     def as_record(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The counts as dataset.json keeps them."""
         return asdict(self) | {"ignored": dict(self.ignored)}
 
 

@@ -28,11 +28,11 @@ class Row(NamedTuple):
     """One row and the token after it."""
 
     tokens: np.ndarray
-    """(L + 1,) int64."""
+    """(L + 1,) int64 tokens: the inputs and, one further, the targets."""
     segments: np.ndarray
     """(L + 1,) int32: index of the document inside the row; padding has an index of its own."""
     num_tokens: int
-    """Tokens before the padding."""
+    """Number of tokens before the padding."""
 
 
 class Rows(Protocol):
@@ -46,10 +46,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of one micro-batch."""
+    """The packed rows of one micro-batch."""
 
     input_ids_BL: Tensor
-    """int64 tokens."""
+    """(B, L) int64 tokens that the model reads."""
     targets_BL: Tensor
     """int64: the token that follows each; -100 where that belongs to another document (so at EOD)
     or is padding.

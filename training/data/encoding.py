@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How documents become tokens."""
+    """How documents of one corpus become tokens."""
 
     tokenizer: "Tokenizer"
     vocab_size: int

@@ -11,10 +11,10 @@ import numpy as np
 from training.data.dataset import NO_TARGET, Batch, ValidationRows
 from training.data.files import Split, TokenFiles
 
-CHUNK = 2**22  # tokens counted at once
-MAX_TRAIN_TOKENS = (
-    2**26
-)  # bounds the distinct bigrams, hence memory: at most 16 bytes each, a few copies
+# Tokens that are counted at once.
+CHUNK = 2**22
+# Bounds the distinct bigrams, hence memory: at most 16 bytes each, in a few copies.
+MAX_TRAIN_TOKENS = 2**26
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def validation_entropies(
     do, among the first ``max_train_tokens`` of the split; N is their sum, V the vocabulary, t(h)
     the number of distinct tokens seen after h. Unigram: add-one, p(w) = (c(w) + 1) / (N + V).
     Bigram: Witten-Bell interpolation with it, p(w | h) = (c(h, w) + t(h) p(w)) / (c(h) + t(h)), and
-        p(w) where h was never followed. Both are never zero.
+    p(w) where h was never followed. Both are never zero.
     """
     pairs, counts = count_bigrams(files.train, files.vocab_size, max_train_tokens)
     heads, words = np.divmod(pairs, files.vocab_size)
@@ -52,12 +52,10 @@ def validation_entropies(
     for head, word in _validation_pairs(files, seq_length, num_rows):
         seen = _look_up(pairs, counts, head * files.vocab_size + word)
         total = head_counts[head] + num_followers[head]
-        bigram = np.where(
-            total > 0,
-            (seen + num_followers[head] * unigram[word]) / np.maximum(total, 1),
-            unigram[word],
-        )
-        sums -= np.log(unigram[word]).sum(), np.log(bigram).sum()
+        interpolated = (seen + num_followers[head] * unigram[word]) / np.maximum(total, 1)
+        bigram = np.where(total > 0, interpolated, unigram[word])
+        sums[0] -= np.log(unigram[word]).sum()
+        sums[1] -= np.log(bigram).sum()
         num_targets += len(word)
     unigram_mean, bigram_mean = (sums / max(num_targets, 1)).tolist()
     return Entropies(unigram_mean, bigram_mean, num_targets)
@@ -71,18 +69,17 @@ def count_bigrams(split: Split, vocab_size: int, max_tokens: int) -> tuple[np.nd
     pairs = np.empty(0, dtype=np.int64)
     counts = np.empty(0, dtype=np.int64)
     for start in range(0, num_tokens - 1, CHUNK):
-        tokens = split.tokens[start : min(start + CHUNK + 1, num_tokens)].astype(np.int64)
-        crosses = np.zeros(len(tokens), dtype=bool)
-        ends = split.ends[slice(*np.searchsorted(split.ends, (start + 1, start + len(tokens))))]
-        crosses[ends - start] = True
-        chunk, chunk_counts = np.unique(
-            (tokens[:-1] * vocab_size + tokens[1:])[~crosses[1:]], return_counts=True
-        )
+        # One token more than a chunk: the last bigram's second.
+        stop = min(start + CHUNK + 1, num_tokens)
+        tokens = split.tokens[start:stop].astype(np.int64)
+        first, last = np.searchsorted(split.ends, (start + 1, start + len(tokens)))
+        begins_document = np.zeros(len(tokens), dtype=bool)
+        begins_document[split.ends[first:last] - start] = True
+        keys = tokens[:-1] * vocab_size + tokens[1:]
+        chunk, chunk_counts = np.unique(keys[~begins_document[1:]], return_counts=True)
         pairs, places = np.unique(np.concatenate((pairs, chunk)), return_inverse=True)
-        merged = np.bincount(
-            places, weights=np.concatenate((counts, chunk_counts)), minlength=len(pairs)
-        )
-        counts = merged.astype(np.int64)
+        both = np.concatenate((counts, chunk_counts))
+        counts = np.bincount(places, weights=both, minlength=len(pairs)).astype(np.int64)
     return pairs, counts
 
 
@@ -98,8 +95,10 @@ def _validation_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) of each row, where there is a target."""
     rows = ValidationRows(files, seq_length)
-    for index in range(len(rows) if num_rows is None else min(num_rows, len(rows))):
+    count = len(rows) if num_rows is None else min(num_rows, len(rows))
+    for index in range(count):
         batch = Batch.stack([rows.read(index)])
         inputs = batch.input_ids_BL.numpy()[0]
         targets = batch.targets_BL.numpy()[0]
-        yield inputs[targets != NO_TARGET], targets[targets != NO_TARGET]
+        has_target = targets != NO_TARGET
+        yield inputs[has_target], targets[has_target]

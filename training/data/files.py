@@ -34,7 +34,7 @@ DTYPES = {"uint16": 2**16, "int32": 2**31}  # name -> number of ids that fit
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Documents one after another."""
+    """The tokens of a split's documents, one after another."""
 
     tokens: np.ndarray
     """(T,) uint16 or int32, memory-mapped."""

@@ -27,20 +27,20 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file to read."""
+    """A file that will be read, and how."""
 
     path: Path
     kind: str
-    """jsonl, parquet or text."""
+    """Kind of the file: jsonl, parquet or text."""
     compression: str = ""
     """The suffix that tells how it is compressed; empty where it is not."""
     size: int
-    """Bytes on disk."""
+    """Size of the file in bytes, as it lies on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What one ``--source`` names."""
+    """The files that one ``--source`` names."""
 
     name: str
     files: tuple[SourceFile, ...] = ()

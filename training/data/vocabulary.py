@@ -53,7 +53,7 @@ class Vocabulary:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer.json."""
+        """Path of the tokenizer.json that the tokens were made with."""
         return self.path / TOKENIZER
 
     @property
@@ -67,7 +67,7 @@ class Vocabulary:
         return file_sha256(self.tokenizer_path)
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer."""
+        """The tokenizer, loaded from its file."""
         return load_tokenizer(self.tokenizer_path)
 
 

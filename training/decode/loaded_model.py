@@ -31,7 +31,7 @@ class LoadedModel:
     """A checkpoint's model, with what it was trained from."""
 
     path: Path
-    """The checkpoint."""
+    """Directory of the checkpoint that was loaded."""
     manifest: dict[str, Any]
     config: RunConfig
     """The run's, with the compute type that trained it; ``model`` may have another here."""

@@ -35,24 +35,23 @@ class EngramMemory:
     def row_ids(
         self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None
     ) -> dict[int, torch.Tensor]:
-        """(B, L / tp, O) int64 row ids of each layer, for this tensor rank's share of the tokens.
-        Host tensors.
-        """
+        """(B, L / tp, O) int64 row ids of each layer for this tensor rank's tokens, on the host."""
         compressed = self.token_map.compress(ids_BL.cpu())
-        share = slice(None)
-        if self.mesh.size("tp") > 1:
-            length = ids_BL.shape[1] // self.mesh.size("tp")
-            share = slice(self.mesh.rank("tp") * length, (self.mesh.rank("tp") + 1) * length)
         rows_YBLO = engram_hash_layers(compressed, list(self.hashes.values()), seq_idx_BL)
-        return dict(zip(self.hashes, rows_YBLO[:, :, share], strict=True))
+        # Whole rows are hashed: the first n-grams of a share begin in the share before.
+        length = ids_BL.shape[1] // self.mesh.size("tp")
+        first = self.mesh.rank("tp") * length
+        share_YBLO = rows_YBLO[:, :, first : first + length]
+        return dict(zip(self.hashes, share_YBLO, strict=True))
 
     def look_up(self, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None) -> dict[int, Rows]:
         """The rows of these tokens; collective over ``engram``."""
         return self.tables.fetch(lambda: self.row_ids(ids_BL, seq_idx_BL))
 
     def prefetch(self, batch: Batch) -> None:
-        """Send for the rows of a micro-batch that will be trained on later; collective over
-        ``engram``.
+        """Send for the rows of a micro-batch that will be trained on later.
+
+        Collective over ``engram``.
         """
         self._coming.append((batch, self.look_up(batch.input_ids_BL, batch.seq_idx_BL)))
 
@@ -102,8 +101,10 @@ def run_token_map(config: RunConfig, files: Vocabulary) -> TokenMap:
 def build_memory(
     config: RunConfig, mesh: Mesh, token_map: TokenMap, device: torch.device, trainable: bool = True
 ) -> EngramMemory | None:
-    """The Engram tables of a run and the hash into them; not ``trainable``: rows to be loaded, and
-    no more.
+    """The Engram tables of a run and the hash into them; None for a model without Engram.
+
+    Args:
+        trainable: False: rows to be loaded and looked up, without an optimizer.
     """
     engram = config.model.engram
     if engram is None:

@@ -35,11 +35,11 @@ class TableShape:
     name: str
     orders: tuple[int, ...]
     primes: tuple[tuple[tuple[int, ...], ...], ...]
-    """[layer][order][head] rows."""
+    """Rows of each head's table, as [layer][order][head]."""
     width: int
-    """W."""
+    """W, values of a row."""
     step_tokens: int
-    """Of all ranks."""
+    """Tokens of an optimizer step on all ranks."""
     micro_tokens: int
     """Of one micro-batch of a rank."""
     value_bytes: int
@@ -47,12 +47,12 @@ class TableShape:
 
     @property
     def layer_rows(self) -> list[int]:
-        """Rows of each layer."""
+        """Number of rows of each layer."""
         return [sum(map(sum, layer)) for layer in self.primes]
 
     @property
     def parameters(self) -> int:
-        """Values of all rows."""
+        """Number of values of all rows."""
         return sum(self.layer_rows) * self.width
 
     @property
@@ -156,7 +156,7 @@ def distinct_ids(shape: TableShape, tokens: float, curves: Mapping[int, Curve]) 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What arithmetic cannot know."""
+    """What arithmetic cannot know and the caller must say."""
 
     curves: Mapping[int, Curve]
     """Distinct n-grams by tokens, for each order."""

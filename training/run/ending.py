@@ -102,9 +102,8 @@ def _losses(directory: Path, entropies: Entropies) -> str:
     ]
     return (
         f"validation loss {losses[-1]:.4f} nats a token; of the same text by counts of the "
-        "training text, "
-        f"unigram entropy {entropies.unigram:.4f}, "
-        f"bigram entropy {entropies.bigram:.4f}"
+        f"training text, unigram entropy {entropies.unigram:.4f}, bigram entropy "
+        f"{entropies.bigram:.4f}"
     )
 
 

@@ -27,7 +27,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def short(number: float) -> str:
-    """48,123 -> 48.1k."""
+    """A number in three digits: 48,123 becomes 48.1k."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{suffix}"
@@ -35,7 +35,7 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """3725 -> 1:02:05."""
+    """Seconds as a clock: 3725 becomes 1:02:05."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -25,7 +25,7 @@ class Line:
     """One line of the file."""
 
     number: int
-    """From 1."""
+    """Number of the line in the file, from 1."""
     content: bytes
     """As it lies on the disk, without the line's end."""
     record: Record | None

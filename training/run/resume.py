@@ -27,7 +27,7 @@ WAYS_OUT = "start anew with --overwrite (the run is moved aside) or under anothe
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins."""
+    """Where a run begins, and what differs from the run as it was."""
 
     path: Path | None = None
     """The checkpoint, verified; None is step 0."""
@@ -40,7 +40,7 @@ class Origin:
     changes: Changes = field(default_factory=dict)
     """What differs from the run as it was."""
     notes: tuple[str, ...] = ()
-    """Lines for the reader."""
+    """Lines to print for the reader."""
 
 
 def find_origin(

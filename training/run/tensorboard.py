@@ -37,7 +37,7 @@ class Board:
             self._give_up(error)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left and close the file."""
         if self._writer is None:
             return
         try:

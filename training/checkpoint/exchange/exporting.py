@@ -41,7 +41,7 @@ Track = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made."""
+    """What an export wrote, for its report."""
 
     architecture: str | None
     """The class of ``transformers``; None where only we can load it."""

@@ -28,7 +28,7 @@ NO_CLAMP = 1e-30
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A class of ``transformers``."""
+    """A class of ``transformers`` and the models of ours that it can compute."""
 
     architecture: str
     model_type: str

@@ -41,10 +41,10 @@ UNLIMITED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made."""
+    """What an import wrote, for its report."""
 
     path: Path
-    """The checkpoint."""
+    """Directory of the checkpoint that was written."""
     architecture: str | None
     """The class of ``transformers`` that the files are of; None for our own format."""
     model: ModelConfig

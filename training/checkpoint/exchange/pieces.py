@@ -35,7 +35,7 @@ class Piece:
     inner: tuple[int, ...] = ()
     """Other dims of a constant."""
     fill: float = 0.0
-    """Value of a constant."""
+    """The value of a piece that is constant."""
 
 
 def fold_shape(shape: tuple[int, ...], fold: Fold) -> tuple[int, ...]:

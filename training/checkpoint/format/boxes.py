@@ -16,7 +16,7 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements in the box."""
         return math.prod(self.sizes)
 
     def clip(self, dim: int, start: int, stop: int) -> "Box | None":
@@ -31,16 +31,19 @@ class Box:
 
     def overlaps(self, other: "Box") -> bool:
         """Whether the two share an element."""
-        return all(
-            a < b + m and b < a + n
-            for a, n, b, m in zip(
-                self.offset,
-                self.sizes,
-                other.offset,
-                other.sizes,
-                strict=True,
-            )
-        )
+        for dim in range(len(self.offset)):
+            if self.offset[dim] >= other.offset[dim] + other.sizes[dim]:
+                return False
+            if other.offset[dim] >= self.offset[dim] + self.sizes[dim]:
+                return False
+        return True
+
+    def lies_in(self, shape: tuple[int, ...]) -> bool:
+        """Whether all of it is inside a tensor of this shape."""
+        for first, size, limit in zip(self.offset, self.sizes, shape, strict=True):
+            if first < 0 or first + size > limit:
+                return False
+        return True
 
     def split(self, max_numel: int) -> Iterator["Box"]:
         """The box in parts of at most ``max_numel`` elements, along its outermost dims."""
@@ -52,7 +55,8 @@ class Box:
         size = self.sizes[dim]
         step = max(1, max_numel * size // self.numel)
         for first in range(start, start + size, step):
-            yield from self._along(dim, first, min(step, start + size - first)).split(max_numel)
+            part = self._along(dim, first, min(step, start + size - first))
+            yield from part.split(max_numel)
 
     def _along(self, dim: int, offset: int, size: int) -> "Box":
         head = slice(None, dim)
@@ -98,15 +102,11 @@ def cover_problem(shape: tuple[int, ...], boxes: Iterable[Box]) -> str | None:
     boxes = sorted(boxes, key=lambda box: box.offset)
     whole = Box((0,) * len(shape), tuple(shape))
     # Swept along the dim that is cut the most, where the fewest boxes lie beside one another.
-    sweep = max(
-        range(len(shape)), key=lambda dim: len({box.offset[dim] for box in boxes}), default=0
-    )
+    cuts = [len({box.offset[dim] for box in boxes}) for dim in range(len(shape))]
+    sweep = cuts.index(max(cuts)) if cuts else 0
     beside: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offset[sweep]):
-        if any(
-            a < 0 or a + n > size
-            for a, n, size in zip(box.offset, box.sizes, whole.sizes, strict=True)
-        ):
+        if not box.lies_in(shape):
             return f"{box} lies outside the shape {list(shape)}"
         beside = [
             other

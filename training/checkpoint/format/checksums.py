@@ -53,11 +53,11 @@ class ChecksummedFile(io.RawIOBase):
         return size
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Number of bytes written so far."""
         return self.size
 
     def flush(self) -> None:
-        """End the block."""
+        """End the block that is being summed."""
         if self.size > self.block_start:
             self.sums[self.block_start] = self.block.hexdigest()
             self.block = xxhash.xxh3_64()
@@ -78,7 +78,7 @@ class ChecksummedFile(io.RawIOBase):
             super().close()
 
     def record(self) -> dict[str, Any]:
-        """As ``file_records`` has it."""
+        """The file's record, as ``file_records`` has it."""
         return _record(self.size, self.sums)
 
     def _write_pending(self) -> None:

@@ -31,7 +31,7 @@ class Chunk:
 
     box: Box
     values: torch.Tensor
-    """The box's live values."""
+    """The values of the box as they live in this process."""
     writes: bool = True
     """This rank is the one that saves it; holders of copies only load."""
     take: Callable[[Box, torch.Tensor], None] | None = None
@@ -53,7 +53,7 @@ class LogicalTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """As saved."""
+    """Type of the values as they are saved."""
     chunks: list[Chunk] = field(default_factory=list)
 
 

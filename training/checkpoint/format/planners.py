@@ -150,7 +150,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
         self.values: dict[MetadataIndex, torch.Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's chunks."""
+        """Plan the chunks that this rank writes."""
         items = []
         for name, tensor in self.tensors.items():
             for chunk in stored_chunks(tensor):

@@ -53,7 +53,7 @@ class SafeReader(dcp.FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As ``read_metadata`` below."""
+        """The metadata by ``read_metadata`` below, which executes nothing."""
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -21,7 +21,7 @@ Track = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Verified:
-    """A whole checkpoint."""
+    """What was found whole, for the report."""
 
     path: Path
     num_files: int

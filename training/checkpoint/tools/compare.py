@@ -39,14 +39,14 @@ class Difference:
     kinds: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, dtype and shape in A, in B) of tensors whose values cannot be compared."""
     values: list[ValueDifference] = field(default_factory=list)
-    """The worst first."""
+    """Tensors whose values differ, the worst first."""
     num_identical: int = 0
     fields: list[tuple[str, Any, Any]] = field(default_factory=list)
     """(field, value in A, value in B) of manifests and run configurations."""
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs."""
+        """Whether the two checkpoints differ in nothing."""
         return not (self.only_in_a or self.only_in_b or self.kinds or self.values or self.fields)
 
 

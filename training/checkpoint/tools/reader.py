@@ -59,7 +59,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its values."""
+        """Bytes that the tensor's values take."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @cached_property

@@ -94,7 +94,7 @@ def as_json(reader: Reader) -> dict[str, Any]:
 
 
 def all_lines(reader: Reader) -> list[Line]:
-    """One line a tensor."""
+    """Yield one line for each tensor."""
     return [
         Line(
             name,
