@@ -14,7 +14,7 @@ from typing import Literal
 from launch.console import USER_ERROR
 from launch.env import LOCALHOST, Process, discover, free_port, has_cuda
 from launch.machine import cores, free_memory
-from training.run.run_file import versions
+from training.run_file import versions
 
 GIB = 2**30
 TIMEOUT_S = 60

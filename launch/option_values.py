@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from launch.option_names import option_name, what_is_meant
 from parallel.errors import Problem
 from training.model.config import MIXERS
-from training.run.run_file import dataclass_of
+from training.run_file import dataclass_of
 
 SWITCHES = ("resume", "auto_resume", "overwrite", "help")
 LARGEST_EXPONENT = 18  # of a whole number: 1e999999999 has as many digits

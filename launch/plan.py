@@ -25,7 +25,7 @@ from training.plan.tables import (
     shape_of_run,
 )
 from training.presets import PRESETS
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 FORMATS: tuple[RowFormat, ...] = ("fp32", "bf16", "fp8")
 OPTIMIZERS: tuple[RowOptimizer, ...] = ("adam", "rowwise_adam", "momentum_sinkhorn")

@@ -20,9 +20,9 @@ from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
 from training.presets import PRESETS
-from training.run.run_file import flat_fields, load_run_json
 from training.run.start_mode import StartMode, directory_problems
 from training.run.stop_signals import stop_signals
+from training.run_file import flat_fields, load_run_json
 
 RUNS = Path("runs")
 # Of a run's name: file systems take 255, and an overwritten run's gets a number.

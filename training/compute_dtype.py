@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kernels.cpu_dtype import DtypeChoice
 from parallel.device import choose_dtype
 from training.config import Dtype, RunConfig
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -17,7 +17,7 @@ from training.checkpoint.format import checksums, storage
 from training.config import RunConfig
 from training.engram.memory import build_memory, memory_of
 from training.model.model import build_model
-from training.run.run_file import save_run_json
+from training.run_file import save_run_json
 from training.step import train_step
 
 

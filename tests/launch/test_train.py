@@ -14,7 +14,7 @@ from launch.train import Request, field_names, find_problems, main, parse
 from parallel.errors import RunError
 from training.config import RunConfig
 from training.presets import PRESETS
-from training.run.run_file import save_run_json
+from training.run_file import save_run_json
 
 
 def said(request, tmp_path, process=Process()):  # noqa: B008

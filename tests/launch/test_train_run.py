@@ -21,7 +21,7 @@ from training.data.entropy import validation_entropies
 from training.data.files import TokenFiles
 from training.data.prepare import prepare
 from training.engram.hash_artifact import read_artifact
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 STEPS = 8
 EP2 = ("--parallel.ep", "2")

@@ -24,7 +24,7 @@ from training import compute_dtype
 from training.compute_dtype import dtype_to_read_with, tell_choice, with_dtype
 from training.config import RunConfig
 from training.decode.loaded_model import load_model
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 from training.trainer import build_trainer
 
 FP32 = DtypeChoice(torch.float32, "slow in bf16")

@@ -26,7 +26,7 @@ from tests.helpers.runs import (
 from tests.launch.commands import run
 from training.data.files import TokenFiles
 from training.loop import _require_targets
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 STEPS = 8
 

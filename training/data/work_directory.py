@@ -19,7 +19,7 @@ from types import FrameType
 from parallel.errors import Problem, RunError
 from training.data.files import MANIFEST, read_manifest
 from training.data.sources import printable
-from training.run.owner_file import read_owner, this_process
+from training.owner_file import read_owner, this_process
 
 OWNER = "owner.json"  # who works in the directory
 OLD_S = 7 * 24 * 3600.0  # nobody works in a directory that has not changed for so long

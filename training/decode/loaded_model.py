@@ -21,7 +21,7 @@ from training.data.vocabulary import Vocabulary
 from training.engram.hash_artifact import check_artifact
 from training.engram.memory import EngramMemory, build_memory, run_token_map
 from training.model.model import HybridModel, build_model
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 RUN_FILE = "run.json"
 

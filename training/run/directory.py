@@ -12,8 +12,8 @@ from training.data.files import TokenFiles
 from training.data.token_map import TokenMap
 from training.engram.hash_artifact import keep_artifact
 from training.run.resume import Origin
-from training.run.run_file import load_history, save_run_json
 from training.run.start_mode import StartMode
+from training.run_file import load_history, save_run_json
 
 
 def prepare_directory(

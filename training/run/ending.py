@@ -15,10 +15,10 @@ from parallel.failure import FailureWatch
 from training.config import RunConfig
 from training.data.entropy import Entropies, validation_entropies
 from training.data.files import TokenFiles
-from training.decode.sample import PROMPT, sample_text
 from training.run.metrics_file import read_metrics
 from training.run.plot import plot_loss
 from training.run.preemption import asked_to_stop
+from training.run.sample import PROMPT, sample_text
 from training.trainer import Trainer
 
 

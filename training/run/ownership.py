@@ -10,7 +10,7 @@ from pathlib import Path
 
 from parallel.agree import Comm, on_rank_0
 from parallel.errors import LostRun, Problem, RunError
-from training.run.owner_file import Owner, OwnerFile, owner_files, read_owner, this_process
+from training.owner_file import Owner, OwnerFile, owner_files, read_owner, this_process
 
 BEAT_S = 5.0
 # An owner on another host, or in another container, is dead once it has not been heard of for so

@@ -17,8 +17,8 @@ from training.checkpoint.format.storage import Choice, Manifest, choose_whole, r
 from training.config import RunConfig
 from training.data.token_map import TokenMap
 from training.run.metrics_file import read_lines
-from training.run.run_file import Changes, find_changes, load_run_json
 from training.run.start_mode import StartMode, directory_problems, has_run
+from training.run_file import Changes, find_changes, load_run_json
 from training.schedule import learning_rate
 
 RESTORE = "restore it from a copy"

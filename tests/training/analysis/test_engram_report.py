@@ -25,7 +25,7 @@ from training.decode.loaded_model import load_model
 from training.engram.hash_artifact import FILE, make_artifact, write_artifact
 from training.engram.memory import build_memory, memory_of, run_token_map
 from training.run.metrics_file import read_metrics
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 
 @pytest.fixture(scope="module")

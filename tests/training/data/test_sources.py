@@ -30,7 +30,7 @@ from training.data.corpus import Reading, open_documents, write_documents
 from training.data.prepare import choose_validation, cut_words, prepare
 from training.data.progress import Progress
 from training.data.work_directory import clear_leftovers
-from training.run.owner_file import this_process
+from training.owner_file import this_process
 
 ROOT = Path(__file__).resolve().parents[2]
 

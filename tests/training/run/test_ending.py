@@ -11,10 +11,10 @@ import pytest
 
 from tests.helpers.runs import forked, records, run_forked, words
 from training.data.files import TokenFiles
-from training.decode import sample
 from training.decode.generate import generate
 from training.run import ending as report
-from training.run.run_file import load_run_json
+from training.run import sample
+from training.run_file import load_run_json
 
 SHORT = ("--train.steps", "1", "--train.eval_rows", "1")
 EP2 = ("--parallel.ep", "2")

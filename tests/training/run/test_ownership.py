@@ -14,8 +14,8 @@ import pytest
 from parallel.errors import LostRun, RunError
 from tests.helpers.runs import ENDLESS, forked, wait_for_step, words
 from tests.training.test_loop import contents
+from training.owner_file import OwnerFile, owner_files, read_owner, this_process
 from training.run import ownership
-from training.run.owner_file import OwnerFile, owner_files, read_owner, this_process
 from training.run.ownership import Ownership
 
 

@@ -17,7 +17,7 @@ from tests.training.checkpoint.test_save_and_load import rewrite
 from tests.training.test_loop import contents
 from training.checkpoint.format import storage
 from training.run.metrics_file import read_metrics
-from training.run.run_file import load_history, load_run_json
+from training.run_file import load_history, load_run_json
 
 FEW = ("--train.eval_every", "0", "--train.eval_rows", "1", "--train.keep", "3")
 

@@ -31,7 +31,7 @@ from training.checkpoint.tools.writer import Shapes, write_weights
 from training.config import RunConfig
 from training.model.config import ModelConfig, model_problems
 from training.model.model import HybridModel
-from training.run.run_file import load_run_json, save_run_json
+from training.run_file import load_run_json, save_run_json
 
 MAX_LISTED = 10
 # Defaults there that are not what our configuration means.

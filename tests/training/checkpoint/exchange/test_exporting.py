@@ -27,7 +27,7 @@ from training.checkpoint.tools.average import average
 from training.checkpoint.tools.reader import Reader
 from training.config import RunConfig
 from training.model.config import AttentionConfig, Mamba2Config, MoEConfig
-from training.run.run_file import load_run_json
+from training.run_file import load_run_json
 
 SOFTMAX = MoEConfig(
     num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0

@@ -7,7 +7,7 @@ import pytest
 
 from parallel.errors import RunError
 from training.presets import PRESETS
-from training.run.run_file import load_run_json, save_run_json
+from training.run_file import load_run_json, save_run_json
 
 
 @pytest.fixture
