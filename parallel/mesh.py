@@ -2,13 +2,25 @@
 of mesh_plan.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
 
 import torch.distributed as dist
 
-from parallel.mesh_plan import MeshPlan, ParallelConfig, plan_mesh
+from parallel.mesh_plan import AXES, Axis, MeshPlan, ParallelConfig, plan_mesh
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank is along one axis."""
+
+    size: int
+    """Number of ranks in its group."""
+    rank: int
+    """Its place among them."""
+    ranks: tuple[int, ...]
+    """Global ranks of the group."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +31,31 @@ class Mesh:
     global_rank: int
     _groups: MappingProxyType[str, dist.ProcessGroup]
     sequence_parallel: bool = False
+    _places: MappingProxyType[str, Place] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Found once: placements ask for each parameter, on thousands of ranks.
+        places = {
+            axis: Place(
+                layout.size,
+                layout.place(self.global_rank),
+                layout.ranks(self.global_rank),
+            )
+            for axis, layout in self.plan.layouts.items()
+        }
+        object.__setattr__(self, "_places", MappingProxyType(places))
 
     def size(self, axis: str) -> int:
         """Number of ranks along ``axis``."""
-        return self.plan.sizes[axis]
+        return self._places[axis].size
 
     def rank(self, axis: str) -> int:
         """This rank's place along ``axis``."""
-        return self.ranks(axis).index(self.global_rank)
+        return self._places[axis].rank
 
     def ranks(self, axis: str) -> tuple[int, ...]:
         """Global ranks of this rank's group along ``axis``."""
-        return next(group for group in self.plan.groups[axis] if self.global_rank in group)
+        return self._places[axis].ranks
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The process group along ``axis``; None where the axis has one rank in a run without
@@ -44,16 +69,32 @@ def single_mesh() -> Mesh:
     return Mesh(plan_mesh(ParallelConfig(), 1), 0, MappingProxyType({}))
 
 
-def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Create all process groups through megatron-core. ``torch.distributed`` must be initialised.
+def build_mesh(parallel: ParallelConfig, axes: tuple[Axis, ...] = AXES) -> Mesh:
+    """Create all process groups, those that megatron-core knows through it.
+    ``torch.distributed`` must be initialised.
 
     Raises:
         RuntimeError: megatron-core's groups are not the planned ones (a version with another rank
             order).
     """
+    plan = plan_mesh(parallel, dist.get_world_size(), axes)
+    rank = dist.get_rank()
+    _start_megatron(parallel)
+    groups: dict[str, dist.ProcessGroup] = {}
+    for axis in axes:
+        groups[axis.name] = _make_group(axis, plan, rank, groups, parallel.timeout_s)
+    return Mesh(
+        plan,
+        rank,
+        MappingProxyType(groups),
+        parallel.sequence_parallel,
+    )
+
+
+def _start_megatron(parallel: ParallelConfig) -> None:
+    """megatron-core's groups, which its layers look up themselves; those of an earlier mesh go."""
     from megatron.core import parallel_state
 
-    plan = plan_mesh(parallel, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -62,25 +103,41 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=parallel.timeout_s / 60,
     )
-    groups = {
-        "world": dist.group.WORLD,
-        "tp": parallel_state.get_tensor_model_parallel_group(),
-        "dp": parallel_state.get_data_parallel_group(),
-        "ep": parallel_state.get_expert_model_parallel_group(),
-        "expt_dp": parallel_state.get_expert_data_parallel_group(),
-        # The table's exchange has a group of its own: it may run beside the model's collectives.
-        "engram": dist.new_group(timeout=timedelta(seconds=parallel.timeout_s)),
-    }
-    mesh = Mesh(
-        plan,
-        dist.get_rank(),
-        MappingProxyType(groups),
-        parallel.sequence_parallel,
+
+
+def _make_group(
+    axis: Axis,
+    plan: MeshPlan,
+    rank: int,
+    earlier: dict[str, dist.ProcessGroup],
+    timeout_s: int,
+) -> dist.ProcessGroup:
+    """The group of ``rank`` along ``axis``. Collective over world."""
+    layout = plan.layouts[axis.name]
+    if axis.name == "world":
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    if axis.megatron:
+        return _megatron_group(axis, layout.ranks(rank))
+    if axis.shares and plan.layouts[axis.shares] == layout:
+        return earlier[axis.shares]
+    timeout = timedelta(seconds=timeout_s)
+    if layout.size == plan.world_size:
+        return dist.new_group(timeout=timeout, group_desc=axis.name)
+    # Each rank makes its own group only: all of them would be made in turn, by all ranks.
+    return dist.new_group(
+        list(layout.ranks(rank)),
+        timeout=timeout,
+        use_local_synchronization=True,
+        group_desc=axis.name,
     )
-    for axis, group in groups.items():
-        if tuple(dist.get_process_group_ranks(group)) != mesh.ranks(axis):
-            raise RuntimeError(
-                f"megatron-core's {axis} group is {dist.get_process_group_ranks(group)}, planned "
-                f"{mesh.ranks(axis)}"
-            )
-    return mesh
+
+
+def _megatron_group(axis: Axis, planned: tuple[int, ...]) -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    group = getattr(parallel_state, f"get_{axis.megatron}_group")()
+    ranks = dist.get_process_group_ranks(group)
+    if tuple(ranks) != planned:
+        raise RuntimeError(f"megatron-core's {axis.name} group is {ranks}, planned {planned}")
+    return group

@@ -1,16 +1,15 @@
 """The layout of ranks over the mesh's axes, as plain data: needs neither torch nor processes.
 
-Axis names are Megatron's: ``tp`` tensor, ``dp`` data, ``ep`` expert, ``expt_dp`` the replicas of an
-expert, plus ``engram``, over which the rows of Engram tables are cut, and ``world``. Experts are
-laid over data x tensor ranks (expert tensor parallelism is 1), so ``ep`` may cross tensor ranks.
+``AXES`` is the table: one entry gives an axis its size, its ranks and its process group. Axis names
+are Megatron's where Megatron has the axis. Experts are laid over data x tensor ranks (expert tensor
+parallelism is 1), so ``ep`` may cross tensor ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from parallel.errors import Problem
-
-AXES = ("world", "tp", "dp", "ep", "expt_dp", "engram")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +29,126 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class MeshPlan:
-    """Sizes of all axes, and for each axis the groups of global ranks. Pure: needs no processes."""
+class Layout:
+    """How ranks lie along an axis: ``size`` of them form a group, ``stride`` apart.
 
-    sizes: MappingProxyType[str, int]
-    groups: MappingProxyType[str, tuple[tuple[int, ...], ...]]
+    With stride 1 neighbours form a group; with the stride of another axis's size each group takes
+    one rank of each of its groups.
+    """
+
+    size: int
+    stride: int = 1
+
+    def place(self, rank: int) -> int:
+        """The place of a global rank in its group."""
+        return rank // self.stride % self.size
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        """The global ranks of the group of ``rank``, in order."""
+        first = rank - self.place(rank) * self.stride
+        return tuple(range(first, first + self.size * self.stride, self.stride))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of the mesh."""
+
+    name: str
+    meaning: str
+    """What its ranks have in common, or do together."""
+    layout: Callable[[ParallelConfig, int], Layout]
+    """(configuration, number of processes) -> how ranks lie along it."""
+    megatron: str = ""
+    """The part of megatron-core's getter that names the same group; empty where it has none."""
+    shares: str = ""
+    """An axis before it in the table whose process group serves here, too, where the ranks are the
+    same; empty for a group of its own, whose collectives may run beside those of all others."""
+
+
+def _all(parallel: ParallelConfig, world_size: int) -> Layout:
+    return Layout(world_size)
+
+
+def _data(parallel: ParallelConfig, world_size: int) -> Layout:
+    return Layout(world_size // parallel.tp, stride=parallel.tp)
+
+
+def _tensor(parallel: ParallelConfig, world_size: int) -> Layout:
+    return Layout(parallel.tp)
+
+
+def _experts(parallel: ParallelConfig, world_size: int) -> Layout:
+    return Layout(parallel.ep)
+
+
+def _expert_replicas(parallel: ParallelConfig, world_size: int) -> Layout:
+    return Layout(world_size // parallel.ep, stride=parallel.ep)
+
+
+# What a data rank is, is three questions. They have one answer today; an axis that cuts sequences
+# divides a row's loss and gradients over more ranks than read different rows.
+AXES = (
+    Axis(name="world", meaning="all ranks", layout=_all),
+    Axis(
+        name="tp",
+        meaning="ranks that hold parts of the same matrices",
+        layout=_tensor,
+        megatron="tensor_model_parallel",
+    ),
+    Axis(
+        name="grad",
+        meaning="ranks over which gradients of replicated parameters are summed",
+        layout=_data,
+        megatron="data_parallel",
+    ),
+    Axis(
+        name="loss",
+        meaning="ranks over which the loss is averaged: each has targets of its own",
+        layout=_data,
+        shares="grad",
+    ),
+    Axis(
+        name="batch",
+        meaning="ranks that read different rows of the data",
+        layout=_data,
+        shares="grad",
+    ),
+    Axis(
+        name="ep",
+        meaning="ranks that hold different experts",
+        layout=_experts,
+        megatron="expert_model_parallel",
+    ),
+    Axis(
+        name="expt_dp",
+        meaning="ranks that hold replicas of the same experts, whose gradients are summed",
+        layout=_expert_replicas,
+        megatron="expert_data_parallel",
+    ),
+    Axis(
+        name="engram",
+        meaning="ranks that own rows of Engram tables; they exchange beside the model's work",
+        layout=_all,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """How all ranks lie along each axis. Pure: needs no processes, and its cost knows no ranks."""
+
+    world_size: int
+    layouts: MappingProxyType[str, Layout]
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along ``axis``."""
+        return self.layouts[axis].size
+
+    def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """All groups of global ranks along ``axis``, by their first ranks."""
+        layout = self.layouts[axis]
+        firsts = (rank for rank in range(self.world_size) if layout.place(rank) == 0)
+        return tuple(layout.ranks(first) for first in firsts)
 
 
 def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
@@ -64,7 +178,7 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[Problem]:
     return problems
 
 
-def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
+def plan_mesh(parallel: ParallelConfig, world_size: int, axes: tuple[Axis, ...] = AXES) -> MeshPlan:
     """Lay ranks over the axes: tensor ranks are neighbours, expert ranks are neighbours across data
     x tensor.
 
@@ -74,13 +188,5 @@ def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
     problems = layout_problems(parallel, world_size)
     if problems:
         raise ValueError("; ".join(map(str, problems)))
-    ranks = range(world_size)
-    blocks = {"tp": parallel.tp, "ep": parallel.ep, "engram": world_size, "world": world_size}
-    groups = {
-        axis: tuple(tuple(ranks[start : start + size]) for start in range(0, world_size, size))
-        for axis, size in blocks.items()
-    }
-    groups["dp"] = tuple(tuple(ranks[first :: parallel.tp]) for first in range(parallel.tp))
-    groups["expt_dp"] = tuple(tuple(ranks[first :: parallel.ep]) for first in range(parallel.ep))
-    sizes = {axis: len(groups[axis][0]) for axis in AXES}
-    return MeshPlan(MappingProxyType(sizes), MappingProxyType(groups))
+    layouts = {axis.name: axis.layout(parallel, world_size) for axis in axes}
+    return MeshPlan(world_size, MappingProxyType(layouts))

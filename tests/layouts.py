@@ -98,8 +98,8 @@ def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, flo
         batches = made_up_batches(
             step,
             config,
-            mesh.rank("dp"),
-            mesh.size("dp"),
+            mesh.rank("batch"),
+            mesh.size("batch"),
         )
         result = train_step(
             trainer,

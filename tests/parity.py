@@ -247,7 +247,7 @@ def gradients(trainer: Trainer) -> dict[str, Piece]:
     for name, parameter in placed_parameters(trainer.model):
         flat = local.get(id(parameter), torch.zeros(parameter.numel()))
         dist.all_reduce(
-            flat, group=mesh.group("expt_dp" if parameter.placement.axis == "ep" else "dp")
+            flat, group=mesh.group("expt_dp" if parameter.placement.axis == "ep" else "grad")
         )
         pieces[name] = parameter_piece(parameter, flat.view(parameter.shape), mesh)
     if trainer.memory is not None:
@@ -302,7 +302,7 @@ def observe(config: RunConfig, watch_kinks: bool) -> dict[str, Any]:
         distances = stack.enter_context(kinks()) if watch_kinks else {}
         for step in range(STEPS):
             batches = made_up_batches(
-                step, config, trainer.mesh.rank("dp"), trainer.mesh.size("dp")
+                step, config, trainer.mesh.rank("batch"), trainer.mesh.size("batch")
             )
             result = train_step(
                 trainer,

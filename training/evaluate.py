@@ -38,12 +38,12 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
     """
     mesh = trainer.mesh
     micro_batch = trainer.config.train.micro_batch
-    per_round = micro_batch * mesh.size("dp")
+    per_round = micro_batch * mesh.size("batch")
     first = FirstRows(rows, min(num_rows, len(rows)), rows.seq_length)
     total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     for start in range(0, first.count, per_round):
         for batch in load_step(
-            first, start, per_round, micro_batch, mesh.rank("dp"), mesh.size("dp")
+            first, start, per_round, micro_batch, mesh.rank("batch"), mesh.size("batch")
         ):
             fetched = trainer.rows_for_evaluation(batch)
             moved = batch.to(trainer.device)
@@ -54,7 +54,7 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
                 [float(loss), moved.num_targets], dtype=torch.float64, device=trainer.device
             )
     take_exchange_seconds(trainer.model)  # none of it belongs to the next step
-    dist.all_reduce(total, group=mesh.group("dp"))
+    dist.all_reduce(total, group=mesh.group("loss"))
     return float(total[0] / total[1].clamp_min(1))
 
 

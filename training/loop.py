@@ -246,8 +246,8 @@ def run_steps(
         origin.rows,
         batch,
         micro_batch,
-        mesh.rank("dp"),
-        mesh.size("dp"),
+        mesh.rank("batch"),
+        mesh.size("batch"),
     )
     speed = Speedometer(config, mesh.size("world"), device, start)
     metrics = Metrics(

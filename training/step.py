@@ -64,7 +64,8 @@ def train_step(
     mesh = trainer.mesh
     memory = trainer.memory
     num_targets = _global_targets(trainer, batches)
-    scale = len(batches) * mesh.size("dp") / max(1, num_targets)
+    # The engine divides gradients by micro-batches and by the ranks that it sums them over.
+    scale = len(batches) * mesh.size("grad") / max(1, num_targets)
     loss_sum = torch.zeros((), device=trainer.device)
     loads = None
     waited, worked = engram_seconds(trainer)
@@ -81,7 +82,7 @@ def train_step(
             counted = expert_loads(trainer.model)
             loads = counted if loads is None else loads + counted
         if memory is not None:
-            memory.tables.accumulate(rows, scale=1 / mesh.size("dp"))
+            memory.tables.accumulate(rows, scale=1 / mesh.size("grad"))
         if index < len(batches) - 1:
             engine.step()
     grad_norm, hot_hits = global_grad_norm(trainer)
@@ -148,14 +149,14 @@ def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
     not a mean of means.
     """
     count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
-    dist.all_reduce(count, group=trainer.mesh.group("dp"))
+    dist.all_reduce(count, group=trainer.mesh.group("loss"))
     return int(count)
 
 
 def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:
-    """Mean over the step's targets; ``scale`` is data ranks / targets."""
-    dist.all_reduce(loss_sum, group=trainer.mesh.group("dp"))
-    return float(loss_sum) * scale / trainer.mesh.size("dp")
+    """Mean over the step's targets; ``scale`` is (ranks of ``grad``) / targets."""
+    dist.all_reduce(loss_sum, group=trainer.mesh.group("loss"))
+    return float(loss_sum) * scale / trainer.mesh.size("grad")
 
 
 def _set_learning_rate(trainer: Trainer, learning_rate: float) -> None:

@@ -120,4 +120,4 @@ def build_trainer(
 
 def num_micro_batches(config: RunConfig, mesh: Mesh) -> int:
     """Micro-batches that each rank accumulates in one optimizer step."""
-    return config.train.global_batch // (config.train.micro_batch * mesh.size("dp"))
+    return config.train.global_batch // (config.train.micro_batch * mesh.size("batch"))

@@ -37,12 +37,12 @@ class MeshMpu:
     """The ``mpu`` that DeepSpeed asks about tensor and data parallelism, answered by the mesh."""
 
     def __init__(self, mesh: Mesh) -> None:
-        for prefix, axis in (("model", "tp"), ("tensor_model", "tp"), ("data", "dp")):
+        for prefix, axis in (("model", "tp"), ("tensor_model", "tp"), ("data", "grad")):
             setattr(self, f"get_{prefix}_parallel_group", lambda axis=axis: mesh.group(axis))
             setattr(self, f"get_{prefix}_parallel_rank", lambda axis=axis: mesh.rank(axis))
             setattr(self, f"get_{prefix}_parallel_world_size", lambda axis=axis: mesh.size(axis))
         self.get_tensor_model_parallel_src_rank = lambda: mesh.ranks("tp")[0]
-        self.get_data_parallel_group_ranks = lambda: list(mesh.ranks("dp"))
+        self.get_data_parallel_group_ranks = lambda: list(mesh.ranks("grad"))
         self.get_pipeline_model_parallel_world_size = lambda: 1
 
 

@@ -27,8 +27,8 @@ def _train_and_save(config: RunConfig, directory: Path, steps: int) -> None:
         batches = made_up_batches(
             step,
             config,
-            trainer.mesh.rank("dp"),
-            trainer.mesh.size("dp"),
+            trainer.mesh.rank("batch"),
+            trainer.mesh.size("batch"),
         )
         train_step(trainer, batches, 1e-2, step)
         save(directory, trainer, step + 1, {"data": "abc"})

@@ -131,8 +131,8 @@ def train_steps(config: RunConfig, num_steps: int) -> tuple[Trainer, list[tuple[
         batches = made_up_batches(
             step,
             config,
-            trainer.mesh.rank("dp"),
-            trainer.mesh.size("dp"),
+            trainer.mesh.rank("batch"),
+            trainer.mesh.size("batch"),
         )
         result = train_step(
             trainer,

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.mesh import Mesh, build_mesh, single_mesh
-from parallel.mesh_plan import AXES, ParallelConfig, layout_problems, plan_mesh
+from parallel.mesh_plan import AXES, Axis, Layout, ParallelConfig, layout_problems, plan_mesh
 from tests.helpers.ranks import run_ranks
 
+NAMES = [axis.name for axis in AXES]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4)]  # (tp, ep)
 
 
@@ -24,7 +25,7 @@ def real_groups(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
     """
     mesh = build_mesh(parallel)
     found = {}
-    for axis in AXES:
+    for axis in NAMES:
         group = mesh.group(axis)
         mine = torch.tensor([dist.get_rank()])
         heard = [torch.empty_like(mine) for _ in range(mesh.size(axis))]
@@ -50,8 +51,8 @@ def test_plan_is_what_megatron_makes():
     for index, (tp, ep) in enumerate(LAYOUTS):
         plan = plan_mesh(ParallelConfig(tp=tp, ep=ep), 4)
         for rank, found in enumerate(ranks):
-            for axis in AXES:
-                assert found[index][axis] in plan.groups[axis], (tp, ep, axis)
+            for axis in NAMES:
+                assert found[index][axis] in plan.groups(axis), (tp, ep, axis)
                 assert rank in found[index][axis]
 
 
@@ -82,18 +83,16 @@ def test_each_axis_partitions_the_ranks(world_size, tp, ep):
         return
     plan = plan_mesh(parallel, world_size)
     assert (
-        plan.sizes["tp"] * plan.sizes["dp"]
-        == world_size
-        == plan.sizes["ep"] * plan.sizes["expt_dp"]
+        plan.size("tp") * plan.size("grad") == world_size == plan.size("ep") * plan.size("expt_dp")
     )
-    for axis in AXES:
-        assert sorted(np.concatenate(plan.groups[axis])) == list(range(world_size))
-        assert {len(group) for group in plan.groups[axis]} == {plan.sizes[axis]}
-    for one, other in (("tp", "dp"), ("ep", "expt_dp")):
+    for axis in NAMES:
+        assert sorted(np.concatenate(plan.groups(axis))) == list(range(world_size))
+        assert {len(group) for group in plan.groups(axis)} == {plan.size(axis)}
+    for one, other in (("tp", "grad"), ("ep", "expt_dp")):
         crossings = {
             (a, b)
-            for a in plan.groups[one]
-            for b in plan.groups[other]
+            for a in plan.groups(one)
+            for b in plan.groups(other)
             if len(set(a) & set(b)) != 1
         }
         assert not crossings, f"a {one} and a {other} group must meet in one rank"
@@ -130,8 +129,8 @@ def test_zero_stages_that_train_something_else_are_refused(stage):
 def test_single_mesh_has_every_axis_and_no_group():
     mesh = single_mesh()
     assert {
-        axis: (mesh.size(axis), mesh.rank(axis), mesh.group(axis)) for axis in AXES
-    } == dict.fromkeys(AXES, (1, 0, None))
+        axis: (mesh.size(axis), mesh.rank(axis), mesh.group(axis)) for axis in NAMES
+    } == dict.fromkeys(NAMES, (1, 0, None))
 
 
 def test_mesh_is_frozen():
@@ -139,4 +138,91 @@ def test_mesh_is_frozen():
     with pytest.raises(AttributeError):
         mesh.global_rank = 1  # type: ignore[misc]
     with pytest.raises(TypeError):
-        mesh.plan.sizes["tp"] = 2  # type: ignore[index]
+        mesh.plan.layouts["tp"] = Layout(2)  # type: ignore[index]
+
+
+def test_what_is_read_averaged_and_summed_has_one_group_while_its_ranks_are_the_same():
+    def same_group() -> list[bool]:
+        mesh = build_mesh(ParallelConfig(tp=2))
+        return [mesh.group(axis) is mesh.group("grad") for axis in ("batch", "loss", "world")]
+
+    assert run_ranks(same_group, 4) == [[True, True, False]] * 4
+
+
+# Two sequence ranks between tensor and data ranks: what such an axis will need, in one entry.
+HALVES = Axis(
+    name="halves",
+    meaning="ranks that hold parts of the same sequences",
+    layout=lambda parallel, world_size: Layout(2, stride=parallel.tp),
+)
+# The one line of another axis that it changes: its ranks read the same rows.
+READERS = Axis(
+    name="readers",
+    meaning="ranks that read different rows",
+    layout=lambda parallel, world_size: Layout(
+        world_size // (2 * parallel.tp), stride=2 * parallel.tp
+    ),
+    shares="grad",
+)
+
+
+def test_one_entry_adds_an_axis():
+    plan = plan_mesh(ParallelConfig(tp=2), 8, (*AXES, HALVES, READERS))
+    assert plan.size("halves") == 2
+    assert plan.groups("halves") == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert plan.groups("readers") == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+def talk_along_added_axes() -> dict[str, tuple[int, int, list[int]]]:
+    mesh = build_mesh(ParallelConfig(tp=2), (*AXES, HALVES, READERS))
+    found = {}
+    for axis in ("halves", "readers"):
+        group = mesh.group(axis)
+        assert group is not mesh.group("grad")
+        heard = [torch.zeros((), dtype=torch.int64) for _ in range(mesh.size(axis))]
+        dist.all_gather(heard, torch.tensor(dist.get_rank()), group=group)
+        found[axis] = (mesh.size(axis), mesh.rank(axis), [int(rank) for rank in heard])
+    return found
+
+
+def test_an_added_axis_gets_a_group_of_its_ranks():
+    """``readers`` would share the group of ``grad``, but its ranks are others."""
+    ranks = run_ranks(talk_along_added_axes, 4)
+    assert [rank["halves"] for rank in ranks] == [
+        (2, 0, [0, 2]),
+        (2, 0, [1, 3]),
+        (2, 1, [0, 2]),
+        (2, 1, [1, 3]),
+    ]
+    assert [rank["readers"] for rank in ranks] == [(1, 0, [rank]) for rank in range(4)]
+
+
+def test_ranks_are_found_once_however_many_there_are():
+    """On 16,384 ranks a rank lays out its own groups, once, and asking searches nothing."""
+    made = []
+
+    class Counted(Layout):
+        def ranks(self, rank):
+            made.append(rank)
+            return super().ranks(rank)
+
+    counted = tuple(
+        Axis(
+            name=axis.name,
+            meaning=axis.meaning,
+            layout=lambda parallel, size, axis=axis: Counted(**vars(axis.layout(parallel, size))),
+        )
+        for axis in AXES
+    )
+    world_size = 2**14
+    rank = 12_345
+    plan = plan_mesh(ParallelConfig(tp=8, ep=64), world_size, counted)
+    assert not made
+    mesh = Mesh(plan, rank, MappingProxyType({}))
+    assert made == [rank] * len(AXES)
+    for axis in NAMES:
+        assert mesh.ranks(axis) is mesh.ranks(axis)
+        assert mesh.ranks(axis)[mesh.rank(axis)] == rank
+        assert len(mesh.ranks(axis)) == mesh.size(axis)
+    assert made == [rank] * len(AXES)
+    assert (mesh.rank("tp"), mesh.rank("batch"), mesh.rank("ep")) == (1, 1543, 57)

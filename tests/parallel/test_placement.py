@@ -168,7 +168,7 @@ def test_squared_norm_counts_each_element_once(world_size, tp, ep, cuts):
             piece = parameter_piece(parameter, parameter.detach(), mesh)
             dim = PLACEMENTS[name].dim
             local = torch.cat([whole[name][place] for place, _ in piece.blocks], dim).flatten()
-            axis = "expt_dp" if PLACEMENTS[name].axis == "ep" else "dp"
+            axis = "expt_dp" if PLACEMENTS[name].axis == "ep" else "grad"
             share = local.tensor_split(mesh.size(axis))[mesh.rank(axis)]
             start = sum(
                 len(part) for part in local.tensor_split(mesh.size(axis))[: mesh.rank(axis)]

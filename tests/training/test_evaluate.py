@@ -102,7 +102,12 @@ def trained(path: Path, evaluating: bool) -> list[tuple[float, float]]:
     figures = []
     for step in range(3):
         batches = load_step(
-            rows, step * config.train.global_batch, config.train.global_batch, 2, mesh.rank("dp"), 2
+            rows,
+            step * config.train.global_batch,
+            config.train.global_batch,
+            2,
+            mesh.rank("batch"),
+            2,
         )
         result = train_step(trainer, batches, 1e-2, step)
         figures.append((result.loss, result.grad_norm))

@@ -65,8 +65,8 @@ def uneven_step(config: RunConfig, empty: bool) -> tuple[float, float]:
     trainer = make_trainer(config)
     batches = masked_batches(
         config,
-        trainer.mesh.rank("dp"),
-        trainer.mesh.size("dp"),
+        trainer.mesh.rank("batch"),
+        trainer.mesh.size("batch"),
         empty,
     )
     result = train_step(trainer, batches, 1e-3, 0)
@@ -151,8 +151,8 @@ def stopped_step(config: RunConfig, fault: str, rank: int) -> tuple[str, list[st
     """The error of the second step, and the names of what it changed all the same."""
     quiet_libraries()
     trainer = make_trainer(config)
-    mine = trainer.mesh.rank("dp")
-    ranks = trainer.mesh.size("dp")
+    mine = trainer.mesh.rank("batch")
+    ranks = trainer.mesh.size("batch")
     train_step(
         trainer,
         made_up_batches(0, config, mine, ranks),
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(size, parallel, f
 def stopped_by_loss(config: RunConfig) -> tuple[str, list[str]]:
     quiet_libraries()
     trainer = make_trainer(config)
-    if trainer.mesh.rank("dp") == 1:
+    if trainer.mesh.rank("batch") == 1:
         trainer.model.layers[0].mixer.D.data.fill_(math.inf)
     before = everything(trainer)
     with pytest.raises(RunError) as error:
@@ -217,8 +217,8 @@ def stopped_by_loss(config: RunConfig) -> tuple[str, list[str]]:
             made_up_batches(
                 0,
                 config,
-                trainer.mesh.rank("dp"),
-                trainer.mesh.size("dp"),
+                trainer.mesh.rank("batch"),
+                trainer.mesh.size("batch"),
             ),
             1e-2,
             0,
@@ -249,8 +249,8 @@ def bf16_losses(config: RunConfig, num_steps: int) -> list[tuple[float, float]]:
     batches = made_up_batches(
         0,
         config,
-        trainer.mesh.rank("dp"),
-        trainer.mesh.size("dp"),
+        trainer.mesh.rank("batch"),
+        trainer.mesh.size("batch"),
     )
     results = [train_step(trainer, batches, 3e-3, step) for step in range(num_steps)]
     dtypes = {parameter.dtype for _, parameter in placed_parameters(trainer.model)}
@@ -287,8 +287,8 @@ def one_step(config: RunConfig) -> tuple[float | None, float | None, float]:
     batches = made_up_batches(
         0,
         config,
-        trainer.mesh.rank("dp"),
-        trainer.mesh.size("dp"),
+        trainer.mesh.rank("batch"),
+        trainer.mesh.size("batch"),
     )
     result = train_step(trainer, batches, 1e-3, 0)
     return result.expert_max, result.engram_work_s, result.exchange_s

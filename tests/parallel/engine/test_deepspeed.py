@@ -72,7 +72,7 @@ class Small(nn.Module):
         self.experts = Experts(mesh)
 
     def forward(self) -> torch.Tensor:
-        rank = self.mesh.rank("dp")
+        rank = self.mesh.rank("batch")
         return sum(((rank + 1) * p.float().square()).sum() / 2 for p in self.parameters())
 
 
@@ -362,9 +362,9 @@ def fragments(parallel: ParallelConfig):
     # number of data ranks.
     expected = {}
     for name, parameter in placed_parameters(model):
-        holders = mesh.ranks("expt_dp" if parameter.placement.axis == "ep" else "dp")
-        total = sum(mesh.ranks("dp").index(rank) + 1 for rank in holders)
-        expected[name] = (parameter.detach() * total / mesh.size("dp")).flatten().numpy()
+        holders = mesh.ranks("expt_dp" if parameter.placement.axis == "ep" else "grad")
+        total = sum(mesh.ranks("grad").index(rank) + 1 for rank in holders)
+        expected[name] = (parameter.detach() * total / mesh.size("grad")).flatten().numpy()
     return found, expected
 
 

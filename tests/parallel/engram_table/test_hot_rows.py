@@ -320,8 +320,8 @@ def shares(hot: int) -> list[tuple[tuple[int, int], float | None]]:
     config = tiny_config(pattern="M-")
     trainer = make_trainer(replace(config, table=replace(config.table, hot_rows=hot)))
     tables = trainer.memory.tables
-    rank = trainer.mesh.rank("dp")
-    size = trainer.mesh.size("dp")
+    rank = trainer.mesh.rank("batch")
+    size = trainer.mesh.size("batch")
     found = []
     norm = tables.squared_grad_norm
     for step in range(3):

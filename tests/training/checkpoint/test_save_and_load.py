@@ -67,7 +67,7 @@ def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, flo
     figures = []
     for step in range(first, first + num_steps):
         batches = made_up_batches(
-            step, trainer.config, trainer.mesh.rank("dp"), trainer.mesh.size("dp")
+            step, trainer.config, trainer.mesh.rank("batch"), trainer.mesh.size("batch")
         )
         result = train_step(trainer, batches, 1e-2, step)
         figures.append((result.loss, result.grad_norm))

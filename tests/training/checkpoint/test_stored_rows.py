@@ -79,7 +79,7 @@ def train_and_save(config: RunConfig, run: Path) -> float:
 
 def next_loss(trainer) -> float:
     batches = made_up_batches(
-        SAVED_AT, trainer.config, trainer.mesh.rank("dp"), trainer.mesh.size("dp")
+        SAVED_AT, trainer.config, trainer.mesh.rank("batch"), trainer.mesh.size("batch")
     )
     return train_step(trainer, batches, 1e-2, SAVED_AT).loss
 

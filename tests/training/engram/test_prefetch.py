@@ -58,7 +58,7 @@ def run(prefetch: int, ranks: int, num_micro: int, table: dict) -> dict:
         parallel=layout(),
     )
     trainer = make_trainer(config)
-    rank = trainer.mesh.rank("dp")
+    rank = trainer.mesh.rank("batch")
     figures = []
     coming = repeating_batches(0, rank, num_micro)
     for step in range(STEPS):
