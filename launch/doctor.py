@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -212,24 +211,25 @@ def exchange(rank: int, world_size: int, init_method: str, timeout_s: int) -> No
     import torch
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
+    from parallel.collectives import all_to_all_rows, sum_in_place, wait_for_all
+    from parallel.mesh import end_world, start_world
+
+    start_world(
+        "gloo", init_method=init_method, rank=rank, world_size=world_size, timeout_s=timeout_s
     )
     total = torch.tensor([rank])
-    dist.all_reduce(total)
+    sum_in_place(total, dist.group.WORLD)
     sizes = [peer + 1 for peer in range(world_size)]
-    received = torch.full((sum(sizes),), -1)
     sent = torch.full((world_size * (rank + 1),), rank)
-    dist.all_to_all_single(
-        received,
+    received = all_to_all_rows(
         sent,
-        sizes,
         [rank + 1] * world_size,
+        sizes,
+        dist.group.WORLD,
     )
     expected = torch.repeat_interleave(torch.arange(world_size), torch.tensor(sizes))
-    dist.barrier()
-    dist.destroy_process_group()
+    wait_for_all()
+    end_world()
     if total.item() != sum(range(world_size)) or not torch.equal(received, expected):
         raise RuntimeError(f"wrong result: sum {total.item()}, copies {received.tolist()}")
 

@@ -1,9 +1,11 @@
-"""Collectives as autograd pairs; each states its transpose. ``group`` None or of one rank makes all
-of them free.
+"""All collectives: first autograd pairs, each stating its transpose, then those without gradients.
+``group`` None or of one rank makes all of them free.
 
 x_BLD is cut along L (dim 1) over tensor ranks: B batch, L length, D width. Rows of x_MD are cut
 unevenly.
 """
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,26 +15,34 @@ from parallel.mesh import Mesh
 
 TOKEN_DIM = 1
 
+T = TypeVar("T")
 
-def _size(group: dist.ProcessGroup | None) -> int:
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """The number of ranks of a group; None is one rank."""
     return 1 if group is None else dist.get_world_size(group)
 
 
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """This rank's place in a group; None is one rank."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    parts = [torch.empty_like(x) for _ in range(_size(group))]
+    parts = [torch.empty_like(x) for _ in range(group_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, TOKEN_DIM)
 
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    parts = x.chunk(_size(group), TOKEN_DIM)
+    parts = x.chunk(group_size(group), TOKEN_DIM)
     out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
     dist.reduce_scatter_tensor(out, torch.cat(parts), group=group)
     return out
 
 
 def _own(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return x.chunk(_size(group), TOKEN_DIM)[dist.get_rank(group)].contiguous()
+    return x.chunk(group_size(group), TOKEN_DIM)[dist.get_rank(group)].contiguous()
 
 
 def _pair(name: str, forward, backward, doc: str):
@@ -51,7 +61,7 @@ def _pair(name: str, forward, backward, doc: str):
     Pair.__name__ = name
 
     def apply(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        return x if _size(group) == 1 else Pair.apply(x, group)
+        return x if group_size(group) == 1 else Pair.apply(x, group)
 
     apply.__name__ = name
     apply.__doc__ = doc
@@ -119,15 +129,13 @@ def all_to_all_rows(
     """Rows to the ranks of ``group``, in order, ``send_counts`` each; transpose: itself with the
     counts exchanged.
     """
-    return (
-        x_MD
-        if _size(group) == 1
-        else _AllToAllRows.apply(
-            x_MD,
-            send_counts,
-            receive_counts,
-            group,
-        )
+    if group_size(group) == 1:
+        return x_MD
+    return _AllToAllRows.apply(
+        x_MD,
+        send_counts,
+        receive_counts,
+        group,
     )
 
 
@@ -153,3 +161,66 @@ sum_over = _pair(
     _all_reduce,
     "Sum of what ranks hold, used by each with its own shard; transpose: itself.",
 )
+
+
+def sum_in_place(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Replace ``x`` by its sum over the ranks of ``group``."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, group=group)
+
+
+def max_in_place(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Replace ``x`` by its maximum over the ranks of ``group``."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+
+
+def min_in_place(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Replace ``x`` by its minimum over the ranks of ``group``."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=group)
+
+
+def copy_from_first(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Overwrite ``x`` by that of the first rank of ``group``."""
+    if group_size(group) > 1:
+        dist.broadcast(x, group=group, group_src=0)
+
+
+def gather_values(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """The tensors of all ranks of ``group``, of one shape, in order of rank."""
+    if group_size(group) == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(group_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
+def exchange_values(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Equal pieces of dim 0 to the ranks of ``group``, in order; what each of them sent here."""
+    if group_size(group) == 1:
+        return x
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What all ranks of ``group`` hold, pickled on its way, in order of rank."""
+    values = [value] * group_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def object_of_first(value: T, group: dist.ProcessGroup | None) -> T:
+    """What the first rank of ``group`` holds, pickled on its way."""
+    values = [value]
+    if group_size(group) > 1:
+        dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
+def wait_for_all() -> None:
+    """Return once all ranks of the run have come here."""
+    dist.barrier()

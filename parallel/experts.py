@@ -7,12 +7,11 @@ experts, D model width, M rows sorted by expert.
 import time
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from kernels.grouped_matmul import grouped_mlp
 from kernels.moe_permute import permute, unpermute
-from parallel.collectives import all_to_all_rows
+from parallel.collectives import all_to_all_rows, exchange_values
 from parallel.engine.deepspeed import ExpertMarker
 from parallel.mesh import Mesh
 from parallel.placement import Init, Placement, declare
@@ -69,8 +68,7 @@ class ExpertParallelMLP(ExpertMarker):
         ranks = self.ep_size
         local = self.num_local_experts
         begin = time.perf_counter()
-        received_counts = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_counts, counts_E, group=group)
+        received_counts = exchange_values(counts_E, group)
         send = counts_E.view(ranks, local).sum(1).tolist()
         receive = received_counts.view(ranks, local).sum(1).tolist()
         arrived = all_to_all_rows(x_MD, send, receive, group)

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
+from parallel.agree import GroupComm, find_shortage
 from parallel.device import lock_pages, unlock_pages
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
@@ -136,25 +136,15 @@ def check_memory(
     Raises:
         RunError: on every rank, when any node has too little.
     """
-    mine = (f"{where} on {socket.gethostname()}", needed, available)
-    asks = [mine] * mesh.size("engram")
-    if len(asks) > 1:
-        dist.all_gather_object(asks, mine, group=mesh.group("engram"))
-    for place in sorted({place for place, _, _ in asks}):
-        total = sum(ask for other, ask, _ in asks if other == place)
-        free = min(
-            (left for other, _, left in asks if other == place and left is not None), default=total
+    comm = GroupComm(mesh.group("engram"))
+    place = f"{where} on {socket.gethostname()}"
+    short = find_shortage(comm, place, needed, available)
+    if short is not None:
+        rule = (
+            f"needs {_size(short.needed)} of {short.place} for {kept}, and "
+            f"{_size(short.available)} are available"
         )
-        if total > free:
-            raise RunError(
-                Problem(
-                    field=field,
-                    value=f"({what})",
-                    rule=f"needs {_size(total)} of {place} for {kept}, and {_size(free)} are "
-                    "available",
-                    fix=fix,
-                )
-            )
+        raise RunError(Problem(field=field, value=f"({what})", rule=rule, fix=fix))
 
 
 def _size(num_bytes: int) -> str:

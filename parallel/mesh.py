@@ -4,6 +4,7 @@ of mesh_plan.py.
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch.distributed as dist
@@ -62,6 +63,65 @@ class Mesh:
         processes.
         """
         return self._groups.get(axis)
+
+
+def start_world(
+    backend: str,
+    *,
+    store: dist.Store | None = None,
+    init_method: str | None = None,
+    rank: int = -1,
+    world_size: int = -1,
+    timeout_s: float | None = None,
+) -> None:
+    """Make the group of all processes of a run, from which all others are made.
+
+    Args:
+        store: where they meet, or ``init_method``; else what the environment names.
+        rank: this process's, and ``world_size`` the number of all; -1 where the meeting place knows
+            them.
+        timeout_s: how long a collective waits for its peers; None for torch's own limit.
+    """
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend,
+        init_method=init_method,
+        timeout=timeout,
+        world_size=world_size,
+        rank=rank,
+        store=store,
+    )
+
+
+def end_world() -> None:
+    """Leave all groups. The processes part here: what follows is no longer collective."""
+    dist.destroy_process_group()
+
+
+def make_host_group(name: str, timeout_s: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for host memory, whose collectives may run beside training's; None
+    in a run without processes. Collective over world.
+
+    Args:
+        name: what it is for, as torch's debugging output names it.
+        timeout_s: its own: ranks wait longer for a disk than for one another.
+    """
+    if not dist.is_initialized():
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    return dist.new_group(backend="gloo", timeout=timeout, group_desc=name)
+
+
+def shared_host_group(name: str, timeout_s: float) -> dist.ProcessGroup | None:
+    """As ``make_host_group``, made once for all who name it alike. Collective at first."""
+    if not dist.is_initialized():
+        return None
+    return _host_group(dist.group.WORLD, name, timeout_s)
+
+
+@lru_cache(maxsize=2)
+def _host_group(world: dist.ProcessGroup, name: str, timeout_s: float) -> dist.ProcessGroup | None:
+    return make_host_group(name, timeout_s)  # ``world``: a process may have one after the other
 
 
 def single_mesh() -> Mesh:

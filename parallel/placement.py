@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from parallel.collectives import sum_in_place
 from parallel.mesh import Mesh
 
 # Fills a block of a parameter: (generator, shape of the block) -> fp32 values.
@@ -261,14 +261,14 @@ def _tp_reduction(
     def reduce(gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.float() if gradient.dtype == torch.bfloat16 else gradient.clone()
         if placement.axis is None:
-            dist.all_reduce(total, group=group)
+            sum_in_place(total, group)
         for piece in shared:
             mine = total.narrow(placement.dim, piece.offset, piece.size)
             whole = mine.new_zeros(
                 [piece.part.size if d == placement.dim else n for d, n in enumerate(mine.shape)]
             )
             whole.narrow(placement.dim, piece.start, piece.size).copy_(mine)
-            dist.all_reduce(whole, group=group)
+            sum_in_place(whole, group)
             mine.copy_(whole.narrow(placement.dim, piece.start, piece.size))
         return total.to(gradient.dtype)
 

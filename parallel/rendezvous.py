@@ -10,6 +10,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from parallel.errors import Problem, RunError
+from parallel.mesh import start_world
 
 KEY = "engramba/here"
 POLL_S = 0.1
@@ -58,12 +59,11 @@ def join(
         RunError: the port is taken, rank 0 has ended, or ranks are missing after ``timeout_s``.
     """
     patience = _Patience(process, timeout_s, asked_to_stop)
-    timeout = timedelta(seconds=timeout_s)
     try:
         # torchrun gives restarted processes the store of the attempt before, in which the
         # addresses, and the failure, of dead processes stand: each attempt has keys of its own.
         store = dist.PrefixStore(f"attempt {process.attempt}", _open_store(process, patience))
-        store.set_timeout(timeout)
+        store.set_timeout(timedelta(seconds=timeout_s))
         _await_all(process, store, patience)
     except _AskedToStop:
         return False
@@ -80,8 +80,12 @@ def join(
                 fix=fix,
             )
         ) from error
-    dist.init_process_group(
-        backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout
+    start_world(
+        backend,
+        store=store,
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout_s=timeout_s,
     )
     return True
 

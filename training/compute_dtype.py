@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.cpu_dtype import DtypeChoice
+from parallel.collectives import copy_from_first
 from parallel.device import choose_dtype
 from training.config import Dtype, RunConfig
 from training.run_file import load_run_json
@@ -45,7 +46,7 @@ def agree_on_dtype(
         choice = choose_dtype(device)
         print(tell_choice(given, choice), flush=True)
         chosen.fill_(list(DTYPES).index(given or name_of(choice)))
-    dist.broadcast(chosen, 0)
+    copy_from_first(chosen, dist.group.WORLD)
     return with_dtype(config, list(DTYPES)[int(chosen)])
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from parallel.collectives import sum_in_place
 from parallel.experts import take_exchange_seconds
 from training.data.dataset import Row, ValidationRows
 from training.data.loader import load_step
@@ -54,7 +54,7 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
                 [float(loss), moved.num_targets], dtype=torch.float64, device=trainer.device
             )
     take_exchange_seconds(trainer.model)  # none of it belongs to the next step
-    dist.all_reduce(total, group=mesh.group("loss"))
+    sum_in_place(total, mesh.group("loss"))
     return float(total[0] / total[1].clamp_min(1))
 
 

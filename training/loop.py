@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from parallel.collectives import wait_for_all
 from parallel.device import backend, local_device
 from parallel.errors import Problem, RunError
 from parallel.failure import FailureWatch, explain_failure, rank_0_tells
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, end_world
 from parallel.rendezvous import ProcessLike, join
 from training.checkpoint import Saver, load, load_initial
 from training.checkpoint.format.stored_rows import told
@@ -102,7 +102,7 @@ def train(config: RunConfig, process: ProcessLike, mode: StartMode) -> End:
                 )
                 end, trainer = run_steps(config, data, device, process, mode, owner)
                 if trainer is None:
-                    dist.barrier()
+                    wait_for_all()
                 else:
                     show = finish(trainer, data.files, directory, watch)
                 del trainer  # its memory is free for what is shown
@@ -113,7 +113,7 @@ def train(config: RunConfig, process: ProcessLike, mode: StartMode) -> End:
         except Exception as error:
             explain_failure(error, process.rank, process.world_size)
             os._exit(1)  # peers may be gone: an orderly shutdown would wait for them
-        dist.destroy_process_group()
+        end_world()
         if end is End.FINISHED:
             show()
     return end

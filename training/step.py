@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
+from parallel.collectives import gather_objects, sum_in_place
 from parallel.engine.deepspeed import gradient_fragments, squared_grad_norm
 from parallel.errors import RunError
 from parallel.experts import take_exchange_seconds
@@ -138,7 +138,7 @@ def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
         squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
         hot_use = trainer.memory.tables.hot_use
     sums = torch.stack([squared, *squared.new_tensor(hot_use)])
-    dist.all_reduce(sums, group=trainer.mesh.group("world"))
+    sum_in_place(sums, trainer.mesh.group("world"))
     sums[0].sqrt_()
     norm, hot, asked = sums.tolist()
     return norm, hot / asked if asked and trainer.config.table.hot_rows else None
@@ -149,13 +149,13 @@ def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
     not a mean of means.
     """
     count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
-    dist.all_reduce(count, group=trainer.mesh.group("loss"))
+    sum_in_place(count, trainer.mesh.group("loss"))
     return int(count)
 
 
 def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:
     """Mean over the step's targets; ``scale`` is (ranks of ``grad``) / targets."""
-    dist.all_reduce(loss_sum, group=trainer.mesh.group("loss"))
+    sum_in_place(loss_sum, trainer.mesh.group("loss"))
     return float(loss_sum) * scale / trainer.mesh.size("grad")
 
 
@@ -179,8 +179,7 @@ def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) 
         ),
         None,
     )
-    found: list[str | None] = [None] * trainer.mesh.size("world")
-    dist.all_gather_object(found, bad)
+    found = gather_objects(bad, trainer.mesh.group("world"))
     where = next(
         (f"rank {rank}, gradient of {name}" for rank, name in enumerate(found) if name),
         "an Engram table row",

@@ -20,9 +20,9 @@ rows that move, W row width.
 import math
 
 import torch
-import torch.distributed as dist
 
 from kernels.gather_rows import gather_rows
+from parallel.collectives import sum_in_place
 from parallel.engram_table import host_kernels
 from parallel.engram_table.store import Allocate, RowStore, write_rows
 from parallel.mesh import Mesh
@@ -201,6 +201,5 @@ class MomentumSinkhorn:
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the owners of the table, in fp64."""
         value = value.double().clone()
-        if self.mesh.size("engram") > 1:
-            dist.all_reduce(value, group=self.mesh.group("engram"))
+        sum_in_place(value, self.mesh.group("engram"))
         return value

@@ -7,14 +7,13 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from parallel.agree import GroupComm, raised_alike
 from parallel.engram_table.store import Allocate
 from parallel.errors import Problem, RunError
 from parallel.host_memory import available_host_bytes, check_memory, host_zeros, locked_zeros
@@ -74,7 +73,7 @@ def open_storage(
         check_hot(hot_card, _free_memory(device), f"memory of {device}")
     if config.placement == "file":
         directory = Path(config.directory)
-        with refused_together(mesh):
+        with raised_alike(GroupComm(mesh.group("engram"))):
             _check_directory(directory)
         free = shutil.disk_usage(directory).free
         fix = "use a smaller table, another table.directory, or more nodes"
@@ -134,29 +133,6 @@ def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what
             raise RunError(problem) from error
 
     return allocate
-
-
-@contextmanager
-def refused_together(mesh: Mesh) -> Iterator[None]:
-    """What a rank refuses inside, every rank raises at the end: the first such rank's. Collective
-    over ``engram``.
-
-    Nothing inside may be collective: a rank that refuses leaves early.
-
-    Raises:
-        RunError: as above.
-    """
-    problems: list[tuple[Problem | str, ...]] = [()]
-    try:
-        yield
-    except RunError as error:
-        problems = [error.problems]
-    if mesh.size("engram") > 1:
-        mine = problems[0]
-        problems = [()] * mesh.size("engram")
-        dist.all_gather_object(problems, mine, group=mesh.group("engram"))
-    if refused := next(filter(None, problems), None):
-        raise RunError(*refused)
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from parallel.agree import GroupComm, raised_alike
 from parallel.device import to_device, to_host
 from parallel.engram_table.exchange import (
     Route,
@@ -29,7 +30,7 @@ from parallel.engram_table.layout import RowLayout, TableShape
 from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.rows import Arrival, Fetch, Rows, masked_positions
 from parallel.engram_table.sinkhorn import MomentumSinkhorn
-from parallel.engram_table.storage import open_storage, refused_together
+from parallel.engram_table.storage import open_storage
 from parallel.engram_table.store import RowStore
 from parallel.engram_table.worker import Job, Worker
 from parallel.mesh import Mesh
@@ -128,7 +129,7 @@ class EngramTables:
         )
         self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
         self._hot: HotRows | None = None
-        with refused_together(mesh):
+        with raised_alike(GroupComm(mesh.group("engram"))):
             self._store = RowStore(
                 num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate
             )

@@ -6,6 +6,7 @@ B batch, L length, D width; M rows.
 
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,3 +169,47 @@ def test_one_rank_keeps_rows_and_shares():
         collectives.give_token_share(collectives.take_token_share(x, single_mesh()), single_mesh())
         is x
     )
+
+
+def plain_collectives(size: int) -> dict[str, Any]:
+    """Each collective without gradients, on all ``size`` ranks."""
+    group = dist.group.WORLD
+    rank = dist.get_rank()
+    found = {}
+    for name in ("sum_in_place", "max_in_place", "min_in_place", "copy_from_first"):
+        x = torch.tensor([rank + 1.0, -rank])
+        assert getattr(collectives, name)(x, group) is None
+        found[name] = x.tolist()
+    x = torch.arange(2 * size).view(size, 2) + 100 * rank
+    found["gather_values"] = [part.tolist() for part in collectives.gather_values(x.T, group)]
+    found["exchange_values"] = collectives.exchange_values(x, group).tolist()
+    found["gather_objects"] = collectives.gather_objects(str(rank), group)
+    found["object_of_first"] = collectives.object_of_first(str(rank), group)
+    collectives.wait_for_all()
+    return found
+
+
+def test_collectives_without_gradients():
+    first, second = run_ranks(plain_collectives, 2, 2)
+    assert first == {
+        "sum_in_place": [3, -1],
+        "max_in_place": [2, 0],
+        "min_in_place": [1, -1],
+        "copy_from_first": [1, 0],
+        "gather_values": [[[0, 2], [1, 3]], [[100, 102], [101, 103]]],
+        "exchange_values": [[0, 1], [100, 101]],
+        "gather_objects": ["0", "1"],
+        "object_of_first": "0",
+    }
+    assert second == first | {"exchange_values": [[2, 3], [102, 103]]}
+
+
+def test_collectives_without_gradients_are_free_without_processes():
+    x = torch.tensor([1.0, 2.0])
+    for name in ("sum_in_place", "max_in_place", "min_in_place", "copy_from_first"):
+        getattr(collectives, name)(x, None)
+    assert x.tolist() == [1, 2]
+    assert collectives.gather_values(x, None) == [x]
+    assert collectives.exchange_values(x, None) is x
+    assert collectives.gather_objects("a", None) == ["a"]
+    assert collectives.object_of_first("a", None) == "a"

@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 
 from kernels.timing import machine, paired_ratio, print_table, spread
-from parallel.mesh import build_mesh
+from parallel.collectives import object_of_first, sum_in_place, wait_for_all
+from parallel.mesh import build_mesh, end_world, start_world
 from parallel.mesh_plan import ParallelConfig
 from training.checkpoint import Saver, load, save
 from training.checkpoint.format.logical import trainer_tensors
@@ -103,10 +104,10 @@ def one_step(trainer: Trainer) -> None:
 
 def seconds_of(work: Callable[[], object]) -> float:
     """Seconds from when all ranks begin until all have ended."""
-    dist.barrier()
+    wait_for_all()
     begin = time.perf_counter()
     work()
-    dist.barrier()
+    wait_for_all()
     return time.perf_counter() - begin
 
 
@@ -162,7 +163,7 @@ def measure_steps(
             writes.set()
             beside = [seconds_of(lambda: one_step(trainer)) for _ in range(steps)]
             writes.clear()
-            dist.barrier()
+            wait_for_all()
             if turn and busy:  # the first round touches the copy's memory
                 for name, seconds in zip(found, (alone, busy, beside), strict=True):
                     found[name].append(statistics.median(seconds))
@@ -229,12 +230,12 @@ def measure_disk(trainer: Trainer, directory: Path, rounds: int) -> dict[str, li
 
 def remove(path: Path) -> None:
     """Delete a file of each rank, or a directory of all."""
-    dist.barrier()
+    wait_for_all()
     if path.is_dir() and dist.get_rank() == 0:
         shutil.rmtree(path)
     elif not path.is_dir():
         path.unlink(missing_ok=True)
-    dist.barrier()
+    wait_for_all()
 
 
 def write_plain(path: Path, size: int, block: bytes) -> None:
@@ -261,7 +262,7 @@ def deepspeed_save(trainer: Trainer, directory: Path) -> None:
 
 def forget(directory: Path) -> None:
     """Take the files of a directory out of the page cache."""
-    dist.barrier()
+    wait_for_all()
     for path in directory.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -310,7 +311,7 @@ def tables(trainer: Trainer, directory: Path, rounds: int, steps: int) -> Iterat
     """What is printed, one table after another. Collective."""
     mine = snapshot_bytes(trainer_tensors(trainer))
     size = torch.tensor(mine)
-    dist.all_reduce(size)
+    sum_in_place(size, dist.group.WORLD)
     memory = measure_memory(trainer, directory)
     rows = [[name, f"{peak / MB:.0f} MB", f"{peak / mine:.2f}x"] for name, peak in memory.items()]
     yield [
@@ -388,13 +389,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo")
+    start_world("gloo")
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    places = [
-        tempfile.mkdtemp(dir=arguments.directory, prefix="bench-") if dist.get_rank() == 0 else ""
-    ]
-    dist.broadcast_object_list(places)
-    directory = Path(places[0])
+    place = ""
+    if dist.get_rank() == 0:
+        place = tempfile.mkdtemp(dir=arguments.directory, prefix="bench-")
+    directory = Path(object_of_first(place, dist.group.WORLD))
     try:
         trainer = make_trainer(seed=0)
         one_step(trainer)
@@ -412,11 +412,11 @@ def main() -> None:
         ):
             if dist.get_rank() == 0:
                 print_table(table)
-        dist.barrier()
+        wait_for_all()
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(directory)
-    dist.destroy_process_group()
+    end_world()
 
 
 if __name__ == "__main__":

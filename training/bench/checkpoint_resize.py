@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 
 from kernels.timing import machine, print_table
+from parallel.collectives import sum_in_place, wait_for_all
+from parallel.mesh import end_world, start_world
 from training.bench.checkpoint import (
     MB,
     deepspeed_save,
@@ -55,7 +57,7 @@ def measure(work: Callable[[], object], prepare: Callable[[], object]) -> tuple[
     seconds = seconds_of(work)
     prepare()
     peak = torch.tensor(peak_bytes(work))
-    dist.all_reduce(peak)
+    sum_in_place(peak, dist.group.WORLD)
     return seconds, int(peak)
 
 
@@ -63,7 +65,7 @@ def remove(path: Path) -> None:
     """On rank 0, and seen by all."""
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
-    dist.barrier()
+    wait_for_all()
 
 
 def save_both(directory: Path, rounds: int) -> Figures:
@@ -177,11 +179,11 @@ def on_ranks(stage: str, directory: Path, rounds: int, world_size: int) -> Figur
 def run_stage(stage: str, directory: Path, rounds: int) -> None:
     """What the processes of a stage do."""
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo")
+    start_world("gloo")
     found = {"save": save_both, "load": load_both}[stage](directory, rounds)
     if dist.get_rank() == 0:
         (directory / f"{stage}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    end_world()
 
 
 def rows(found: Figures) -> list[list[str]]:

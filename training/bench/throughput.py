@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from kernels.timing import machine, print_table, spread
 from parallel.device import choose_dtype, local_device
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, start_world
 from parallel.mesh_plan import ParallelConfig
 from training.compute_dtype import DTYPES, name_of
 from training.config import DataConfig, Dtype, OptimizerConfig, RunConfig, TrainConfig
@@ -255,7 +254,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo")
+    start_world("gloo")
     print(f"{machine()}{', compiled pieces' if arguments.compile else ''}", flush=True)
     choice = choose_dtype(local_device())
     dtypes = list(DTYPES)

@@ -6,18 +6,14 @@ Training draws no random numbers after initialisation, so no generator's state i
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-
-from parallel.agree import on_every_rank, on_rank_0
+from parallel.agree import GroupComm, on_every_rank, on_rank_0
 from parallel.engine.deepspeed import refresh_parameters
 from parallel.errors import LostRun, RunError
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, shared_host_group
 from training.checkpoint.format import checksums, storage
 from training.checkpoint.format.identity import identity_of, metadata_of, require_same_model
 from training.checkpoint.format.logical import Tensors, is_weight, trainer_tensors, weight_tensors
@@ -32,50 +28,9 @@ from training.model.config import ModelConfig
 from training.model.model import HybridModel
 from training.trainer import Trainer
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GroupComm:
-    """The communicator of ``parallel.agree`` on a process group; None is one process."""
-
-    group: dist.ProcessGroup | None
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    def allgather(self, value: T) -> list[T]:
-        """Every rank's value, in order of rank."""
-        values = [value] * self.size
-        if self.group is not None:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def bcast(self, value: T) -> T:
-        """Rank 0's value."""
-        values = [value]
-        if self.group is not None:
-            dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
-
 
 def _comm(timeout_s: int = TrainConfig.checkpoint_timeout_s) -> GroupComm:
-    return GroupComm(_group_beside(dist.group.WORLD, timeout_s) if dist.is_initialized() else None)
-
-
-@lru_cache(maxsize=2)
-def _group_beside(world: dist.ProcessGroup, timeout_s: int) -> dist.ProcessGroup:
-    """A group for checkpoints alone: ranks wait longer for a disk than for one another. Collective
-    at first.
-    """
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return GroupComm(shared_host_group("checkpoint", timeout_s))
 
 
 def save(directory: Path, trainer: Trainer, step: int, extra: dict[str, Any]) -> Path:

@@ -8,20 +8,20 @@ uses meanwhile: its collectives run beside training's. One save is outstanding a
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from parallel.agree import on_rank_0
+from parallel.agree import GroupComm, on_rank_0
+from parallel.collectives import min_in_place
 from parallel.errors import RunError
+from parallel.mesh import make_host_group
 from training.checkpoint.format import storage
 from training.checkpoint.format.logical import Tensors, trainer_tensors
 from training.checkpoint.format.storage import Manifest
-from training.checkpoint.save_and_load import GroupComm, describe, write
+from training.checkpoint.save_and_load import describe, write
 from training.checkpoint.snapshot import Snapshot, require_memory
 from training.trainer import Trainer
 
@@ -70,8 +70,7 @@ class Saver:
         self._sources = dict(files or {})
         self._spared = set(spared)
         self._guard = guard
-        timeout = timedelta(seconds=self._settings.checkpoint_timeout_s)
-        self._comm = GroupComm(dist.new_group(backend="gloo", timeout=timeout))
+        self._comm = GroupComm(make_host_group("saver", self._settings.checkpoint_timeout_s))
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(1, "saver", self._begin_thread)
         self._outstanding: Future[float] | None = None
@@ -178,9 +177,7 @@ class Saver:
         if error is not None and not isinstance(error, RunError):
             raise error
         self._all_done.fill_(float(saving.done()))
-        dist.all_reduce(
-            self._all_done, op=dist.ReduceOp.MIN, group=self._trainer.mesh.group("world")
-        )
+        min_in_place(self._all_done, self._trainer.mesh.group("world"))
         return bool(self._all_done)
 
     def _take_result(self, saving: Future[float]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from parallel.agree import Comm
+from parallel.agree import Comm, find_shortage
 from parallel.errors import Problem, RunError
 from parallel.host_memory import GIB, available_host_bytes, host_zeros
 from training.checkpoint.format.logical import Chunk, Tensors
@@ -75,26 +75,15 @@ def require_memory(tensors: Tensors, comm: Comm) -> None:
     Raises:
         RunError: on every rank, where one has not.
     """
-    ranks = comm.allgather((socket.gethostname(), snapshot_bytes(tensors), available_host_bytes()))
-    for host in sorted({host for host, _, _ in ranks}):
-        total = sum(size for other, size, _ in ranks if other == host)
-        free = min(
-            (left for other, _, left in ranks if other == host and left is not None), default=total
+    host = socket.gethostname()
+    short = find_shortage(comm, host, snapshot_bytes(tensors), available_host_bytes())
+    if short is not None:
+        rule = (
+            f"copies {short.needed / GIB:.2f} GiB to memory of {short.place}, where "
+            f"{short.available / GIB:.2f} GiB are available"
         )
-        if total > free:
-            rule = (
-                f"copies {total / GIB:.2f} GiB to memory of {host}, where {free / GIB:.2f} GiB "
-                "are available"
-            )
-            fix = "stop training while it is written: --train.async_save False"
-            raise RunError(
-                Problem(
-                    field="train.async_save",
-                    value=True,
-                    rule=rule,
-                    fix=fix,
-                )
-            )
+        fix = "stop training while it is written: --train.async_save False"
+        raise RunError(Problem(field="train.async_save", value=True, rule=rule, fix=fix))
 
 
 def _allocate(kind: str, size: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kernels.backend import use_triton
 from kernels.linear_cross_entropy import linear_cross_entropy, sharded_linear_cross_entropy
-from parallel.collectives import copy_to, gather_tokens, split_tokens
+from parallel.collectives import copy_to, gather_tokens, gather_values, split_tokens
 from parallel.mesh import Mesh
 from parallel.placement import Placement, declare
 from training.model.config import ModelConfig
@@ -110,8 +110,7 @@ class Head(nn.Module):
         """Log-sum-exp and target's logit of all tensor ranks, from those of their parts of the
         vocabulary.
         """
-        parts = [torch.empty_like(stats_2T) for _ in range(self.mesh.size("tp"))]
-        torch.distributed.all_gather(parts, stats_2T.contiguous(), group=self.mesh.group("tp"))
+        parts = gather_values(stats_2T, self.mesh.group("tp"))
         log_sums, logits = torch.stack(parts, 1)
         return torch.stack((log_sums.logsumexp(0), logits.sum(0)))
 
@@ -137,7 +136,5 @@ class Head(nn.Module):
         """(B, L, vocab_size) fp32 on every tensor rank; for generation and tests."""
         local = self._local_logits(self._whole(h_BLD))
         if self.mesh.size("tp") > 1:
-            parts = [torch.empty_like(local) for _ in range(self.mesh.size("tp"))]
-            torch.distributed.all_gather(parts, local, group=self.mesh.group("tp"))
-            local = torch.cat(parts, -1)
+            local = torch.cat(gather_values(local, self.mesh.group("tp")), -1)
         return local[..., : self.vocab_size]

@@ -5,7 +5,6 @@ B batch, L length, D model width, T = B x L tokens, E experts, K chosen experts.
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from kernels.route import (
     update_bias,
     z_loss,
 )
-from parallel.collectives import give_token_share, take_token_share
+from parallel.collectives import give_token_share, sum_in_place, take_token_share
 from parallel.experts import ExpertParallelMLP
 from parallel.mesh import Mesh
 from parallel.placement import Placement, declare
@@ -96,7 +95,7 @@ class MoE(nn.Module):
             ids_TK = choose_experts(scores_TE, self.config.top_k)
             counts_SE = sequence_counts(ids_TK, num_sequences, self.config.num_experts)
             if self.mesh.size("tp") > 1:  # tensor ranks hold parts of the same sequences
-                dist.all_reduce(counts_SE, group=self.mesh.group("tp"))
+                sum_in_place(counts_SE, self.mesh.group("tp"))
             total = total + self.config.aux_loss * tokens * sequence_aux_loss(
                 scores_TE, ids_TK, num_sequences, counts_SE
             )
@@ -120,8 +119,7 @@ def update_balance(model: nn.Module, loads: torch.Tensor, mesh: Mesh) -> torch.T
     Returns:
         Largest load / mean load over the layers: 1 is perfect balance.
     """
-    if mesh.size("world") > 1:
-        dist.all_reduce(loads, group=mesh.group("world"))
+    sum_in_place(loads, mesh.group("world"))
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
     for layer, counts_E in zip(layers, loads, strict=True):
         if layer.config.bias_rate:

@@ -4,8 +4,7 @@ import itertools
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
+from parallel.collectives import wait_for_all
 from parallel.rendezvous import ProcessLike
 from training.config import RunConfig
 from training.data.files import TokenFiles
@@ -57,7 +56,7 @@ def prepare_directory(
             token_map,
             files,
         )
-    dist.barrier()
+    wait_for_all()
 
 
 def holds_files(directory: Path) -> bool:

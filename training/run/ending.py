@@ -9,8 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
+from parallel.collectives import wait_for_all
 from parallel.failure import FailureWatch
 from training.config import RunConfig
 from training.data.entropy import Entropies, validation_entropies
@@ -46,7 +45,7 @@ def finish(
     watch.all_is_saved(show)
     try:
         sample = sample_text(trainer, files)
-        dist.barrier()
+        wait_for_all()
     except Exception as error:
         sys.stderr.write(f"sample: left out ({_reason(error)})\n")
         watch.end_early()

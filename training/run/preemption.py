@@ -6,8 +6,8 @@ import signal
 from types import TracebackType
 
 import torch
-import torch.distributed as dist
 
+from parallel.collectives import max_in_place
 from parallel.mesh import Mesh
 from training.run.stop_signals import StopSignals, stop_signals
 
@@ -43,7 +43,7 @@ class StopRequest:
         size = self._mesh.size("world")
         first = UNSIGNALLED if self._asks else self._signals.first
         self._asked.fill_(0 if first is None else first * size + self._mesh.global_rank)
-        dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, group=self._mesh.group("world"))
+        max_in_place(self._asked, self._mesh.group("world"))
         asked = int(self._asked)
         number, rank = divmod(asked, size)
         if 0 < number < UNSIGNALLED and self._mesh.global_rank == 0:

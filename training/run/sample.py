@@ -3,8 +3,8 @@ by the ranks and in the memory that trained it.
 """
 
 import torch
-import torch.distributed as dist
 
+from parallel.collectives import copy_from_first
 from training.data.files import TokenFiles
 from training.decode.generate import continue_tokens
 from training.run.preemption import asked_to_stop
@@ -32,7 +32,7 @@ def sample_text(trainer: Trainer, files: TokenFiles) -> str | None:
     def agree(token: int) -> int:
         """Rank 0's token: rounding may differ between ranks. A signal ends the text."""
         drawn.fill_(files.eod_id if asked_to_stop() else token)
-        dist.broadcast(drawn, src=0, group=trainer.mesh.group("world"))
+        copy_from_first(drawn, trainer.mesh.group("world"))
         return int(drawn)
 
     sampler = torch.Generator().manual_seed(0)
