@@ -45,7 +45,7 @@ class Embedding(nn.Module):
         if mesh.size("tp") == 1:
             self.weight = vocab_parameter(model, mesh)
             return
-        from megatron.core import ModelParallelConfig
+        from megatron.core import ModelParallelConfig  # noqa: TID251
         from megatron.core.tensor_parallel import VocabParallelEmbedding
 
         self.lookup = VocabParallelEmbedding(
