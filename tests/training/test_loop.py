@@ -25,7 +25,7 @@ from tests.helpers.runs import (
 )
 from tests.launch.commands import run
 from training.data.files import TokenFiles
-from training.loop import _require_targets
+from training.run.run_data import _require_targets
 from training.run_file import load_run_json
 
 STEPS = 8

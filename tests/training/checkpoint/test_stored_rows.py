@@ -33,9 +33,9 @@ from training.checkpoint.format.storage import read_manifest
 from training.checkpoint.format.stored_rows import is_row_state, row_format, row_optimizer, told
 from training.config import RunConfig
 from training.engram.memory import build_memory
-from training.loop import tell
 from training.model.config import EngramConfig
 from training.model.model import build_model
+from training.run.session import tell
 from training.step import train_step
 
 CPU = torch.device("cpu")

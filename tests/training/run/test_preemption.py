@@ -120,16 +120,16 @@ def test_signals_save_on_all_ranks_and_the_resumed_run_is_bitwise_equal(
 
 
 def _slow_build(rank: int) -> None:
-    from training import loop
+    from training.run import session
 
-    build = loop.build_trainer
+    build = session.build_trainer
 
     def slow(*args):
-        (loop.RUNS.parent / f"building.{rank}").touch()
+        (session.RUNS.parent / f"building.{rank}").touch()
         time.sleep(1.0)
         return build(*args)
 
-    loop.build_trainer = slow
+    session.build_trainer = slow
 
 
 def test_a_signal_while_the_run_is_built_is_kept_and_nothing_is_written(corpus, tmp_path):
