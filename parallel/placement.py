@@ -98,18 +98,17 @@ class Placement:
         Raises:
             ValueError: a part's units and the ranks do not divide each other.
         """
-        size = self.shape[self.dim] if self.shape else 1
-        parts = self.parts or (Part(size=size, units=size),)
         slices = []
         offset = 0
-        for part in parts:
+        for part in self.parts or (self._whole_dim(),):
             if part.units % num_ranks and num_ranks % part.units:
                 raise ValueError(
                     f"{part.units} units of part {part.name!r} and {num_ranks} ranks do not "
                     "divide each other"
                 )
             copies = max(1, num_ranks // part.units)
-            share = part.size // max(1, num_ranks // copies)
+            num_shares = max(1, num_ranks // copies)
+            share = part.size // num_shares
             start = rank // copies * share
             slices.append(
                 Slice(
@@ -123,20 +122,24 @@ class Placement:
             offset += share
         return tuple(slices)
 
+    def _whole_dim(self) -> Part:
+        """The cut dim as one part that any size may divide."""
+        size = self.shape[self.dim] if self.shape else 1
+        return Part(size=size, units=size)
+
     def slices(self, mesh: Mesh) -> tuple[Slice, ...]:
         """This rank's slices; a replica over tp is one slice with ``tp`` copies."""
-        if self.axis is None:
-            size = self.shape[self.dim] if self.shape else 1
-            return (
-                Slice(
-                    part=Part(size=size, units=size),
-                    start=0,
-                    stop=size,
-                    offset=0,
-                    copies=mesh.size("tp"),
-                ),
-            )
-        return self.cut(mesh.size(self.axis), mesh.rank(self.axis))
+        if self.axis is not None:
+            return self.cut(mesh.size(self.axis), mesh.rank(self.axis))
+        whole = self._whole_dim()
+        replica = Slice(
+            part=whole,
+            start=0,
+            stop=whole.size,
+            offset=0,
+            copies=mesh.size("tp"),
+        )
+        return (replica,)
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of what this rank holds."""
@@ -193,7 +196,8 @@ def placed_parameters(model: nn.Module) -> Iterator[tuple[str, PlacedParameter]]
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    number = int.from_bytes(digest[:8], "little")
+    return torch.Generator().manual_seed(number & (2**63 - 1))
 
 
 def _global_rows(placement: Placement, seed: int, name: str, start: int, stop: int) -> torch.Tensor:
@@ -201,14 +205,22 @@ def _global_rows(placement: Placement, seed: int, name: str, start: int, stop: i
     shape = placement.shape
     if placement.whole_init or not shape:
         return placement.init(_generator(seed, name, 0), shape)[start:stop]
-    rows = max(1, BLOCK_NUMEL // max(1, math.prod(shape[1:])))
+    row_shape = shape[1:]
+    row_numel = max(1, math.prod(row_shape))
+    rows = max(1, BLOCK_NUMEL // row_numel)
+    first_block = start // rows
+    stop_block = -(-stop // rows)
     blocks = []
-    for block in range(start // rows, -(-stop // rows)):
+    for block in range(first_block, stop_block):
         first = block * rows
-        last = min((block + 1) * rows, shape[0])
-        values = placement.init(_generator(seed, name, block), (last - first, *shape[1:]))
-        blocks.append(values[max(start - first, 0) : stop - first])
-    return torch.cat(blocks) if blocks else torch.empty((0, *shape[1:]))
+        last = min(first + rows, shape[0])
+        generator = _generator(seed, name, block)
+        values = placement.init(generator, (last - first, *row_shape))
+        wanted = slice(max(start - first, 0), stop - first)
+        blocks.append(values[wanted])
+    if not blocks:
+        return torch.empty((0, *row_shape))
+    return torch.cat(blocks)
 
 
 @torch.no_grad()
@@ -219,7 +231,8 @@ def initialize_parameters(model: nn.Module, mesh: Mesh, seed: int) -> None:
     for name, parameter in placed_parameters(model):
         placement = parameter.placement
         if placement.axis is None:
-            parameter.copy_(_global_rows(placement, seed, name, 0, placement.shape[0]))
+            values = _global_rows(placement, seed, name, 0, placement.shape[0])
+            parameter.copy_(values)
             continue
         base = 0
         for piece in placement.slices(mesh):
@@ -230,7 +243,8 @@ def initialize_parameters(model: nn.Module, mesh: Mesh, seed: int) -> None:
             else:
                 whole = _global_rows(placement, seed, name, 0, placement.shape[0])
                 values = whole.narrow(placement.dim, start, piece.size)
-            parameter.narrow(placement.dim, piece.offset, piece.size).copy_(values)
+            mine = parameter.narrow(placement.dim, piece.offset, piece.size)
+            mine.copy_(values)
             base += piece.part.size
 
 
@@ -244,11 +258,9 @@ def register_gradient_reduction(model: nn.Module, mesh: Mesh) -> None:
         return
     for _, parameter in placed_parameters(model):
         placement = parameter.placement
-        shared = (
-            [piece for piece in placement.slices(mesh) if piece.copies > 1]
-            if placement.axis == "tp"
-            else []
-        )
+        shared = []
+        if placement.axis == "tp":
+            shared = [piece for piece in placement.slices(mesh) if piece.copies > 1]
         if placement.partial or shared:
             parameter.register_hook(_tp_reduction(placement, shared, mesh))
 
@@ -263,13 +275,16 @@ def _tp_reduction(
         if placement.axis is None:
             sum_in_place(total, group)
         for piece in shared:
+            # A unit's copies are few neighbours: one sum of the whole part serves all of them,
+            # without a group for each unit.
             mine = total.narrow(placement.dim, piece.offset, piece.size)
-            whole = mine.new_zeros(
-                [piece.part.size if d == placement.dim else n for d, n in enumerate(mine.shape)]
-            )
-            whole.narrow(placement.dim, piece.start, piece.size).copy_(mine)
+            shape = list(mine.shape)
+            shape[placement.dim] = piece.part.size
+            whole = mine.new_zeros(shape)
+            place = whole.narrow(placement.dim, piece.start, piece.size)
+            place.copy_(mine)
             sum_in_place(whole, group)
-            mine.copy_(whole.narrow(placement.dim, piece.start, piece.size))
+            mine.copy_(place)
         return total.to(gradient.dtype)
 
     return reduce
@@ -295,9 +310,13 @@ def squared_norm(
         raise ValueError("parts with different copies must be packed along dim 0")
     row = math.prod(parameter.shape[1:])
     total = values.new_zeros((), dtype=torch.float32)
+    stop = start + values.numel()
     for piece in pieces:
-        low = max(piece.offset * row, start) - start
-        high = min((piece.offset + piece.size) * row, start + values.numel()) - start
+        piece_start = piece.offset * row
+        piece_stop = piece_start + piece.size * row
+        low = max(piece_start, start) - start
+        high = min(piece_stop, stop) - start
         if low < high:
-            total = total + values[low:high].float().square().sum() / piece.copies
+            squares = values[low:high].float().square()
+            total = total + squares.sum() / piece.copies
     return total

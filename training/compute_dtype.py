@@ -41,13 +41,15 @@ def agree_on_dtype(
     given = config.train.dtype
     if given is None and resumed is not None:
         given = load_run_json(resumed).train.dtype
-    chosen = torch.tensor(-1)  # a place in DTYPES
+    names = list(DTYPES)
+    chosen = torch.tensor(-1)  # a place in names
     if dist.get_rank() == 0:
         choice = choose_dtype(device)
         print(tell_choice(given, choice), flush=True)
-        chosen.fill_(list(DTYPES).index(given or name_of(choice)))
+        dtype = given or name_of(choice)
+        chosen.fill_(names.index(dtype))
     copy_from_first(chosen, dist.group.WORLD)
-    return with_dtype(config, list(DTYPES)[int(chosen)])
+    return with_dtype(config, names[int(chosen)])
 
 
 def tell_choice(given: Dtype | None, choice: DtypeChoice) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from parallel.collectives import sum_in_place
 from parallel.experts import take_exchange_seconds
-from training.data.dataset import Row, ValidationRows
+from training.data.dataset import Batch, Row, ValidationRows
 from training.data.loader import load_step
 from training.engram.memory import memory_of
 from training.trainer import Trainer
@@ -25,7 +25,8 @@ class FirstRows:
 
     def read(self, index: int) -> Row:
         """Row ``index``, padding from ``count`` on."""
-        return self.rows.read(index if index < self.count else len(self.rows))
+        padding = len(self.rows)  # the first number after the last row
+        return self.rows.read(index if index < self.count else padding)
 
 
 @torch.no_grad()
@@ -38,24 +39,44 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
     """
     mesh = trainer.mesh
     micro_batch = trainer.config.train.micro_batch
-    per_round = micro_batch * mesh.size("batch")
-    first = FirstRows(rows, min(num_rows, len(rows)), rows.seq_length)
+    num_readers = mesh.size("batch")
+    per_round = micro_batch * num_readers
+    count = min(num_rows, len(rows))
+    first = FirstRows(rows, count, rows.seq_length)
+    # fp64: what rounding loses over millions of targets does not show in their mean.
     total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
-    for start in range(0, first.count, per_round):
-        for batch in load_step(
-            first, start, per_round, micro_batch, mesh.rank("batch"), mesh.size("batch")
-        ):
-            fetched = trainer.rows_for_evaluation(batch)
-            moved = batch.to(trainer.device)
-            loss, _ = trainer.model(
-                moved.input_ids_BL, moved.targets_BL, moved.seq_idx_BL, memory_of(fetched)
-            )
-            total += torch.tensor(
-                [float(loss), moved.num_targets], dtype=torch.float64, device=trainer.device
-            )
+    for start in range(0, count, per_round):
+        batches = load_step(
+            first,
+            start,
+            per_round,
+            micro_batch,
+            mesh.rank("batch"),
+            num_readers,
+        )
+        for batch in batches:
+            total += _loss_and_targets(trainer, batch)
     take_exchange_seconds(trainer.model)  # none of it belongs to the next step
     sum_in_place(total, mesh.group("loss"))
-    return float(total[0] / total[1].clamp_min(1))
+    loss_sum, num_targets = total
+    return float(loss_sum / num_targets.clamp_min(1))
+
+
+def _loss_and_targets(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """(2,) fp64: the summed loss of a micro-batch, and the number of its targets."""
+    fetched = trainer.rows_for_evaluation(batch)
+    moved = batch.to(trainer.device)
+    loss, _ = trainer.model(
+        moved.input_ids_BL,
+        moved.targets_BL,
+        moved.seq_idx_BL,
+        memory_of(fetched),
+    )
+    return torch.tensor(
+        [float(loss), moved.num_targets],
+        dtype=torch.float64,
+        device=trainer.device,
+    )
 
 
 def perplexity(loss: float) -> float:

@@ -1,5 +1,6 @@
 """A copy of what a rank writes, in host memory that is kept from save to save."""
 
+import itertools
 import socket
 from collections import defaultdict
 from dataclasses import replace
@@ -26,24 +27,31 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, tensors: Tensors) -> Tensors:
-        """``tensors`` with the values as they stand now,
-        and only the chunks that this rank writes.
+        """``tensors`` with the values as they stand now, and only the chunks that this rank
+        writes.
         """
-        stored = [
-            (name, chunk) for name, tensor in tensors.items() for chunk in stored_chunks(tensor)
-        ]
-        used = self._reserve([chunk for _, chunk in stored])
-        copies = {name: replace(tensor, chunks=[]) for name, tensor in tensors.items()}
-        for name, chunk in stored:
-            kind = chunk.values.device.type
-            values = chunk.values
-            used[kind] -= _aligned(values.nbytes)
-            place = self._memory[kind][used[kind] :][: values.nbytes]
-            copy = place.view(values.dtype).view(values.shape).copy_(values, non_blocking=True)
-            copies[name].chunks.append(replace(chunk, values=copy))
-        if any(kind != "cpu" for kind in used):
+        stored = _stored(tensors)
+        free = self._reserve(_all_of(stored))
+        copies = {}
+        for name, chunks in stored.items():
+            copied = [self._copy(chunk, free) for chunk in chunks]
+            copies[name] = replace(tensors[name], chunks=copied)
+        if any(kind != "cpu" for kind in free):
             torch.accelerator.synchronize()
         return copies
+
+    def _copy(self, chunk: Chunk, free: dict[str, int]) -> Chunk:
+        """A chunk whose values are in the memory of its kind, at the end of what is ``free`` of it;
+        those of a card come while the host goes on.
+        """
+        values = chunk.values
+        kind = values.device.type
+        free[kind] -= _aligned(values.nbytes)
+        start = free[kind]
+        place = self._memory[kind][start : start + values.nbytes]
+        copy = place.view(values.dtype).view(values.shape)
+        copy.copy_(values, non_blocking=True)
+        return replace(chunk, values=copy)
 
     def _reserve(self, chunks: list[Chunk]) -> dict[str, int]:
         """Make room for copies of ``chunks``; the bytes that they take, by the kind of device that
@@ -52,20 +60,32 @@ class Snapshot:
         sizes = _sizes(chunks)
         for kind, size in sizes.items():
             if kind not in self._memory or self._memory[kind].numel() < size:
-                self._memory.pop(kind, None)
+                self._memory.pop(kind, None)  # first: there may be no room for both
                 self._memory[kind] = _allocate(kind, size)
         return sizes
 
 
 def snapshot_bytes(tensors: Tensors) -> int:
     """Host memory that a copy of what this rank writes takes."""
-    return sum(sum(_sizes(list(stored_chunks(tensor))).values()) for tensor in tensors.values())
+    stored = _stored(tensors)
+    sizes = _sizes(_all_of(stored))
+    return sum(sizes.values())
+
+
+def _stored(tensors: Tensors) -> dict[str, list[Chunk]]:
+    """Name -> the chunks that this rank writes."""
+    return {name: list(stored_chunks(tensor)) for name, tensor in tensors.items()}
+
+
+def _all_of(stored: dict[str, list[Chunk]]) -> list[Chunk]:
+    return list(itertools.chain.from_iterable(stored.values()))
 
 
 def _sizes(chunks: list[Chunk]) -> dict[str, int]:
     sizes: dict[str, int] = defaultdict(int)
     for chunk in chunks:
-        sizes[chunk.values.device.type] += _aligned(chunk.values.nbytes)
+        values = chunk.values
+        sizes[values.device.type] += _aligned(values.nbytes)
     return sizes
 
 
@@ -87,11 +107,9 @@ def require_memory(tensors: Tensors, comm: Comm) -> None:
 
 
 def _allocate(kind: str, size: int) -> torch.Tensor:
-    return (
-        host_zeros((size,), torch.uint8)
-        if kind == "cpu"
-        else torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    )
+    if kind == "cpu":
+        return host_zeros((size,), torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _aligned(num_bytes: int) -> int:
