@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from parallel.errors import Problem
-from parallel.mesh_plan import ParallelConfig, layout_problems
+from parallel.mesh_plan import ParallelConfig, layout_problems, plan_mesh
 from parallel.table_config import TableConfig, table_problems
 from training.data.config import DataConfig
 from training.model.config import ModelConfig, model_problems
@@ -186,14 +186,15 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
     problems = []
     train = config.train
     tp = config.parallel.tp
-    rows = max(1, train.micro_batch) * (world_size // tp)
+    num_readers = plan_mesh(config.parallel, world_size).size("batch")
+    rows = max(1, train.micro_batch) * num_readers
     if train.global_batch % rows:
         problems.append(
             Problem(
                 field="train.global_batch",
                 value=train.global_batch,
                 rule=f"is not a multiple of train.micro_batch={train.micro_batch} x "
-                f"{world_size // tp} data ranks",
+                f"{num_readers} data ranks",
                 fix=f"use a multiple of {rows}",
             )
         )
