@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.helpers.ranks import HANG_S, free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Debian puts daemons where a user's PATH does not look.
 PATH = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
 CONFIG = """

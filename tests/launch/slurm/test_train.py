@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, missing, running_cluster, wait_for
+from tests.launch.slurm.cluster import ROOT, Cluster, missing, running_cluster, wait_for
 from training.data.config import PrepareConfig
 from training.data.prepare import prepare
 from training.run.metrics_file import read_metrics
