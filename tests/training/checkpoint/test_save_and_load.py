@@ -2,7 +2,6 @@
 strangers refused.
 """
 
-import importlib
 import json
 import shutil
 import zlib
@@ -115,13 +114,6 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     for name, values in mine.items():
         assert torch.equal(values, theirs[name]), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_before_forks():
-    """What every rank would otherwise import again, 0.7 s each."""
-    for name in ("megatron.core.parallel_state", "megatron.core.tensor_parallel"):
-        importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

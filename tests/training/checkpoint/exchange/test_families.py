@@ -1,9 +1,7 @@
-"""What ``generate`` of transformers says of an exported model is our own greedy continuation of the
-same weights.
+"""Which class of transformers holds a model: what its ``generate`` says is our own greedy
+continuation of the same weights; why none fits.
 """
 
-import importlib
-import logging
 from dataclasses import replace
 
 import pytest
@@ -12,33 +10,17 @@ import torch
 from parallel.mesh import single_mesh
 from tests.helpers.saved import sample_ids, save_run
 from tests.helpers.tiny import VOCAB, tiny_config
+from tests.training.checkpoint.exchange.models import GROUPS, ROPE, SOFTMAX, config_of
 from training.checkpoint import load_weights
-from training.checkpoint.exchange.exporting import export
+from training.checkpoint.exchange.exporting import choose_family, export
 from training.checkpoint.exchange.importing import import_model
 from training.decode.generate import continue_tokens
-from training.model.config import AttentionConfig, Mamba2Config, MoEConfig
 from training.model.model import build_model
 
 GRANITE = "GraniteMoeHybridForCausalLM"
 NEMOTRON = "NemotronHForCausalLM"
 NUM_TOKENS = 8
-SOFTMAX = MoEConfig(
-    num_experts=4, top_k=2, expert_dim=24, shared_dim=16, scores="softmax", bias_rate=0.0
-)
 LONE_EXPERTS = replace(SOFTMAX, shared_dim=0, top_k=1)
-ROPE = AttentionConfig(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    positions="rope",
-    rope_theta=500.0,
-)
-GROUPS = Mamba2Config(
-    head_dim=8,
-    state_dim=12,
-    num_groups=4,
-    chunk_size=8,
-)
 CASES = [
     ("Mamba2ForCausalLM", {"pattern": "M"}),
     ("Mamba2ForCausalLM", {"pattern": "MMM", "mamba2": GROUPS, "tie_embeddings": True}),
@@ -58,14 +40,6 @@ CASES = [
     (GRANITE, {"pattern": "ME", "moe": SOFTMAX}),
     (GRANITE, {"pattern": "MEM", "moe": LONE_EXPERTS}),
 ]
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """The library, without its warnings of what is not installed."""
-    logging.disable(logging.WARNING)
-    yield importlib.import_module("transformers")
-    logging.disable(logging.NOTSET)
 
 
 def our_tokens(path, config, prompts: list[list[int]]) -> list[list[int]]:
@@ -130,3 +104,29 @@ def test_greedy_continuations_are_ours(architecture, fields, transformers, tmp_p
         assert model(torch.tensor(prompts)).logits.shape == (2, 9, VOCAB)
         assert [their_tokens(model, case) for case in cases] == expected
     import_model(tmp_path / "again", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"pattern": "ML"}, "it has no layers L as ours"),
+        ({"pattern": "MM", "num_streams": 4}, "one residual stream, not 4"),
+        ({"pattern": "MM", "engram": tiny_config().model.engram}, "no Engram memory"),
+        ({"pattern": "MEE", "moe": SOFTMAX}, "each follow a mixer"),
+        ({"pattern": "EM", "moe": SOFTMAX}, "each follow a mixer"),
+        ({"pattern": "MEM-", "moe": SOFTMAX}, "all experts or all none"),
+        (
+            {"pattern": "ME", "moe": replace(SOFTMAX, scores="sigmoid")},
+            "weighed by a softmax, ours by moe.scores=sigmoid",
+        ),
+        (
+            {"pattern": "ME", "moe": replace(SOFTMAX, route_scale=2.5)},
+            "sum to 1, ours to moe.route_scale=2.5",
+        ),
+        ({"pattern": "ME", "moe": replace(SOFTMAX, capacity_factor=1.0)}, "drop no tokens"),
+    ],
+)
+def test_why_no_class_fits(fields, reason):
+    family, misfits = choose_family(config_of(**fields).model, biased=False)
+    assert family is None
+    assert any(reason in told for told in misfits["GraniteMoeHybridForCausalLM"])

@@ -3,7 +3,6 @@
 R rows, W row width, K scales of a row.
 """
 
-import importlib
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -109,13 +108,6 @@ def resume(run: Path, again: dict[Path, RunConfig]) -> dict[Path, tuple[str, flo
 
 def resume_each(runs: dict[Path, dict[Path, RunConfig]]) -> list:
     return [resume(run, again) for run, again in runs.items()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_before_forks():
-    """What every rank would otherwise import again, 0.7 s each."""
-    for name in ("megatron.core.parallel_state", "megatron.core.tensor_parallel"):
-        importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
