@@ -4,6 +4,7 @@ reads.
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,14 @@ import torch.distributed.checkpoint as dcp
 
 from parallel.mesh import single_mesh
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import made_up_batches, made_up_rows, made_up_token_map, make_trainer
+from tests.helpers.tiny import (
+    layout,
+    made_up_batches,
+    made_up_rows,
+    made_up_token_map,
+    make_trainer,
+    tiny_config,
+)
 from training.checkpoint import load_weights, save
 from training.checkpoint.format import checksums, storage
 from training.config import RunConfig
@@ -19,6 +27,7 @@ from training.engram.memory import build_memory, memory_of
 from training.model.model import build_model
 from training.run_file import save_run_json
 from training.step import train_step
+from training.trainer import Trainer
 
 
 def _train_and_save(config: RunConfig, directory: Path, steps: int) -> None:
@@ -91,3 +100,36 @@ def make_consistent(path: Path, **fields) -> None:
     manifest["files"] = checksums.file_records(path, sorted(manifest["files"]))
     text = json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
     (path / "manifest.json").write_text(text)
+
+
+def config_of(fields: dict, dtype: str = "fp32", **model) -> RunConfig:
+    config = tiny_config(**model)
+    return replace(config, parallel=layout(**fields), train=replace(config.train, dtype=dtype))
+
+
+def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms of the next steps."""
+    figures = []
+    for step in range(first, first + num_steps):
+        batches = made_up_batches(
+            step, trainer.config, trainer.mesh.rank("batch"), trainer.mesh.size("batch")
+        )
+        result = train_step(trainer, batches, 1e-2, step)
+        figures.append((result.loss, result.grad_norm))
+    return figures
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    mine = read_plainly(one)
+    theirs = read_plainly(other)
+    assert mine.keys() == theirs.keys()
+    for name, values in mine.items():
+        assert torch.equal(values, theirs[name]), name
+
+
+def rewrite(path: Path, **fields) -> None:
+    """Change fields of a manifest as another version would have written them."""
+    manifest = storage.read_manifest(path) | fields
+    (path / "manifest.json").write_text(
+        json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
+    )

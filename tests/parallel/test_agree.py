@@ -114,3 +114,29 @@ def test_no_torch_before_a_group_is_used():
     """``prepare`` agrees by mpi4py and needs none."""
     program = "import sys, parallel.agree; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+class WithPeer:
+    """Rank 0 of two; the other rank sends ``sent``."""
+
+    rank = 0
+    size = 2
+
+    def __init__(self, sent):
+        self.sent = sent
+
+    def allgather(self, value):
+        return [value, self.sent]
+
+    def bcast(self, value):
+        return value
+
+
+def test_a_failure_of_one_rank_is_raised_on_all():
+    with pytest.raises(RunError, match="theirs"):
+        on_every_rank(WithPeer(RunError("theirs")), lambda: 1)
+    with pytest.raises(RunError, match=r"(?s)rank 0 of 2 failed:.*ZeroDivisionError"):
+        on_rank_0(WithPeer(None), lambda: 1 // 0)
+    with pytest.raises(RunError, match="ours"):
+        on_rank_0(WithPeer(RunError("theirs")), lambda: (_ for _ in ()).throw(RunError("ours")))
+    assert on_rank_0(WithPeer(None), lambda: 7) == 7

@@ -2,7 +2,6 @@
 strangers refused.
 """
 
-import json
 import shutil
 import zlib
 from dataclasses import replace
@@ -19,10 +18,9 @@ from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
-from tests.helpers.saved import read_plainly
+from tests.helpers.saved import assert_same_tensors, config_of, go_on, read_plainly, rewrite
 from tests.helpers.tiny import (
     layout,
-    made_up_batches,
     made_up_rows,
     made_up_token_map,
     make_trainer,
@@ -36,17 +34,9 @@ from training.config import RunConfig
 from training.data.token_map import TokenMap
 from training.engram.memory import EngramMemory, build_memory, memory_of
 from training.model.model import HybridModel, build_model
-from training.step import train_step
-from training.trainer import DTYPES, Trainer
+from training.trainer import DTYPES
 
 SAVED_AT = 3
-
-
-def config_of(fields: dict, dtype: str = "fp32", **model) -> RunConfig:
-    config = tiny_config(**model)
-    return replace(config, parallel=layout(**fields), train=replace(config.train, dtype=dtype))
-
-
 # What is saved: number of ranks and configuration.
 CASES = {
     "1": (1, config_of({})),
@@ -59,18 +49,6 @@ CASES = {
         config_of({"tp": 2, "ep": 4, "zero_stage": 2}, tie_embeddings=True, num_streams=2),
     ),
 }
-
-
-def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, float]]:
-    """Losses and gradient norms of the next steps."""
-    figures = []
-    for step in range(first, first + num_steps):
-        batches = made_up_batches(
-            step, trainer.config, trainer.mesh.rank("batch"), trainer.mesh.size("batch")
-        )
-        result = train_step(trainer, batches, 1e-2, step)
-        figures.append((result.loss, result.grad_norm))
-    return figures
 
 
 def tokens() -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,14 +84,6 @@ def load_and_go_on(config: RunConfig, directory: Path, more: int, again: Path):
     manifest = load(latest(directory), trainer)
     save(again, trainer, manifest["step"], manifest["extra"])
     return manifest["step"], manifest["extra"], go_on(trainer, manifest["step"], more)
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    mine = read_plainly(one)
-    theirs = read_plainly(other)
-    assert mine.keys() == theirs.keys()
-    for name, values in mine.items():
-        assert torch.equal(values, theirs[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -421,14 +391,6 @@ def test_a_checkpoint_without_manifest_or_name_is_refused(copy):
         read_into(copy)
     with pytest.raises(RunError, match="does not exist"):
         read_into(copy.parent / "step-00000099")
-
-
-def rewrite(path: Path, **fields) -> None:
-    """Change fields of a manifest as another version would have written them."""
-    manifest = storage.read_manifest(path) | fields
-    (path / "manifest.json").write_text(
-        json.dumps(manifest | {"checksum": storage._manifest_checksum(manifest)})
-    )
 
 
 def test_a_newer_format_is_refused(copy):

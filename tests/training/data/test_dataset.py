@@ -1,8 +1,6 @@
-"""Packed rows against a stream written out token by token; steps against the plain list of rows."""
+"""Packed rows against a stream written out token by token."""
 
 import itertools
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,41 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import RunError
-from training.data.dataset import NO_TARGET, Batch, PackedRows, Row, ValidationRows
-from training.data.files import Split, TokenFiles
-from training.data.loader import StepLoader, fingerprint, load_step, step_rows
-from training.data.order import random_bits, random_order
-
-EOD = 0
-PAD = 1
-VOCAB = 40_000
-
-
-def make_split(lengths, unique=False) -> Split:
-    """Documents of these lengths, each ended by EOD; ``unique`` gives every token its own id."""
-    total = sum(lengths)
-    tokens = np.arange(total) if unique else np.random.RandomState(7).randint(2, VOCAB, total)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if not unique:
-        tokens[ends - 1] = EOD
-    return Split(tokens.astype(np.uint16), ends, 4 * total)
-
-
-def make_files(lengths, val_lengths=(5,), unique=False) -> TokenFiles:
-    splits = make_split(lengths, unique), make_split(val_lengths, unique)
-    return TokenFiles(
-        Path("made/up"),
-        {},
-        *splits,
-        vocab_size=VOCAB,
-        eod_id=EOD,
-        pad_id=PAD,
-    )
-
-
-def documents_of(split: Split) -> list[list[int]]:
-    return [part.tolist() for part in np.split(split.tokens, split.ends[:-1])]
-
+from tests.training.data.token_files import EOD, PAD, documents_of, make_files
+from training.data.dataset import NO_TARGET, Batch, PackedRows, ValidationRows
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -124,14 +89,6 @@ def test_any_row_at_any_time():
     expected = [forward.row(index).tolist() for index in range(60)]
     backward = PackedRows(files, "train", 9, seed=3)
     assert [backward.row(index).tolist() for index in reversed(range(60))] == expected[::-1]
-
-
-def test_orders_are_those_of_philox_on_every_machine():
-    """Golden values: a resumed run on another version of numpy must read on in the same order."""
-    assert random_order(8, 1, 2, 3).tolist() == [1, 2, 4, 6, 5, 0, 7, 3]
-    assert random_bits(2, 0).tolist() == [259491006799949737, 4754966410622352325]
-    assert random_bits(9, 4).tolist()[:5] == random_bits(5, 4).tolist()
-    assert random_order(0, 1).tolist() == []
 
 
 def naive_batch(tokens, pad_from=None):
@@ -227,117 +184,6 @@ def test_rows_after_the_last_validation_row_are_padding():
 def test_padding_at_the_end_of_a_row_has_an_index_of_its_own():
     batch = Batch.stack([ValidationRows(make_files([5], [2, 3]), 8).read(0)])
     assert batch.seq_idx_BL.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1), (2, 1)]
-)
-def test_the_rows_of_a_step_do_not_depend_on_ranks(num_ranks, micro_batch):
-    for step in (0, 1, 7):
-        shares = [
-            step_rows(12 * step, 12, micro_batch, rank, num_ranks) for rank in range(num_ranks)
-        ]
-        assert all(
-            share.shape == (12 // (micro_batch * num_ranks), micro_batch) for share in shares
-        )
-        assert sorted(np.concatenate(shares, axis=None)) == list(range(12 * step, 12 * step + 12))
-
-
-def test_rows_are_assigned_as_by_megatrons_sampler():
-    shares = [step_rows(8, 8, 2, rank, 2).tolist() for rank in range(2)]
-    assert shares == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]
-
-
-def same(left: list[Batch], right: list[Batch]) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for a, b in zip(left, right, strict=True)
-        for name in ("input_ids_BL", "targets_BL", "seq_idx_BL")
-    )
-
-
-def test_step_holds_its_rows():
-    rows = PackedRows(make_files([9, 30, 4, 16]), "train", 7, seed=2)
-    batches = load_step(rows, 24, 8, 2, rank=1, num_ranks=2)
-    got = torch.cat([batch.input_ids_BL for batch in batches]).tolist()
-    assert got == [rows.row(index)[:-1].tolist() for index in (26, 27, 30, 31)]
-
-
-def test_resumed_loader_reads_on():
-    def rows():
-        return PackedRows(make_files([9, 30, 4, 16]), "train", 7, seed=2)
-
-    with StepLoader(rows(), 0, 4, 2, 1, 2) as loader:
-        uninterrupted = list(itertools.islice(loader, 12))
-        assert loader.row == 48
-    with StepLoader(rows(), 20, 4, 2, 1, 2) as resumed:
-        assert all(same(next(resumed), expected) for expected in uninterrupted[5:])
-    assert not same(uninterrupted[0], uninterrupted[1])
-
-
-@pytest.mark.parametrize("batches", [(4, 8), (8, 4), (4, 12, 2), (6, 3, 3, 12)])
-def test_another_batch_reads_on_where_the_last_one_ended(batches):
-    """Each row once and in order, wherever the batch changes; what is peeked at is what comes."""
-    read = []
-    first_row = 0
-    for batch in batches:
-        with StepLoader(BrokenRows(broken=None), first_row, batch, 1) as loader:
-            for _ in range(3):
-                coming = loader.peek()
-                step = next(loader)
-                assert step is coming
-                read += [int(micro.input_ids_BL[0, 0]) for micro in step]
-            first_row = loader.row
-    assert read == list(range(3 * sum(batches)))
-
-
-class BrokenRows:
-    """Raises in row ``broken``; remembers which threads read."""
-
-    seq_length = 4
-
-    def __init__(self, broken=6):
-        self.threads = set()
-        self.broken = broken
-
-    def read(self, index):
-        self.threads.add(threading.current_thread())
-        if index == self.broken:
-            raise OSError("disk gone")
-        return Row(np.full(5, index), np.zeros(5, dtype=np.int32), 5)
-
-
-def test_loader_raises_what_its_thread_raised_at_that_step():
-    rows = BrokenRows()
-    with StepLoader(rows, 0, 2, 2) as loader:
-        for step in range(3):
-            assert next(loader)[0].input_ids_BL[:, 0].tolist() == [2 * step, 2 * step + 1]
-        for _ in range(2):
-            with pytest.raises(OSError, match="disk gone"):
-                next(loader)
-    assert threading.main_thread() not in rows.threads
-    assert not any(thread.is_alive() for thread in rows.threads)
-
-
-def test_fingerprint_tells_orders_apart():
-    lengths = [9, 30, 4, 16]
-
-    def of(lengths=lengths, seq_length=7, seed=0, n=20):
-        return fingerprint(PackedRows(make_files(lengths), "train", seq_length, seed), n)
-
-    assert of() == of()
-    others = {of(seed=1), of(seq_length=8), of(n=21), of(lengths=[30, 9, 4, 16]), of()}
-    assert len(others) == 5
-
-
-@pytest.mark.parametrize(
-    "arguments", [(0, 6, 4, 0, 1), (0, 0, 1, 0, 1), (0, 4, 2, 2, 2), (0, 4, 2, -1, 2)]
-)
-def test_batches_that_do_not_divide_are_errors(arguments):
-    with pytest.raises(ValueError, match=r"global_batch|rank"):
-        step_rows(*arguments)
-    with pytest.raises(ValueError, match=r"global_batch|rank"):
-        StepLoader(BrokenRows(), *arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training.data.test_dataset import VOCAB, documents_of, make_files
+from tests.training.data.token_files import VOCAB, documents_of, make_files
 from training.data import entropy
 from training.data.entropy import count_bigrams, validation_entropies
 from training.data.files import Split, TokenFiles

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import RunError
-from tests.training.data.test_prepare import make_documents, read_split, write_jsonl
+from tests.training.data.documents import make_documents, read_split, write_jsonl
 from training.data.config import PrepareConfig
 from training.data.files import MANIFEST, TokenFiles, prepare_command
 from training.data.prepare import prepare

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import forked, records, words
-from tests.training.checkpoint.test_save_and_load import rewrite
+from tests.helpers.saved import rewrite
 from tests.training.test_loop import contents
 from training.checkpoint.format import storage
 from training.run.metrics_file import read_metrics
