@@ -12,6 +12,7 @@ import pytest
 from launch.env import Process
 from launch.train import Request, field_names, find_problems, main, parse
 from parallel.errors import RunError
+from tests.launch.commands import launch
 from training.config import RunConfig
 from training.presets import PRESETS
 from training.run_file import save_run_json
@@ -266,3 +267,45 @@ def test_usage_lists_presets(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in PRESETS)
+
+
+def test_faults_of_five_parts_stand_in_one_box(corpus):
+    done = launch(
+        "train",
+        "tiny",
+        "--lr",
+        "1",
+        "--train.steps",
+        "three",
+        "--parallel.ep",
+        "3",
+        "--name",
+        "a/b",
+        "--data.path",
+        str(corpus),
+        "--data.seq_length",
+        "1e6",
+        "--model.vocab_size",
+        "8",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("•") == 6
+    fields = (
+        "option=--lr",
+        "train.steps=three",
+        "parallel.ep=3",
+        "name='a/b'",
+        "model.vocab_size=8",
+    )
+    assert all(field in done.stderr for field in (*fields, "data.seq_length=1000000"))
+    assert "Traceback" not in done.stderr
+
+
+def test_a_preset_that_is_none_does_not_hide_options():
+    with pytest.raises(RunError) as error:
+        parse(["tinny", "--lr", "1", "--model.engram", "none", "--train.steps", "x"])
+    assert [problem.field for problem in error.value.problems] == [
+        "preset",
+        "option",
+        "train.steps",
+    ]

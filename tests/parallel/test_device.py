@@ -5,13 +5,16 @@ Copies to and fro.
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
-from parallel.device import DeviceQueue, tensors_in, to_device, to_host
+from parallel import device as devices
+from parallel.device import DeviceQueue, choose_dtype, tensors_in, to_device, to_host
 from parallel.engram_table.worker import Worker
+from training import compute_dtype
 
 CPU = torch.device("cpu")
 
@@ -146,3 +149,23 @@ def test_on_a_card_jobs_keep_the_programs_order():
         result = worker.wait(done)
         del done, scratch
         assert bool((result == step + 2).all())
+
+
+CARDS = {
+    "V100": ((7, 0), "fp32"),
+    "T4": ((7, 5), "fp32"),
+    "A100": ((8, 0), "bf16"),
+    "H200": ((9, 0), "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_by_its_compute_capability(monkeypatch, name):
+    capability, dtype = CARDS[name]
+    card = SimpleNamespace(
+        get_device_capability=lambda device: capability, get_device_name=lambda device: name
+    )
+    monkeypatch.setattr(devices.torch, "cuda", card)
+    choice = choose_dtype(torch.device("cuda", 0))
+    assert compute_dtype.name_of(choice) == dtype
+    assert choice.reason == f"{name}, compute capability {capability[0]}.{capability[1]}"

@@ -1,4 +1,4 @@
-"""Memories of rows: what they take, what a file holds, what cannot be had; wrong configurations."""
+"""Memories of rows: what they take, what a file holds, what cannot be had."""
 
 import errno
 import mmap
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parallel.engram_table import TableConfig, TableShape
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
-from parallel.table_config import row_bytes, state_bytes, table_problems
+from parallel.table_config import row_bytes, state_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.table_rows import FORMATS, make_tables, train
 
@@ -120,33 +120,6 @@ def test_what_one_rank_cannot_have_is_told_by_all(lost, told, tmp_path):
     assert told in first
     assert f"(on {socket.gethostname()})" in first
     assert others == [first, first]
-
-
-def test_wrong_configurations_are_listed():
-    fields = [
-        problem.field
-        for config, width in [
-            (TableConfig(rows="fp8"), 48),
-            (TableConfig(placement="file"), 64),
-            (TableConfig(prefetch=-1), 64),
-            (TableConfig(sinkhorn_iterations=10), 64),
-            (TableConfig(momentum=1.0), 64),
-            (TableConfig(optimizer="momentum_sinkhorn", weight_decay=0.1), 64),
-        ]
-        for problem in table_problems(config, width)
-    ]
-    assert fields == [
-        f"table.{name}"
-        for name in (
-            "rows",
-            "directory",
-            "prefetch",
-            "sinkhorn_iterations",
-            "momentum",
-            "weight_decay",
-        )
-    ]
-    assert table_problems(TableConfig(), 5) == []
 
 
 def test_single_mesh_has_one_owner():
