@@ -2,6 +2,7 @@
 as a user does.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -348,3 +349,11 @@ def started(command: list[str], cwd: Path, name: str = "command") -> Iterator[St
             except ProcessLookupError:
                 continue
         run.process.wait()
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }

@@ -1,10 +1,14 @@
 """Small tables and stores of rows, and a step of them: what the tests of the Engram table share."""
 
+from types import MappingProxyType
+
 import torch
+import torch.distributed as dist
 
 from parallel.engram_table import EngramTables, TableConfig, TableShape
 from parallel.engram_table.store import RowStore
-from tests.parallel.engram_table.test_tables import make_mesh
+from parallel.mesh import Mesh, single_mesh
+from parallel.mesh_plan import ParallelConfig, plan_mesh
 
 CPU = torch.device("cpu")
 FORMATS = ("fp32", "bf16", "fp8")
@@ -44,3 +48,10 @@ def train(
     rows[2].embed().backward(grad_NW)
     tables.accumulate(rows)
     tables.step(rate, 1.0, step)
+
+
+def make_mesh() -> Mesh:
+    if not dist.is_initialized():
+        return single_mesh()
+    plan = plan_mesh(ParallelConfig(), dist.get_world_size())
+    return Mesh(plan, dist.get_rank(), MappingProxyType({"engram": dist.group.WORLD}))

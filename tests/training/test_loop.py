@@ -2,19 +2,18 @@
 else is touched.
 """
 
-import hashlib
 import os
 import re
 import shlex
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from parallel.errors import RunError
 from tests.helpers.runs import (
+    contents,
     forked,
     hold_after,
     records,
@@ -41,14 +40,6 @@ def argv(corpus, name, *more, dtype="fp32"):
         dtype,
         *more,
     )
-
-
-def contents(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from parallel.errors import RunError
 from parallel.mesh import single_mesh
 from parallel.table_config import hot_bytes, hot_sets, table_problems
 from tests.helpers.ranks import run_ranks
+from tests.helpers.table_rows import make_mesh
 from tests.helpers.tiny import made_up_batches, make_trainer, tiny_config
-from tests.parallel.engram_table.test_tables import make_mesh
 from tests.parity import quiet_libraries
 from training.step import train_step
 

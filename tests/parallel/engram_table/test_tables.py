@@ -3,7 +3,6 @@ of every exchange.
 """
 
 from itertools import pairwise
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.engram_table import EngramTables, TableConfig, TableShape
-from parallel.mesh import Mesh, single_mesh
-from parallel.mesh_plan import ParallelConfig, plan_mesh
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
+from tests.helpers.table_rows import make_mesh
 
 WIDTH = 5
 HEADS = 3
@@ -27,13 +25,6 @@ CONFIG = TableConfig(
 )
 CPU = torch.device("cpu")
 SHARDS = (1, 2, 4)
-
-
-def make_mesh() -> Mesh:
-    if not dist.is_initialized():
-        return single_mesh()
-    plan = plan_mesh(ParallelConfig(), dist.get_world_size())
-    return Mesh(plan, dist.get_rank(), MappingProxyType({"engram": dist.group.WORLD}))
 
 
 def make_tables(

@@ -1,4 +1,4 @@
-"""The Engram layer against the paper written out, and the way from tokens to its memory rows.
+"""The Engram layer against the paper written out.
 
 B batch, L length, S streams, D model width, M memory width, O n-gram orders x heads.
 """
@@ -11,17 +11,15 @@ import torch
 import torch.distributed as dist
 
 from kernels.engram_gate import engram_gate
-from kernels.engram_hash import engram_hash
 from kernels.engram_hash.reference import engram_hash_reference
 from parallel.engram_table import Rows
-from parallel.errors import RunError
 from parallel.mesh import build_mesh, single_mesh
 from parallel.placement import initialize_parameters
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import VOCAB, layout, made_up_rows, made_up_token_map, tiny_config
-from training.data.token_map import TokenMap
-from training.engram.memory import EngramMemory, build_memory, memory_of
+from tests.helpers.tiny import layout, made_up_rows, made_up_token_map, tiny_config
+from tests.training.engram.memories import real_memory
+from training.engram.memory import build_memory, memory_of
 from training.model import engram as engram_module
 from training.model.config import EngramConfig, ModelConfig
 from training.model.engram import Engram
@@ -284,77 +282,6 @@ def test_bf16_keeps_norms_in_fp32():
         added(twin, h_BLSD, e_BLM, documents()),
         2e-2,
     )
-
-
-def real_memory(**fields) -> EngramMemory:
-    config = tiny_config()
-    config = replace(
-        config, model=replace(config.model, engram=replace(config.model.engram, **fields))
-    )
-    return build_memory(
-        config,
-        single_mesh(),
-        made_up_token_map(),
-        torch.device("cpu"),
-    )
-
-
-@pytest.mark.parametrize("orders", [(2, 3), (2, 3, 4)])
-def test_row_ids_are_the_hash_of_compressed_ids_within_documents(orders):
-    memory = real_memory(orders=orders)
-    ids_BL, _, seq_idx_BL = made_up_rows(0)
-    rows = memory.row_ids(ids_BL, seq_idx_BL)
-    assert set(rows) == {1, 3}
-    for layer, ids_BLO in rows.items():
-        expected = engram_hash_reference(ids_BL % 150, memory.hashes[layer], seq_idx_BL)
-        assert torch.equal(ids_BLO, expected)
-    assert not torch.equal(rows[1], rows[3])
-
-
-def test_row_ids_of_decoding_are_those_of_the_whole_text():
-    """A new token is hashed with the compressed ids before it, and with pads where the text is
-    younger.
-    """
-    memory = real_memory(orders=(2, 3, 4))
-    ids_BL = torch.randint(0, VOCAB, (2, 12))
-    whole = memory.row_ids(ids_BL, None)
-    compressed = memory.token_map.compress(ids_BL)
-    for layer, spec in memory.hashes.items():
-        padded = torch.cat([torch.full((2, 3), spec.pad_id), compressed], 1)
-        for t in range(12):
-            step = engram_hash(compressed[:, t : t + 1], spec, history_BK=padded[:, t : t + 3])
-            assert torch.equal(step[:, 0], whole[layer][:, t])
-
-
-def test_uncompressed_ids_hash_as_they_are():
-    config = tiny_config().model.engram
-    token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=5)
-    memory = EngramMemory(
-        config,
-        token_map,
-        real_memory().tables,
-        single_mesh(),
-    )
-    ids_BL, _, seq_idx_BL = made_up_rows(1)
-    expected = engram_hash_reference(ids_BL, memory.hashes[3], seq_idx_BL)
-    assert torch.equal(memory.row_ids(ids_BL, seq_idx_BL)[3], expected)
-
-
-def test_memory_holds_the_rows_in_column_order():
-    memory = real_memory()
-    ids_BL, _, seq_idx_BL = made_up_rows(2)
-    rows = memory.look_up(ids_BL, seq_idx_BL)
-    row_ids = memory.row_ids(ids_BL, seq_idx_BL)
-    for layer, recall in memory_of(rows).items():
-        e_BLM, masked_BL = recall()
-        assert masked_BL is None
-        assert e_BLM.shape == (*ids_BL.shape, row_ids[layer].shape[-1] * 8)
-        single = memory.tables.fetch({key: ids[3:4, 7:8, 2:3] for key, ids in row_ids.items()})[
-            layer
-        ].embed()
-        assert torch.equal(e_BLM[3, 7, 16:24], single.flatten())
-        assert torch.equal(recall()[0], e_BLM)
-    assert float(e_BLM.detach().std()) == pytest.approx(0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"gate": False}, {"conv": False}], ids=str)
@@ -686,31 +613,3 @@ def test_text_of_masked_positions_only_touches_no_row():
     assert all(
         torch.equal(piece.tensor, before[name]) for name, piece in memory.tables.state().items()
     )
-
-
-@pytest.mark.parametrize(
-    ("token", "error", "told"),
-    [
-        (VOCAB, RunError, f"token id={VOCAB} is outside the token map of {VOCAB} tokens"),
-        (10**9, RunError, f"token id={10**9} is outside the token map of {VOCAB} tokens"),
-        (-2, ValueError, "got id -2, expected -1"),
-    ],
-)
-def test_ids_outside_the_vocabulary_are_an_error(token, error, told):
-    """None is wrapped round, clamped or hashed; nor is one below -1, which would count from a
-    table's end.
-    """
-    memory = real_memory()
-    ids_BL, _, documents_BL = made_up_rows(0)
-    ids_BL[2, 7] = token
-    with pytest.raises(error, match=told):
-        memory.look_up(ids_BL, documents_BL)[1].embed()
-
-
-def test_a_token_map_larger_than_the_hash_is_an_error():
-    memory = real_memory()
-    memory.token_map = TokenMap(ids=torch.arange(VOCAB), num_compressed=VOCAB, pad_id=0)
-    with pytest.raises(
-        ValueError, match=r"got id 180, expected -1 .masked. to vocab_size - 1 = 149"
-    ):
-        memory.row_ids(torch.full((1, 4), 180), None)

@@ -1,9 +1,8 @@
-"""The whole model: what it computes, how it starts, and what must not change it.
+"""The whole model: what it computes, and what must not change it.
 
 B batch, L length, V vocabulary, M memory width.
 """
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,12 +13,11 @@ from torch.nn import functional as F
 
 from kernels.table_rows.formats import from_fp8
 from parallel.mesh import single_mesh
-from parallel.placement import placed_parameters
 from tests.helpers.compare import assert_close, relative_rmse
-from tests.helpers.tiny import VOCAB, made_up_rows, made_up_token_map, tiny_config
-from training.config import RunConfig
+from tests.helpers.tiny import VOCAB, made_up_rows
+from tests.training.model.models import build, build_tables, fetch, initial, loss_of, run_config
 from training.decode.generate import continue_tokens
-from training.engram.memory import EngramMemory, build_memory, memory_of
+from training.engram.memory import EngramMemory, memory_of
 from training.model.config import (
     AttentionConfig,
     EngramConfig,
@@ -29,62 +27,11 @@ from training.model.config import (
     MoEConfig,
     S4DConfig,
 )
-from training.model.model import HybridModel, build_model
+from training.model.model import HybridModel
 from training.model.moe import expert_loads
 from training.plan.parameters import count_parameters
 
-CPU = torch.device("cpu")
 LETTERS = ["M", "S", "L", "*", "-", "E"]
-
-
-def run_config(**fields) -> RunConfig:
-    """Every block, four streams and rotary attention unless told."""
-    attention = AttentionConfig(
-        num_heads=4,
-        num_kv_heads=1,
-        head_dim=8,
-        positions="rope",
-    )
-    return tiny_config(**({"num_streams": 4, "attention": attention} | fields))
-
-
-def build(
-    config: RunConfig,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    random: bool = True,
-    **kwargs,
-) -> HybridModel:
-    """With ``random``, no parameter keeps a constant that would hide a term."""
-    model = build_model(
-        config.model,
-        single_mesh(),
-        seed=seed,
-        dtype=dtype,
-        device=CPU,
-        **kwargs,
-    )
-    if random:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def build_tables(config: RunConfig) -> EngramMemory | None:
-    return build_memory(
-        config,
-        single_mesh(),
-        made_up_token_map(),
-        CPU,
-    )
-
-
-def fetch(
-    tables: EngramMemory | None, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None
-) -> dict:
-    return {} if tables is None else memory_of(tables.fetch(ids_BL, seq_idx_BL))
 
 
 def fetch_piece(tables: EngramMemory | None, ids_BL: torch.Tensor, start: int, stop: int) -> dict:
@@ -242,18 +189,6 @@ def test_no_boundaries_is_one_document():
     assert_close("logits", model.logits(ids_BL, None, fetch(tables, ids_BL, None)), expected)
 
 
-def loss_of(
-    model: HybridModel, tables: EngramMemory | None, step: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ids_BL, targets_BL, seq_idx_BL = (part[:4] for part in made_up_rows(step))
-    return model(
-        ids_BL,
-        targets_BL,
-        seq_idx_BL,
-        fetch(tables, ids_BL, seq_idx_BL),
-    )
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_is_the_cross_entropy_of_the_logits(tied):
     config = run_config(tie_embeddings=tied)
@@ -288,44 +223,6 @@ def test_a_batch_without_targets_costs_nothing():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_padded_vocabulary_is_never_predicted():
-    config = run_config()
-    model = build(config)
-    tables = build_tables(config)
-    assert model.head.weight.shape[0] == model.embedding.weight.shape[0] == 256
-    loss, _ = loss_of(model, tables)
-    loss.backward()
-    assert not model.head.weight.grad[VOCAB:].any()
-    assert not model.embedding.weight.grad[VOCAB:].any()
-    assert model.head.weight.grad[:VOCAB].any(1).all()
-    with torch.no_grad():
-        model.head.weight[VOCAB:] = 1e4
-    assert torch.equal(loss_of(model, tables)[0], loss)
-    ids_BL = torch.randint(0, VOCAB, (1, 5))
-    assert model.logits(ids_BL, None, fetch(tables, ids_BL, None)).shape == (1, 5, VOCAB)
-
-
-def test_tied_embeddings_add_both_gradients():
-    tied = build(run_config(tie_embeddings=True))
-    untied = build(run_config())
-    tables = build_tables(run_config())
-    for model in (tied, build(run_config(tie_embeddings=True), dtype=torch.bfloat16)):
-        assert model.head.weight is model.embedding.weight
-    assert "head.weight" not in dict(placed_parameters(tied))
-    values = {**untied.state_dict(), **tied.state_dict()}
-    untied.load_state_dict({**values, "head.weight": values["embedding.weight"]})
-    losses = [loss_of(model, tables)[0] for model in (tied, untied)]
-    assert torch.equal(*losses)
-    for loss in losses:
-        loss.backward()
-    assert_close(
-        "gradient",
-        tied.embedding.weight.grad,
-        untied.embedding.weight.grad + untied.head.weight.grad,
-        1e-6,
-    )
-
-
 def test_auxiliary_loss_sums_the_layers_and_leaves_the_cross_entropy():
     config = run_config()
     silent = replace(
@@ -351,106 +248,6 @@ def test_auxiliary_loss_sums_the_layers_and_leaves_the_cross_entropy():
     ]
     assert all(p.grad is None or not p.grad.any() for p in after)
     assert model.layers[6].mixer.router.grad.any()
-
-
-def initial(seed: int = 0, random: bool = False, **fields) -> dict[str, torch.Tensor]:
-    return {
-        name: p.detach()
-        for name, p in build(run_config(**fields), seed=seed, random=random).named_parameters()
-    }
-
-
-def test_initial_values_depend_on_seed_and_name_only():
-    first = initial()
-    torch.manual_seed(123)
-    second = initial()
-    other = initial(seed=1)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    drawn = [
-        name
-        for name, value in first.items()
-        if value.numel() > 1 and value.flatten().unique().numel() > 20
-    ]
-    assert len(drawn) > 20
-    structured = ("A_log", "A_real_log", "A_imag", "hyper.bias")
-    assert all(
-        not torch.equal(first[name], other[name]) for name in drawn if not name.endswith(structured)
-    )
-    # A layer's values do not depend on its neighbours.
-    exchanged = initial(pattern="MESLL-E")
-    own = [
-        name
-        for name in first
-        if name.startswith(("layers.0.", "layers.1.", "layers.6.", "embedding"))
-    ]
-    assert all(torch.equal(first[name], exchanged[name]) for name in own)
-    assert not torch.equal(first["layers.1.mixer.router"], first["layers.6.mixer.router"])
-
-
-@pytest.mark.parametrize("init_std", [0.0, 0.05])
-def test_initial_distributions(init_std):
-    values = initial(
-        d_model=256,
-        init_std=init_std,
-        mamba1=Mamba1Config(state_dim=5),
-        mamba2=Mamba2Config(head_dim=4, state_dim=12),
-        engram=replace(run_config().model.engram, head_dim=16),
-    )
-    std = init_std or math.sqrt(0.8 / 256)
-    into = (
-        "in_proj.weight",
-        "qkv.weight",
-        "gate_up.weight",
-        "gate_up",
-        "router",
-        "embedding.weight",
-        "head.weight",
-        "engram.value",
-        "engram.key",
-    )
-    out = ("out_proj.weight", "down.weight", "down")
-    checked = 0
-    for name, value in values.items():
-        expected = (
-            std if name.endswith(into) else std / math.sqrt(7) if name.endswith(out) else None
-        )
-        if expected is not None:
-            error = 6 / math.sqrt(value.numel())  # six standard errors
-            assert float(value.std()) == pytest.approx(expected, rel=error), name
-            assert abs(float(value.mean())) < expected * error, name
-            checked += 1
-        elif name.endswith((".norm", "_norm", "norm_weight", ".D")) or name == "norm":
-            assert (value == 1).all(), name
-        elif name.endswith("engram.conv_weight"):
-            assert not value.any()
-    assert checked > 15
-
-
-def test_initial_decays_and_steps():
-    values = initial(
-        d_model=256,
-        mamba2=Mamba2Config(head_dim=4, state_dim=12),
-        s4d=S4DConfig(state_dim=8, expand=2),
-    )
-    decay = values["layers.0.mixer.A_log"].exp()
-    assert decay.min() >= 1
-    assert decay.max() <= 16 * (1 + 1e-6)
-    assert float(decay.mean()) == pytest.approx(8.5, rel=0.2)
-    assert_close(
-        "A of Mamba-1", values["layers.2.mixer.A_log"].exp(), torch.arange(1.0, 5.0).expand(512, 4)
-    )
-    low = math.log(1e-3)
-    high = math.log(1e-1)
-    for name in ("layers.0.mixer.dt_bias", "layers.2.mixer.dt_bias"):
-        log_dt = F.softplus(values[name].double()).log()
-        assert low - 1e-3 <= float(log_dt.min()) < low + 0.2
-        assert high - 0.2 < float(log_dt.max()) <= high + 1e-3
-        assert float(log_dt.mean()) == pytest.approx((low + high) / 2, rel=0.1)
-    log_dt = values["layers.5.mixer.log_dt"]
-    assert low <= float(log_dt.min()) < float(log_dt.max()) <= high
-    bound = math.sqrt(1 / 4)
-    for name in ("layers.0.mixer.conv_weight", "layers.2.mixer.conv_bias"):
-        assert 0.9 * bound < float(values[name].abs().max()) <= bound
 
 
 FP32 = (

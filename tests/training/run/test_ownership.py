@@ -12,8 +12,7 @@ import time
 import pytest
 
 from parallel.errors import LostRun, RunError
-from tests.helpers.runs import ENDLESS, forked, wait_for_step, words
-from tests.training.test_loop import contents
+from tests.helpers.runs import ENDLESS, contents, forked, wait_for_step, words
 from training.owner_file import OwnerFile, owner_files, read_owner, this_process
 from training.run import ownership
 from training.run.ownership import Ownership

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import forked, records, words
+from tests.helpers.runs import contents, forked, records, words
 from tests.helpers.saved import rewrite
-from tests.training.test_loop import contents
 from training.checkpoint.format import storage
 from training.run.metrics_file import read_metrics
 from training.run_file import load_history, load_run_json
