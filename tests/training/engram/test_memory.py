@@ -1,5 +1,5 @@
-"""The way from tokens to their memory rows; rows that move ahead of their use make the same run, bit
-for bit, as rows that are fetched when needed.
+"""The way from tokens to their memory rows; rows that move ahead of their use make the same run,
+bit for bit, as rows that are fetched when needed.
 """
 
 from dataclasses import replace
