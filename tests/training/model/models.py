@@ -62,7 +62,7 @@ def build_tables(config: RunConfig) -> EngramMemory | None:
 def fetch(
     tables: EngramMemory | None, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None
 ) -> dict:
-    return {} if tables is None else memory_of(tables.fetch(ids_BL, seq_idx_BL))
+    return {} if tables is None else memory_of(tables.look_up(ids_BL, seq_idx_BL))
 
 
 def loss_of(

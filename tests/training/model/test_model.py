@@ -341,7 +341,7 @@ def test_activation_checkpointing_changes_no_bit():
     for checkpointed in (False, True):
         model = build(config, checkpoint_activations=checkpointed)
         ids_BL, targets_BL, seq_idx_BL = (part[:4] for part in made_up_rows(0))
-        rows = tables.fetch(ids_BL, seq_idx_BL)
+        rows = tables.look_up(ids_BL, seq_idx_BL)
         cross_entropy, auxiliary = model(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
         (cross_entropy + auxiliary).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
