@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.engram_hash import NgramHash, engram_hash, engram_hash_layers, ngram_hashes
 from kernels.engram_hash.cpu import hash_rows
-from tests.kernels.test_engram_hash import (
+from tests.kernels.inputs.engram_hash import (
     DEMO,
     FIRST,
     LAST,

@@ -13,7 +13,7 @@ from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.reference import segment_sum_reference
 from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
-from tests.kernels.test_segment_sum import sum_by_index
+from tests.kernels.inputs.segment_sum import sum_by_index
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from kernels.selective_scan import op, selective_scan, selective_scan_reference
 from kernels.state_update import state_update
 from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
-from tests.kernels.test_selective_scan import FLAGS, make_inputs, random_documents
+from tests.kernels.inputs.selective_scan import FLAGS, make_inputs, random_documents
 
 OURS = partial(selective_scan, backend="triton")
 

@@ -8,7 +8,7 @@ import torch
 from kernels.sinkhorn_knopp import sinkhorn_knopp
 from kernels.sinkhorn_knopp.reference import reference_sinkhorn_knopp
 from tests.kernels.against import assert_equals_fp64
-from tests.kernels.test_sinkhorn_knopp import GOLDEN, LOGITS
+from tests.kernels.inputs.sinkhorn_knopp import GOLDEN, LOGITS
 
 SHAPES = [
     ((63, 4, 4), 20),

@@ -14,7 +14,16 @@ import kernels.ssd.documents
 from kernels.ssd import ssd, ssd_reference
 from tests.helpers.compare import assert_close
 from tests.kernels.against import assert_equals_fp64
-from tests.kernels.test_ssd import HEADS, STATE, WIDTH, check, compare, documents, make_inputs, run
+from tests.kernels.inputs.ssd import (
+    HEADS,
+    STATE,
+    WIDTH,
+    check,
+    compare,
+    documents,
+    make_inputs,
+    run,
+)
 
 BATCH = 2
 LENGTH = 130

@@ -11,7 +11,14 @@ import torch
 from kernels.ssd import ssd
 from kernels.state_update import state_update, state_update_reference
 from tests.helpers.compare import assert_close
-from tests.kernels.test_state_update import BATCH, HEADS, STATE, WIDTH, mamba1_inputs, mamba2_inputs
+from tests.kernels.inputs.state_update import (
+    BATCH,
+    HEADS,
+    STATE,
+    WIDTH,
+    mamba1_inputs,
+    mamba2_inputs,
+)
 
 STEP = partial(state_update, backend="triton")
 
