@@ -46,12 +46,12 @@ class Outcome:
 
     @property
     def lost(self) -> int:
-        """Steps to be trained again."""
+        """How many steps the kill made the run train again."""
         return self.step - self.newest
 
     @property
     def ok(self) -> bool:
-        """Whether nothing went wrong."""
+        """Whether the run resumed, lost no more than it may, and ended with the same bits."""
         return (
             self.lost <= MAX_LOST
             and not self.torn
@@ -60,7 +60,7 @@ class Outcome:
         )
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """The cells of this kill's row in the printed table."""
         equal = "equal" if self.equal else "DIFFER"
         verdict = "ok" if self.ok else f"FAILED {', '.join(self.torn)}"
         return [

@@ -128,7 +128,7 @@ class Case:
     """Compared by ``make test-all`` only."""
 
     def config(self) -> RunConfig:
-        """The run on this layout."""
+        """The configuration of a run on this layout."""
         run = MODELS[self.model]()
         train = replace(
             run.train, micro_batch=self.micro_batch, checkpoint_activations=self.recompute

@@ -213,7 +213,7 @@ class ForkedRanks:
         return process.exitcode
 
     def codes(self) -> list[int]:
-        """All exit codes."""
+        """The exit code of each rank, once all have ended."""
         return [self.wait(rank) for rank in range(len(self.processes))]
 
     def text(self, rank: int) -> str:
@@ -332,7 +332,7 @@ class Started:
             pytest.fail(f"still running after {timeout_s} s:\n{self.text()}")
 
     def text(self) -> str:
-        """What was printed."""
+        """What the command has printed so far, errors included."""
         return self.output.read_text(errors="replace")
 
 
@@ -352,6 +352,7 @@ def started(command: list[str], cwd: Path, name: str = "command") -> Iterator[St
 
 
 def contents(directory: Path) -> dict[str, str]:
+    """Checksums of all files below a directory, by path."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))

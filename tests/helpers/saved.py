@@ -89,7 +89,7 @@ def loaded_logits(path: Path, config: RunConfig) -> torch.Tensor:
 
 
 def sample_ids() -> torch.Tensor:
-    """(2, L) tokens."""
+    """Tokens (2, L) of made-up rows, the same for every model."""
     return made_up_rows(77)[0][:2]
 
 
@@ -103,6 +103,7 @@ def make_consistent(path: Path, **fields) -> None:
 
 
 def config_of(fields: dict, dtype: str = "fp32", **model) -> RunConfig:
+    """The tiny model on a layout, in a compute type."""
     config = tiny_config(**model)
     return replace(config, parallel=layout(**fields), train=replace(config.train, dtype=dtype))
 
@@ -120,6 +121,7 @@ def go_on(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, flo
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
+    """Both checkpoints hold the same tensors, bit by bit."""
     mine = read_plainly(one)
     theirs = read_plainly(other)
     assert mine.keys() == theirs.keys()

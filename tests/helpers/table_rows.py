@@ -51,6 +51,7 @@ def train(
 
 
 def make_mesh() -> Mesh:
+    """A mesh of all ranks in one group of owners; of one process where there are none."""
     if not dist.is_initialized():
         return single_mesh()
     plan = plan_mesh(ParallelConfig(), dist.get_world_size())

@@ -53,7 +53,7 @@ def unpermuted(y_MD, weights_TK, **options):
 
 
 def hashed(ids_BL, seq_idx, history_BK, **options):
-    """By one layer's functions."""
+    """Row ids by the hash functions of one layer."""
     return engram_hash(ids_BL, HASH, seq_idx, history_BK, **options)
 
 

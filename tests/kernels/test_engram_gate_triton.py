@@ -57,7 +57,7 @@ def residual(request):
 
 @pytest.fixture
 def both(residual):
-    """Ours and the reference."""
+    """Our op and the reference, both with this residual."""
     return partial(ours, residual=residual), partial(reference, residual=residual)
 
 

@@ -40,7 +40,7 @@ def make_ssm(kind, channels=3, num_states=8, dtype=torch.complex128):
 
 
 def assert_same(name, got, expected, tolerance=1e-11):
-    """``assert_close`` of complex tensors."""
+    """Compare complex tensors as ``assert_close`` compares real ones."""
     assert_close(
         name,
         torch.view_as_real(got),

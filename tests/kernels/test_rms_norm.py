@@ -15,7 +15,7 @@ from tests.helpers.compare import assert_close
 
 
 def check(got, inputs, expected, exact, dtype):
-    """Forward and every gradient."""
+    """Compare forward and every gradient with the reference in fp64."""
     assert got.dtype == dtype
     assert_close("y", got, expected)
     dy = torch.randn_like(got)

@@ -121,7 +121,7 @@ def test_states_of_numbers_that_a_row_has_not_are_unused():
 
 
 def test_no_gradient_crosses_documents():
-    """Not even rounding."""
+    """A loss on one document leaves the gradients of another exactly zero, not only small."""
     inputs = make_inputs(40, batch=1)
     lengths = [17, 23]
     names = ("x", "dt", "B", "C", "z")

@@ -41,5 +41,5 @@ def run(*command: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedPr
 
 
 def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """``python -m launch words``."""
+    """Run ``python -m launch words`` to its end."""
     return run(sys.executable, "-m", "launch", *words, cwd=cwd)

@@ -1,4 +1,4 @@
-"""What keeps ``generate`` from running."""
+"""What keeps ``python -m launch generate`` from running is told together, with exit code 2."""
 
 import subprocess
 import sys

@@ -67,6 +67,7 @@ LAST = [
 
 
 def small_hash(orders=(2, 3), num_heads=3, table_size=50, vocab_size=30, pad_id=0) -> NgramHash:
+    """Hashes of one layer with tables of about fifty rows."""
     return ngram_hashes(
         (4,),
         vocab_size,

@@ -1,4 +1,4 @@
-"""Inputs of the selective scan."""
+"""Inputs of the selective scan that the tests of all its paths share."""
 
 import torch
 
@@ -23,4 +23,5 @@ def make_inputs(batch=2, channels=6, length=63, num_states=4, groups=1, dtype=to
 
 
 def random_documents(batch, length, probability=0.1):
+    """``seq_idx`` of rows that hold documents of a few tokens."""
     return (torch.rand(batch, length) < probability).int().cumsum(1).int()

@@ -1,4 +1,4 @@
-"""Golden values of Sinkhorn-Knopp."""
+"""Logits and the golden values of Sinkhorn-Knopp that were measured on them."""
 
 import torch
 

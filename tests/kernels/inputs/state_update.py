@@ -9,10 +9,12 @@ STATE = 7
 
 
 def normal(*shape):
+    """Normal numbers in fp64."""
     return torch.randn(*shape, dtype=torch.float64)
 
 
 def mamba2_inputs(groups=2, tied_dt=False, tied_A=True, options=True):
+    """Arguments of a step of Mamba-2, fp64; dt and A may be one a head."""
     per_head = (HEADS,) if tied_dt else (HEADS, WIDTH)
     inputs = {
         "x": normal(BATCH, HEADS, WIDTH),
@@ -31,6 +33,7 @@ def mamba2_inputs(groups=2, tied_dt=False, tied_A=True, options=True):
 
 
 def mamba1_inputs():
+    """Arguments of a step of Mamba-1, fp64."""
     return normal(BATCH, WIDTH, STATE), {
         "x": normal(BATCH, WIDTH),
         "dt": normal(BATCH, WIDTH),

@@ -75,7 +75,7 @@ def wait_for(condition: Callable[[], object], what: str, explain: Callable[[], s
 
 
 class Cluster:
-    """Commands to a running cluster."""
+    """A cluster that runs, and the commands that are given to it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -110,12 +110,12 @@ class Cluster:
         ).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Fields of ``scontrol show job``."""
+        """Fields of a job, as ``scontrol show job`` tells them."""
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def logs(self) -> str:
-        """Ends of the daemons' logs."""
+        """The last lines of each daemon's log."""
         return "\n".join(
             f"--- {log.name}\n{log.read_text()[-2000:]}" for log in self.directory.glob("*.log")
         )

@@ -14,6 +14,7 @@ LENGTH = 24
 
 
 def batch(step: int = 0) -> Batch:
+    """Made-up rows of a step as one batch."""
     ids, targets, documents = made_up_rows(step)
     return Batch(
         ids,
@@ -24,6 +25,7 @@ def batch(step: int = 0) -> Batch:
 
 
 def tiny_memory(**fields):
+    """The tiny model's memory and configuration, with these Engram fields."""
     config = tiny_config()
     config = replace(
         config, model=replace(config.model, engram=replace(config.model.engram, **fields))

@@ -14,6 +14,7 @@ CONFIG = replace(tiny_config(), parallel=layout(tp=2, ep=2, zero_stage=2))
 
 
 def flip(file: Path, place: int) -> None:
+    """Flip one bit of a byte of a file."""
     data = bytearray(file.read_bytes())
     data[place] ^= 0x10
     file.write_bytes(data)
@@ -28,6 +29,7 @@ def rewrite_metadata(path: Path, change) -> None:
 
 
 def lose_a_chunk(metadata):
+    """Forget a chunk of the embedding."""
     metadata.state_dict_metadata["fp32/embedding.weight"].chunks.pop()
 
 

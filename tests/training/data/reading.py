@@ -7,6 +7,7 @@ from training.data.corpus import Reading, open_documents, write_documents
 
 
 def lines(*texts) -> str:
+    """JSON lines with these texts."""
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
@@ -21,6 +22,7 @@ def read(tmp_path, *sources, **fields) -> tuple[list[str], Reading]:
 
 
 def small(tmp_path, *texts) -> PrepareConfig:
+    """What prepares these texts, in a vocabulary of 300."""
     (tmp_path / "docs.jsonl").write_text(lines(*texts))
     return PrepareConfig(
         source=str(tmp_path / "docs.jsonl"), out=str(tmp_path / "out" / "set"), vocab_size=300

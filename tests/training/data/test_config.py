@@ -1,4 +1,4 @@
-"""What is asked of prepare."""
+"""What ``prepare`` is asked to do, as it may be written."""
 
 from dataclasses import replace
 

@@ -20,7 +20,7 @@ def pairs_of(documents):
 
 
 def naive_entropies(files: TokenFiles):
-    """The docstring's formulas with dictionaries."""
+    """The entropies by the formulas of the module's docstring, with counts in dictionaries."""
     train = pairs_of(documents_of(files.train))
     words = Counter(w for _, w in train)
     pairs = Counter(train)

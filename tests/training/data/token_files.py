@@ -22,6 +22,7 @@ def make_split(lengths, unique=False) -> Split:
 
 
 def make_files(lengths, val_lengths=(5,), unique=False) -> TokenFiles:
+    """Token files of documents of these lengths."""
     splits = make_split(lengths, unique), make_split(val_lengths, unique)
     return TokenFiles(
         Path("made/up"),
@@ -34,4 +35,5 @@ def make_files(lengths, val_lengths=(5,), unique=False) -> TokenFiles:
 
 
 def documents_of(split: Split) -> list[list[int]]:
+    """The token ids of each document."""
     return [part.tolist() for part in np.split(split.tokens, split.ends[:-1])]

@@ -10,6 +10,7 @@ from training.engram.memory import EngramMemory, build_memory
 
 
 def real_memory(**fields) -> EngramMemory:
+    """Memory of the tiny model with tables, and with these Engram fields."""
     config = tiny_config()
     config = replace(
         config, model=replace(config.model, engram=replace(config.model.engram, **fields))

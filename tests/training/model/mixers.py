@@ -81,6 +81,7 @@ def step_through(mixer, x_BLD: torch.Tensor, prefill: int) -> torch.Tensor:
 
 
 def mamba2_pair(groups: int, head_dim: int, state: int, chunk: int, width: int = 32):
+    """Our Mamba-2, the peer with the same weights, and the weights of both by name."""
     config = Mamba2Config(
         head_dim=head_dim,
         state_dim=state,
@@ -118,6 +119,7 @@ def mamba2_pair(groups: int, head_dim: int, state: int, chunk: int, width: int =
 
 
 def mamba1_pair(width: int, state: int, rank: int):
+    """Our Mamba-1, the peer with the same weights, and the weights of both by name."""
     model = ModelConfig(
         pattern="S", d_model=width, mamba1=Mamba1Config(state_dim=state, dt_rank=rank)
     )
@@ -148,6 +150,7 @@ def mamba1_pair(width: int, state: int, rank: int):
 
 
 def attention_of(heads: int, kv_heads: int, head_dim: int, positions: str) -> Attention:
+    """Our attention with these heads."""
     config = AttentionConfig(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, positions=positions
     )

@@ -51,6 +51,7 @@ def build(
 
 
 def build_tables(config: RunConfig) -> EngramMemory | None:
+    """The Engram memory of a configuration; None where it has none."""
     return build_memory(
         config,
         single_mesh(),
@@ -62,12 +63,14 @@ def build_tables(config: RunConfig) -> EngramMemory | None:
 def fetch(
     tables: EngramMemory | None, ids_BL: torch.Tensor, seq_idx_BL: torch.Tensor | None
 ) -> dict:
+    """Memory rows of a batch as the model reads them; none without tables."""
     return {} if tables is None else memory_of(tables.look_up(ids_BL, seq_idx_BL))
 
 
 def loss_of(
     model: HybridModel, tables: EngramMemory | None, step: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and auxiliary loss on a few made-up rows."""
     ids_BL, targets_BL, seq_idx_BL = (part[:4] for part in made_up_rows(step))
     return model(
         ids_BL,
@@ -78,6 +81,7 @@ def loss_of(
 
 
 def initial(seed: int = 0, random: bool = False, **fields) -> dict[str, torch.Tensor]:
+    """Parameters of a fresh model, by name."""
     return {
         name: p.detach()
         for name, p in build(run_config(**fields), seed=seed, random=random).named_parameters()

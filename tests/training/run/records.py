@@ -18,6 +18,7 @@ RECORD = {
 
 
 def write(directory, steps, *, resumed_at=0, active=True):
+    """A run's metrics of these steps, every second one shown."""
     with Metrics(
         directory,
         10,

@@ -51,10 +51,12 @@ FITTING = {
 
 
 def config_of(**model) -> RunConfig:
+    """The tiny model without Engram, on two tensor ranks, with these fields."""
     config = tiny_config(**({"engram": None} | model))
     return replace(config, parallel=layout(tp=2))
 
 
 def their_logits(model) -> torch.Tensor:
+    """Logits of a model of transformers for ``sample_ids``."""
     with torch.no_grad():
         return model.eval()(sample_ids()).logits

@@ -27,6 +27,7 @@ def write(directory: Path, step: int, value: float) -> Path:
 
 
 def value_of(path: Path) -> float:
+    """The one value that a checkpoint by ``write`` holds, verified and read whole."""
     values = torch.zeros(4, 3)
     storage.verify(path, storage.read_manifest(path), run._comm())
     planners.read_tensors(path, halves(values), None)
