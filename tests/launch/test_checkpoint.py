@@ -1,5 +1,5 @@
 """``python -m launch checkpoint`` as a user types it: each tool on a run of two ranks, and bad
-input.
+input; what ``checkpoint_report.py`` prints of that run is read here, too.
 """
 
 import json

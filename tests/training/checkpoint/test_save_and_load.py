@@ -1,5 +1,8 @@
 """Checkpoints of runs: the same bits on the same layout, the same values on any other, damage and
 strangers refused.
+
+What is saved is trained once for all tests of this file: those of ``identity.py`` and
+``storage.py`` that read such a checkpoint stand here, too.
 """
 
 import shutil
