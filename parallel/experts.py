@@ -12,22 +12,25 @@ from torch import nn
 from kernels.grouped_matmul import grouped_mlp
 from kernels.moe_permute import permute, unpermute
 from parallel.collectives import all_to_all_rows, exchange_values
-from parallel.engine.deepspeed import ExpertMarker
 from parallel.mesh import Mesh
 from parallel.placement import Init, Placement, declare
 
 
-class ExpertParallelMLP(ExpertMarker):
+class ExpertParallelMLP(nn.Module):
     """E SwiGLU experts, E / ep of them on this rank: y = sum over k of weight_k * expert_k(x)."""
 
     def __init__(
         self, d_model: int, inner: int, num_experts: int, mesh: Mesh, init: Init, out_init: Init
     ) -> None:
-        super().__init__(num_experts, mesh)
+        super().__init__()
 
         def experts(*shape: int, init: Init) -> nn.Parameter:
             return declare(Placement(shape=(num_experts, *shape), init=init, axis="ep"), mesh)
 
+        self.mesh = mesh
+        self.num_experts = num_experts
+        self.ep_size = mesh.size("ep")
+        self.num_local_experts = num_experts // self.ep_size
         self.exchange_s = 0.0
         self.gate_up = experts(d_model, 2 * inner, init=init)
         self.down = experts(inner, d_model, init=out_init)

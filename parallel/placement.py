@@ -154,7 +154,10 @@ class PlacedParameter(nn.Parameter):
     """A parameter that knows its ``placement``."""
 
     placement: Placement
-    tensor_model_parallel: bool  # read by DeepSpeed
+    # Read by DeepSpeed; the last two are of experts alone, and made when an engine starts.
+    tensor_model_parallel: bool
+    allreduce: bool
+    group_name: str
 
     def __deepcopy__(self, memo):
         copy = declare_like(self)

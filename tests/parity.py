@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from kernels.engram_gate.reference import engram_gate_reference
-from parallel.engine.deepspeed import gradient_fragments
 from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, placed_parameters
 from tests.helpers.compare import relative_rmse, rounding_limit
@@ -240,7 +239,7 @@ def gradients(trainer: Trainer) -> dict[str, Piece]:
     """
     mesh = trainer.mesh
     local: dict[int, torch.Tensor] = {}
-    for parameter, start, values in gradient_fragments(trainer.engine):
+    for parameter, start, values in trainer.engine.gradient_fragments():
         flat = local.setdefault(id(parameter), torch.zeros(parameter.numel()))
         flat[start : start + values.numel()] = values
     pieces = {}

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from parallel.collectives import gather_objects, sum_in_place
-from parallel.engine.deepspeed import gradient_fragments, squared_grad_norm
 from parallel.errors import RunError
 from parallel.experts import take_exchange_seconds
 from parallel.placement import placed_parameters
@@ -75,7 +74,7 @@ def train_step(
             part.to(trainer.device, non_blocking=True)
             for part in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)
         )
-        cross_entropy, auxiliary = engine(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
+        cross_entropy, auxiliary = engine.forward(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
         engine.backward((cross_entropy + auxiliary) * scale)
         loss_sum += cross_entropy.detach()
         if "E" in trainer.config.model.pattern:
@@ -84,17 +83,15 @@ def train_step(
         if memory is not None:
             memory.tables.accumulate(rows, scale=1 / mesh.size("grad"))
         if index < len(batches) - 1:
-            engine.step()
+            engine.end_micro_batch()
     grad_norm, hot_hits = global_grad_norm(trainer)
     loss = _mean_loss(trainer, loss_sum, scale / len(batches))
     _require_finite(trainer, loss, grad_norm, step)
     clip = trainer.config.optimizer.clip_norm
     factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
-    _set_learning_rate(trainer, learning_rate)
-    trainer.gradient_scale.factor = factor
     if memory is not None:
         memory.tables.step(learning_rate, factor, step)
-    engine.step()
+    engine.finish_step(factor, learning_rate)
     expert_max = None if loads is None else float(update_balance(trainer.model, loads, mesh))
     now_waited, now_worked = engram_seconds(trainer)
     return StepResult(
@@ -132,7 +129,7 @@ def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
     With it, in one all-reduce over world, the share of the table rows asked for that were hot; None
     where none were asked for or none are kept.
     """
-    squared = squared_grad_norm(trainer.engine, trainer.mesh)
+    squared = trainer.engine.squared_grad_norm()
     hot_use = (0, 0)
     if trainer.memory is not None:
         squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
@@ -159,11 +156,6 @@ def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:
     return float(loss_sum) * scale / trainer.mesh.size("grad")
 
 
-def _set_learning_rate(trainer: Trainer, learning_rate: float) -> None:
-    for group in trainer.engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
 def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) -> None:
     """Stop on every rank, before anything is updated, naming the first rank and parameter that is
     not finite.
@@ -173,9 +165,9 @@ def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) 
     names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
     bad = next(
         (
-            names[id(p)]
-            for p, _, values in gradient_fragments(trainer.engine)
-            if not torch.isfinite(values).all()
+            names[id(fragment.parameter)]
+            for fragment in trainer.engine.gradient_fragments()
+            if not torch.isfinite(fragment.values).all()
         ),
         None,
     )

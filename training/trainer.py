@@ -4,12 +4,12 @@ data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kernels.compiled import compile_pieces, compiler_problem
-from parallel.engine.deepspeed import GradientScale, start_engine
+from parallel.engine.deepspeed import start_engine
+from parallel.engine.protocol import Engine
 from parallel.engram_table import Rows
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
@@ -30,8 +30,7 @@ class Trainer:
     mesh: Mesh
     device: torch.device
     model: HybridModel
-    engine: Any
-    gradient_scale: GradientScale
+    engine: Engine
     memory: EngramMemory | None
 
     def rows_for_evaluation(self, batch: Batch) -> dict[int, Rows]:
@@ -113,7 +112,6 @@ def build_trainer(
         device,
         model,
         engine,
-        GradientScale(engine),
         memory,
     )
 

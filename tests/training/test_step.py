@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.engine.deepspeed import master_fragments
 from parallel.engram_table import Rows
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
@@ -127,10 +126,11 @@ def everything(trainer: Trainer) -> dict[str, np.ndarray]:
     moments.
     """
     tensors = dict(trainer.model.state_dict())
-    for index, (_, start, live) in enumerate(master_fragments(trainer.engine)):
+    for index, (_, start, master, states) in enumerate(trainer.engine.state_fragments()):
+        live = {"master": master} | dict(states)
         tensors |= {f"{index}/{start}/{name}": values for name, values in live.items()}
-    for index, group in enumerate(trainer.engine.optimizer.optimizer.state.values()):
-        tensors[f"{index}/step"] = group["step"]
+    for index, group in enumerate(trainer.engine.group_states()):
+        tensors[f"{index}/step"] = group.scalars["step"]
     tensors |= {name: piece.tensor for name, piece in trainer.memory.tables.state().items()}
     return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
 
@@ -255,8 +255,8 @@ def bf16_losses(config: RunConfig, num_steps: int) -> list[tuple[float, float]]:
     results = [train_step(trainer, batches, 3e-3, step) for step in range(num_steps)]
     dtypes = {parameter.dtype for _, parameter in placed_parameters(trainer.model)}
     assert dtypes == {torch.bfloat16, torch.float32}
-    for _, _, live in master_fragments(trainer.engine):
-        assert {values.dtype for values in live.values()} == {torch.float32}
+    for _, _, master, states in trainer.engine.state_fragments():
+        assert {values.dtype for values in (master, *states.values())} == {torch.float32}
     return [(result.loss, result.grad_norm) for result in results]
 
 

@@ -32,6 +32,10 @@ import torch.distributed as dist
 
 from kernels.timing import machine, paired_ratio, print_table, spread
 from parallel.collectives import object_of_first, sum_in_place, wait_for_all
+from parallel.engine.deepspeed_checkpoint import (
+    load_deepspeed_checkpoint,
+    save_deepspeed_checkpoint,
+)
 from parallel.mesh import build_mesh, end_world, start_world
 from parallel.mesh_plan import ParallelConfig
 from training.checkpoint import Saver, load, save
@@ -48,6 +52,7 @@ VOCAB = 8192
 LENGTH = 128
 MB = 10**6
 BLOCK_BYTES = 4 * 2**20
+TAG = "bench"  # of DeepSpeed's checkpoints
 
 
 def bench_config(world_size: int, seed: int) -> RunConfig:
@@ -212,7 +217,7 @@ def measure_disk(trainer: Trainer, directory: Path, rounds: int) -> dict[str, li
     reads: dict[str, Callable[[], object]] = {
         "read": lambda: read_plain(plain),
         "load": lambda: load(ours, trainer),
-        "deepspeed load": lambda: trainer.engine.load_checkpoint(str(theirs), "bench"),
+        "deepspeed load": lambda: load_deepspeed_checkpoint(trainer.engine, theirs, TAG),
     }
     found: dict[str, list[float]] = {name: [] for name in (*writes, *reads)}
     for turn in range(rounds + 1):
@@ -256,7 +261,7 @@ def read_plain(path: Path) -> None:
 
 def deepspeed_save(trainer: Trainer, directory: Path) -> None:
     """DeepSpeed's own checkpoint, on the disk when this returns."""
-    trainer.engine.save_checkpoint(str(directory), "bench")
+    save_deepspeed_checkpoint(trainer.engine, directory, TAG)
     os.sync()
 
 

@@ -27,9 +27,11 @@ import torch.distributed as dist
 
 from kernels.timing import machine, print_table
 from parallel.collectives import sum_in_place, wait_for_all
+from parallel.engine.deepspeed_checkpoint import load_deepspeed_checkpoint
 from parallel.mesh import end_world, start_world
 from training.bench.checkpoint import (
     MB,
+    TAG,
     deepspeed_save,
     forget,
     make_trainer,
@@ -42,7 +44,6 @@ from training.checkpoint.format.logical import trainer_tensors
 from training.trainer import Trainer
 
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-TAG = "bench"
 UNIVERSAL = "universal"
 POLL_S = 0.02
 # Stage -> (seconds, bytes of memory that it adds at its peak over all processes), by round.
@@ -87,19 +88,19 @@ def load_both(directory: Path, rounds: int) -> Figures:
     """Load with both systems, on one process."""
     mine = make_trainer(seed=1)
     other = make_trainer(seed=2)
-    other.engine._config.load_universal_checkpoint = True
     found: Figures = {"our load": [], "its load": []}
 
     def prepare() -> None:
         forget(directory)
 
+    def load_theirs() -> None:
+        load_deepspeed_checkpoint(other.engine, directory, UNIVERSAL, is_universal=True)
+
     for _ in range(rounds):
         found["our load"].append(
             measure(lambda: load(directory / "ours" / "step-00000001", mine), prepare)
         )
-        found["its load"].append(
-            measure(lambda: other.engine.load_checkpoint(str(directory), UNIVERSAL), prepare)
-        )
+        found["its load"].append(measure(load_theirs, prepare))
     theirs = values_of(other)
     differing = [
         name for name, values in values_of(mine).items() if not torch.equal(values, theirs[name])

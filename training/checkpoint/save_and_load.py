@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from parallel.agree import GroupComm, on_every_rank, on_rank_0
-from parallel.engine.deepspeed import refresh_parameters
 from parallel.errors import LostRun, RunError
 from parallel.mesh import Mesh, shared_host_group
 from training.checkpoint.format import checksums, storage
@@ -165,7 +164,7 @@ def load(path: Path, trainer: Trainer, *, verified: bool = False) -> Manifest:
     manifest = _restore(
         comm, Path(path), tensors, config, memory, lambda name: True, verified=verified
     )
-    refresh_parameters(trainer.engine)
+    trainer.engine.refresh_parameters()
     return manifest
 
 
@@ -196,7 +195,7 @@ def load_initial(source: Path, trainer: Trainer, tokenizer: Path) -> tuple[Path,
         trainer.memory,
         is_weight,
     )
-    refresh_parameters(trainer.engine)
+    trainer.engine.refresh_parameters()
     return path, manifest
 
 

@@ -14,20 +14,20 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.engine import deepspeed as deepspeed_bridge
-from parallel.engine.deepspeed import (
+from parallel.engine import deepspeed_setup
+from parallel.engine.deepspeed import ZeroEngine, owned_ranges, start_engine
+from parallel.engine.deepspeed_checks import (
     MPU_METHODS,
-    ExpertMarker,
-    GradientScale,
-    MeshMpu,
     check_engine,
+    check_groups,
     check_mpu,
     check_placements,
-    gradient_fragments,
-    master_fragments,
+)
+from parallel.engine.deepspeed_setup import (
+    MeshMpu,
+    build_no_extensions,
+    deepspeed_config,
     optimizer_groups,
-    owned_fragments,
-    refresh_parameters,
-    start_engine,
     tag_experts,
 )
 from parallel.mesh import Mesh, build_mesh, single_mesh
@@ -40,11 +40,11 @@ WIDTH = 6
 EXPERTS = 4
 
 
-class Experts(ExpertMarker):
+class Experts(nn.Module):
     """One matrix an expert."""
 
     def __init__(self, mesh: Mesh) -> None:
-        super().__init__(EXPERTS, mesh)
+        super().__init__()
         self.weight = declare(
             Placement(shape=(EXPERTS, WIDTH, WIDTH), init=normal(1.0), axis="ep"), mesh
         )
@@ -71,17 +71,10 @@ class Small(nn.Module):
         )
         self.experts = Experts(mesh)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         rank = self.mesh.rank("batch")
-        return sum(((rank + 1) * p.float().square()).sum() / 2 for p in self.parameters())
-
-
-class Unmarked(nn.Module):
-    """Experts whose module DeepSpeed does not know as such."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
-        self.weight = declare(Placement(shape=(EXPERTS, WIDTH), init=normal(1.0), axis="ep"), mesh)
+        loss = sum(((rank + 1) * p.float().square()).sum() / 2 for p in self.parameters())
+        return loss, loss.new_zeros(())
 
 
 def mesh_of(tp: int = 1, sequence_parallel: bool = False) -> Mesh:
@@ -96,7 +89,7 @@ def mesh_of(tp: int = 1, sequence_parallel: bool = False) -> Mesh:
 
 def engine_of(
     model: nn.Module, mesh: Mesh, zero_stage: int = 1, optimizer=torch.optim.AdamW
-) -> Any:
+) -> ZeroEngine:
     """The engine as the trainer starts it."""
     quiet_libraries()
     return start_engine(
@@ -110,7 +103,7 @@ def engine_of(
     )
 
 
-def started(parallel: ParallelConfig, **engine_fields) -> tuple[Small, Any]:
+def started(parallel: ParallelConfig, **engine_fields) -> tuple[Small, ZeroEngine]:
     mesh = build_mesh(parallel)
     model = Small(mesh)
     initialize_parameters(model, mesh, seed=0)
@@ -122,22 +115,35 @@ def started(parallel: ParallelConfig, **engine_fields) -> tuple[Small, Any]:
     )
 
 
+def backward(engine: ZeroEngine) -> None:
+    """The backward of a step's only micro-batch."""
+    loss, auxiliary = engine.forward()
+    engine.backward(loss + auxiliary)
+
+
 # --- before DeepSpeed sees the model ---
 
 
-def test_experts_outside_an_expert_marker_are_refused():
-    model = nn.ModuleDict({"moe": Unmarked(single_mesh())})
-    tag_experts(model)
+def test_experts_that_are_not_tagged_are_refused():
+    model = nn.ModuleDict({"moe": Experts(single_mesh())})
     with pytest.raises(
-        RuntimeError, match=r"expert parameter moe\.weight is not tagged; .* subclass ExpertMarker"
+        RuntimeError, match=r"expert parameter moe\.weight is not tagged: .* as a dense one"
     ):
         check_placements(model, single_mesh())
+
+
+def test_experts_are_tagged_by_their_placements_whatever_their_module():
+    model = Small(single_mesh())
+    tag_experts(model, single_mesh())
+    tagged = [name for name, p in placed_parameters(model) if not getattr(p, "allreduce", True)]
+    assert tagged == ["experts.weight"]
+    assert model.experts.weight.group_name == "ep_size_1"
 
 
 @pytest.mark.parametrize("flag", ["allreduce", "tensor_model_parallel"])
 def test_experts_with_one_tag_missing_are_refused(flag):
     model = Small(single_mesh())
-    tag_experts(model)
+    tag_experts(model, single_mesh())
     check_placements(model, single_mesh())
     delattr(model.experts.weight, flag)
     with pytest.raises(RuntimeError, match=r"expert parameter experts\.weight is not tagged"):
@@ -147,13 +153,13 @@ def test_experts_with_one_tag_missing_are_refused(flag):
 def test_a_replica_under_sequence_parallelism_must_be_partial():
     mesh = mesh_of(tp=2, sequence_parallel=True)
     model = Small(mesh)
-    tag_experts(model)
+    tag_experts(model, mesh)
     with pytest.raises(
         RuntimeError, match="dense is replicated over tp under sequence parallelism"
     ):
         check_placements(model, mesh)
     declared = Small(mesh, partial=True)
-    tag_experts(declared)
+    tag_experts(declared, mesh)
     check_placements(declared, mesh)
 
 
@@ -168,7 +174,7 @@ def test_a_table_that_is_a_parameter_is_refused(trainable):
 @pytest.mark.parametrize("persistent", [True, False])
 def test_a_table_that_is_a_buffer_is_refused(persistent):
     model = Small(single_mesh())
-    tag_experts(model)
+    tag_experts(model, single_mesh())
     model.experts.register_buffer("table", torch.zeros(10, 4), persistent=persistent)
     with pytest.raises(RuntimeError, match=r"buffer experts\.table would be broadcast from rank 0"):
         check_placements(model, single_mesh())
@@ -176,7 +182,7 @@ def test_a_table_that_is_a_buffer_is_refused(persistent):
 
 def test_a_table_that_is_a_plain_attribute_and_a_small_buffer_pass():
     model = Small(single_mesh())
-    tag_experts(model)
+    tag_experts(model, single_mesh())
     model.table = torch.zeros(10, 4)
     model.register_buffer("bias", torch.zeros(4))
     model.register_buffer("ids", torch.zeros(10, 4, dtype=torch.int64))
@@ -222,7 +228,7 @@ def test_optimizer_groups_part_decay_dtype_and_experts():
     model = Small(single_mesh())
     model.dense.data = model.dense.data.bfloat16()
     model.experts.weight.data = model.experts.weight.data.bfloat16()
-    tag_experts(model)
+    tag_experts(model, single_mesh())
     names = {id(parameter): name for name, parameter in placed_parameters(model)}
     groups = [
         ([names[id(p)] for p in group["params"]], group["weight_decay"], group.get("moe", False))
@@ -242,8 +248,8 @@ def refusal(fault: str) -> str:
     """The error of an engine that is started with a fault;
     empty if none was raised on this rank.
     """
-    make_config = deepspeed_bridge.deepspeed_config
-    make_groups = deepspeed_bridge.optimizer_groups
+    make_config = deepspeed_config
+    make_groups = optimizer_groups
 
     def faulty_config(zero_stage: int, *args) -> dict[str, Any]:
         config = make_config(zero_stage, *args)
@@ -323,14 +329,12 @@ def table_after_initialize() -> tuple[float, float]:
     import deepspeed
 
     quiet_libraries()
-    deepspeed_bridge.build_no_extensions()
+    build_no_extensions()
     model = nn.Linear(2, 2)
     model.table = nn.Parameter(torch.full((4, 2), float(dist.get_rank())), requires_grad=False)
     model.attribute = torch.full((4, 2), float(dist.get_rank()))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_bridge.deepspeed_config(1, 1, 1)
-    )
+    deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(1, 1, 1))
     return float(model.table.sum()), float(model.attribute.sum())
 
 
@@ -350,12 +354,13 @@ def fragments(parallel: ParallelConfig):
     """
     model, engine = started(parallel)
     mesh = model.mesh
-    engine.backward(engine())
+    backward(engine)
     names = {id(parameter): name for name, parameter in placed_parameters(model)}
-    owned = [(names[id(p)], start, size) for p, _, start, size in owned_fragments(engine)]
+    ranges = owned_ranges(engine._zero)
+    owned = [(names[id(piece.parameter)], piece.start, piece.size) for piece in ranges]
     found = [
         (names[id(p)], start, values.numpy().copy())
-        for p, start, values in gradient_fragments(engine)
+        for p, start, values in engine.gradient_fragments()
     ]
     assert owned == [(name, start, len(values)) for name, start, values in found]
     # Data rank r contributes (r + 1) p, an expert's replicas only; DeepSpeed divides all by the
@@ -392,9 +397,9 @@ def test_gradient_fragments_are_the_averaged_gradients_once(size, ep, stage):
 def moved_parameter() -> str:
     model, engine = started(ParallelConfig())
     model.gain.data = model.gain.data.clone()
-    engine.backward(engine())
+    backward(engine)
     with pytest.raises(RuntimeError) as error:
-        list(gradient_fragments(engine))
+        list(engine.gradient_fragments())
     return str(error.value)
 
 
@@ -405,16 +410,14 @@ def test_a_parameter_that_left_its_flat_buffer_is_noticed():
 
 def scaled_step(factor: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Parameters before and after a step of plain SGD at rate 1 without decay."""
-    config = deepspeed_bridge.deepspeed_config(1, 1, 1) | {"zero_allow_untested_optimizer": True}
+    config = deepspeed_config(1, 1, 1) | {"zero_allow_untested_optimizer": True}
     with mock.patch.object(deepspeed_bridge, "deepspeed_config", return_value=config):
         model, engine = started(ParallelConfig(), optimizer=torch.optim.SGD)
-    for group in engine.optimizer.param_groups:
+    for group in engine._zero.param_groups:
         group["weight_decay"] = 0.0
-    scale = GradientScale(engine)
     before = {name: p.detach().clone().numpy() for name, p in placed_parameters(model)}
-    engine.backward(engine())
-    scale.factor = factor
-    engine.step()
+    backward(engine)
+    engine.finish_step(factor, 1.0)
     return {name: (before[name], p.detach().numpy()) for name, p in placed_parameters(model)}
 
 
@@ -433,16 +436,17 @@ def test_the_factor_scales_every_gradient(factor):
 def doubled_masters(ep: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(Twice the parameters, the parameters after the masters were doubled in place)."""
     model, engine = started(ParallelConfig(ep=ep, zero_stage=2))
-    engine.backward(engine())
-    engine.step()
+    backward(engine)
+    engine.finish_step(1.0, 1.0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter, start, live in master_fragments(engine):
-        size = live["fp32"].numel()
-        assert torch.equal(live["fp32"], parameter.detach().flatten()[start : start + size])
-        assert live["exp_avg"].numel() == live["exp_avg_sq"].numel() == size
-        assert (live["exp_avg"] != 0).all()
-        live["fp32"].mul_(2)
-    refresh_parameters(engine)
+    assert engine.value_states == ("exp_avg", "exp_avg_sq")
+    for parameter, start, master, states in engine.state_fragments():
+        size = master.numel()
+        assert torch.equal(master, parameter.detach().flatten()[start : start + size])
+        assert states["exp_avg"].numel() == states["exp_avg_sq"].numel() == size
+        assert (states["exp_avg"] != 0).all()
+        master.mul_(2)
+    engine.refresh_parameters()
     return [
         (2 * old.numpy(), new.detach().numpy())
         for old, new in zip(before, model.parameters(), strict=True)
@@ -460,3 +464,56 @@ def test_check_engine_names_the_optimizer():
     engine = mock.Mock(optimizer=torch.optim.SGD([torch.zeros(1)]))
     with pytest.raises(RuntimeError, match="DeepSpeed chose SGD; only ZeRO 1 and 2"):
         check_engine(engine, nn.Module(), {})
+
+
+def misled(fault: str) -> str:
+    """The error of a started engine whose experts DeepSpeed is then said to reduce otherwise."""
+    model, engine = started(ParallelConfig(ep=2))
+    zero = engine._zero
+    check_groups(engine._engine, model, model.mesh)
+    if fault == "experts as dense":
+        dense = model.mesh.group("grad")
+        zero.real_dp_process_group = [dense for _ in zero.real_dp_process_group]
+    elif fault == "a group of its own":
+        experts = model.mesh.group("expt_dp")
+        zero.real_dp_process_group = [experts for _ in zero.real_dp_process_group]
+    with pytest.raises(RuntimeError) as error:
+        check_groups(engine._engine, model, model.mesh)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("experts as dense", "experts.weight over other ranks than expt_dp"),
+        ("a group of its own", "a dense parameter over other ranks than grad"),
+    ],
+)
+def test_a_reduction_over_other_ranks_is_noticed(fault, message):
+    assert run_ranks(misled, 2, fault) == [f"DeepSpeed would reduce {message}"] * 2
+
+
+def unseen_experts() -> str:
+    """The error where DeepSpeed does not know the module that shows it the experts."""
+    with (
+        mock.patch.object(deepspeed_setup, "_expert_marker", return_value=nn.Module()),
+        pytest.raises(RuntimeError) as error,
+    ):
+        started(ParallelConfig(ep=2))
+    return str(error.value)
+
+
+def test_experts_that_deepspeed_has_not_seen_are_noticed():
+    for message in run_ranks(unseen_experts, 2):
+        assert message == "DeepSpeed would reduce experts.weight over other ranks than expt_dp"
+
+
+def names_and_modules() -> tuple[list[str], list[str]]:
+    model, _ = started(ParallelConfig(ep=2))
+    return list(model.state_dict()), [name for name, _ in model.named_modules()]
+
+
+def test_nothing_of_deepspeed_stays_in_the_model():
+    for names, modules in run_ranks(names_and_modules, 2):
+        assert names == ["dense", "gain", "experts.weight"]
+        assert modules == ["", "experts"]

@@ -1,8 +1,9 @@
 """The state of a run as logical tensors: layout-free names, global shapes, and the boxes of them
 that this rank holds.
 
-``fp32/<parameter>[.<part>]``, ``exp_avg/…``, ``exp_avg_sq/…``, ``step/<optimizer group>``,
-``buffer/<router bias>``,
+``fp32/<parameter>[.<part>]`` are the masters, ``<state>/<parameter>[.<part>]`` what the optimizer
+keeps of each value and ``<state>/<optimizer group>`` what it keeps once, by the names that the
+engine tells (AdamW's: ``exp_avg``, ``exp_avg_sq``, ``step``); ``buffer/<router bias>``;
 ``engram.<layer>.<weight, and what the table's format and optimizer keep of a row>``. All values are
 live views: reading into them restores the run.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from parallel.engine.deepspeed import master_fragments, optimizer_groups_state
+from parallel.engine.protocol import Engine
 from parallel.mesh import Mesh
 from parallel.placement import PlacedParameter, Placement, placed_parameters
 from training.checkpoint.format.boxes import Box, range_boxes
@@ -22,7 +23,7 @@ from training.model.model import HybridModel
 from training.model.moe import MoE
 from training.trainer import Trainer
 
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+MASTER = "fp32"
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,15 @@ Tensors = dict[str, LogicalTensor]
 
 
 def trainer_tensors(trainer: Trainer) -> Tensors:
-    """All that a run must restore to go on: masters, Adam moments and steps, router biases, table
-    rows and state.
+    """All that a run must restore to go on: masters, the optimizer's state, router biases, table
+    rows and their state.
     """
     tensors: Tensors = {}
-    for kind in KINDS:
-        _declare_parameters(tensors, kind, trainer.model)
-    names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
-    for parameter, start, state in master_fragments(trainer.engine):
-        for kind in KINDS:
-            _add_fragment(
-                tensors,
-                f"{kind}/{names[id(parameter)]}",
-                parameter,
-                start,
-                state[kind],
-                trainer.mesh,
-            )
+    for state in (MASTER, *trainer.engine.value_states):
+        _declare_parameters(tensors, state, trainer.model)
+    _add_parameter_states(tensors, trainer)
     is_first = trainer.mesh.rank("world") == 0
-    for parameters, state in optimizer_groups_state(trainer.engine):
-        steps = tensors.setdefault(
-            f"step/{_group_tag(parameters[0].placement)}", LogicalTensor((1,), torch.float32)
-        )
-        writes = is_first and not steps.chunks
-        steps.chunks.append(Chunk(Box((0,), (1,)), state["step"].view(1), writes))
+    _add_group_states(tensors, trainer.engine, is_first)
     _add_buffers(tensors, trainer.model, is_first)
     _add_tables(tensors, trainer.memory, weights_only=False)
     return tensors
@@ -95,11 +81,11 @@ def weight_tensors(model: HybridModel, mesh: Mesh, memory: EngramMemory | None) 
     fp32.
     """
     tensors: Tensors = {}
-    _declare_parameters(tensors, "fp32", model)
+    _declare_parameters(tensors, MASTER, model)
     for name, parameter in placed_parameters(model):
         _add_fragment(
             tensors,
-            f"fp32/{name}",
+            f"{MASTER}/{name}",
             parameter,
             0,
             parameter.detach().view(-1),
@@ -113,7 +99,7 @@ def weight_tensors(model: HybridModel, mesh: Mesh, memory: EngramMemory | None) 
 def is_weight(name: str) -> bool:
     """Whether a logical tensor is one that ``weight_tensors`` names."""
     rows = name.startswith("engram.") and name.endswith((".weight", ".weight_scale"))
-    return rows or name.startswith(("fp32/", "buffer/"))
+    return rows or name.startswith((f"{MASTER}/", "buffer/"))
 
 
 def _group_tag(placement: Placement) -> str:
@@ -128,15 +114,40 @@ def _suffix(part_name: str) -> str:
     return f".{part_name}" if part_name else ""
 
 
-def _declare_parameters(tensors: Tensors, kind: str, model: nn.Module) -> None:
+def _declare_parameters(tensors: Tensors, state: str, model: nn.Module) -> None:
     for name, parameter in placed_parameters(model):
         placement = parameter.placement
         for piece in placement.cut(1, 0):
             shape = list(placement.shape)
             shape[placement.dim] = piece.part.size
-            tensors[f"{kind}/{name}{_suffix(piece.part.name)}"] = LogicalTensor(
+            tensors[f"{state}/{name}{_suffix(piece.part.name)}"] = LogicalTensor(
                 tuple(shape), torch.float32
             )
+
+
+def _add_parameter_states(tensors: Tensors, trainer: Trainer) -> None:
+    names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
+    for fragment in trainer.engine.state_fragments():
+        name = names[id(fragment.parameter)]
+        for state, values in ({MASTER: fragment.master} | dict(fragment.states)).items():
+            _add_fragment(
+                tensors,
+                f"{state}/{name}",
+                fragment.parameter,
+                fragment.start,
+                values,
+                trainer.mesh,
+            )
+
+
+def _add_group_states(tensors: Tensors, engine: Engine, writes: bool) -> None:
+    """All groups of a tag read the one tensor that is saved of the first."""
+    for parameters, scalars in engine.group_states():
+        tag = _group_tag(parameters[0].placement)
+        for state, value in scalars.items():
+            tensor = tensors.setdefault(f"{state}/{tag}", LogicalTensor((1,), value.dtype))
+            is_saved = writes and not tensor.chunks
+            tensor.chunks.append(Chunk(Box((0,), (1,)), value.view(1), is_saved))
 
 
 def _add_fragment(
