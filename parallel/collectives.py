@@ -155,6 +155,12 @@ copy_to = _pair(
     _all_reduce,
     "A replica that each rank uses with its own shard; transpose: sum.",
 )
+sum_to_replica = _pair(
+    "sum_to_replica",
+    _all_reduce,
+    _same,
+    "Sum of what ranks hold, a replica that all use alike; transpose: the replica itself.",
+)
 sum_over = _pair(
     "sum_over",
     _all_reduce,

@@ -11,6 +11,7 @@ from parallel.errors import Problem
 
 MAY_BE_ZERO = ("mamba1.dt_rank", "moe.shared_dim", "engram.seed")
 POSITIVE = ("norm_eps", "attention.rope_theta", "moe.route_scale")
+VOCAB_MULTIPLE = 128
 MIXERS = {"M": "mamba2", "S": "mamba1", "L": "s4d", "*": "attention", "-": "mlp", "E": "moe"}
 
 
@@ -173,6 +174,13 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     engram: EngramConfig | None = None
     """Engram memory; None for a model without it."""
+
+
+def padded_vocab(model: ModelConfig) -> int:
+    """Rows of the embedding and of the head: the same on every layout, divisible by any
+    tensor-parallel size up to 128.
+    """
+    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from kernels.primes import table_primes
-from training.model.config import MIXERS, EngramConfig, ModelConfig
-
-VOCAB_MULTIPLE = 128
+from training.model.config import MIXERS, EngramConfig, ModelConfig, padded_vocab
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     counted = {"M": _mamba2(model), "S": _mamba1(model), "L": _s4d(model), "*": _attention(model)}
     expert_layers = layers.count("E")
     shared = 3 * width * moe.shared_dim
-    vocab = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE * width
+    vocab = padded_vocab(model) * width
     return ParameterCount(
         embedding=vocab,
         head=0 if model.tie_embeddings else vocab,

@@ -11,8 +11,7 @@ from typing import Literal
 
 import torch
 
-from training.model.config import ModelConfig
-from training.model.embedding import padded_vocab
+from training.model.config import ModelConfig, padded_vocab
 
 # Tensors with this prefix go into a file of their own: what the other format has no place for.
 BESIDE = "beside."
