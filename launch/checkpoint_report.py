@@ -11,10 +11,10 @@ from training.checkpoint.exchange.exporting import Exported
 from training.checkpoint.tools.compare import Difference
 from training.checkpoint.tools.reader import Reader
 from training.checkpoint.tools.summary import (
-    PER_PARAMETER,
     Line,
     all_lines,
     folded_lines,
+    parameter_states,
     sizes_by_kind,
 )
 
@@ -58,12 +58,14 @@ def print_inspection(reader: Reader, every: bool) -> None:
     _print_table(console, ("kind", "tensors>", "elements>", "size>"), rows)
     console.print()
     lines = all_lines(reader) if every else folded_lines(reader)
-    _print_table(console, ("tensor", "layers", "shape", "dtype", "size>"), map(_tensor_row, lines))
+    states = parameter_states(manifest["tensors"])
+    _print_table(
+        console,
+        ("tensor", "layers", "shape", "dtype", "size>"),
+        [_tensor_row(line, states) for line in lines],
+    )
     if not every:
-        console.print(
-            f"\n+m: with Adam's moments ({', '.join(PER_PARAMETER[1:])}). --all shows each "
-            "tensor, --json too."
-        )
+        console.print(f"\n{_legend(states)}--all shows each tensor, --json too.")
 
 
 def print_difference(a: Path, b: Path, difference: Difference, max_lines: int) -> None:
@@ -116,9 +118,16 @@ def print_export(output: Path, exported: Exported) -> None:
         console.print(f"  not {architecture}: {'; '.join(misfits)}", markup=False)
 
 
-def _tensor_row(line: Line) -> tuple[str, str, str, str, str]:
-    states = " +m" if len(line.states) == len(PER_PARAMETER) else ""
-    return line.name, _ranges(line.layers), line.shape, line.dtype + states, size(line.num_bytes)
+def _legend(states: tuple[str, ...]) -> str:
+    """What +m means, where the checkpoint has an optimizer's state."""
+    moments = ", ".join(states[1:])
+    return f"+m: with the optimizer's state ({moments}). " if moments else ""
+
+
+def _tensor_row(line: Line, states: tuple[str, ...]) -> tuple[str, str, str, str, str]:
+    has_all = len(line.states) == len(states) > 1
+    dtype = line.dtype + " +m" * has_all
+    return line.name, _ranges(line.layers), line.shape, dtype, size(line.num_bytes)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

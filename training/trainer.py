@@ -4,18 +4,20 @@ data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kernels.compiled import compile_pieces, compiler_problem
 from parallel.engine.deepspeed import start_engine
+from parallel.engine.optimizer_state import MakeOptimizer
 from parallel.engine.protocol import Engine
 from parallel.engram_table import Rows
 from parallel.errors import Problem, RunError
 from parallel.mesh import Mesh
 from parallel.placement import register_gradient_reduction
 from training.compute_dtype import DTYPES
-from training.config import RunConfig
+from training.config import OptimizerConfig, RunConfig
 from training.data.dataset import Batch
 from training.data.token_map import TokenMap
 from training.engram.memory import EngramMemory, build_memory
@@ -94,14 +96,11 @@ def build_trainer(
         checkpoint_activations=config.train.checkpoint_activations,
     )
     register_gradient_reduction(model, mesh)
-    settings = config.optimizer
     engine = start_engine(
         model,
         mesh,
-        optimizer=lambda groups: torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
-        ),
-        weight_decay=settings.weight_decay,
+        optimizer=adamw(config.optimizer),
+        weight_decay=config.optimizer.weight_decay,
         zero_stage=config.parallel.zero_stage,
         micro_batch=config.train.micro_batch,
         accumulation=num_micro_batches(config, mesh),
@@ -114,6 +113,21 @@ def build_trainer(
         engine,
         memory,
     )
+
+
+def adamw(settings: OptimizerConfig) -> MakeOptimizer:
+    """The optimizer of all parameters; its names of states are those of every checkpoint so far."""
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+
+    return make
 
 
 def num_micro_batches(config: RunConfig, mesh: Mesh) -> int:

@@ -6,20 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from training.checkpoint.format.logical import is_weight
+from training.checkpoint.format.logical import MASTER, is_weight
 from training.checkpoint.tools.reader import Reader, StoredTensor
 
-# Kinds by what their names begin with, in the order in which they are shown.
-KINDS = {
-    "parameters": "fp32/",
-    "first moments": "exp_avg/",
-    "second moments": "exp_avg_sq/",
-    "steps": "step/",
-    "router biases": "buffer/",
-    "Engram rows": "engram.",
-    "Engram state": "engram.",
+# Words for what names begin with, in the order in which they are shown. An optimizer's state that
+# has none here goes by its own name.
+WORDS = {
+    MASTER: "parameters",
+    "exp_avg": "first moments",
+    "exp_avg_sq": "second moments",
+    "step": "steps",
+    "buffer": "router biases",
 }
-PER_PARAMETER = ("fp32", "exp_avg", "exp_avg_sq")
+TABLES = ("Engram rows", "Engram state")
 # Parameter, shape, dtype, bytes.
 Tensor = tuple[str, tuple[int, ...], str, int]
 LAYER = re.compile(r"(?<=layers\.)(\d+)|(?<=engram\.)(\d+)")
@@ -38,22 +37,34 @@ class Line:
     shape: str
     dtype: str
     states: tuple[str, ...]
-    """Which of fp32, exp_avg and exp_avg_sq it stands for."""
+    """Which of the checkpoint's ``parameter_states`` it stands for."""
     num_tensors: int
     num_bytes: int
 
 
 def kind_of(name: str) -> str:
-    """The kind of a logical tensor, one of KINDS."""
+    """The kind of a logical tensor, in words."""
     if name.startswith("engram."):
-        return "Engram rows" if is_weight(name) else "Engram state"
-    return next((kind for kind, prefix in KINDS.items() if name.startswith(prefix)), "other")
+        return TABLES[0] if is_weight(name) else TABLES[1]
+    state, slash, _ = name.partition("/")
+    return WORDS.get(state, state) if slash else "other"
+
+
+def parameter_states(tensors: Iterable[str]) -> tuple[str, ...]:
+    """What a checkpoint holds of each parameter, the master first: whatever stands before the name
+    of one that has a master.
+    """
+    split = [name.partition("/") for name in tensors]
+    parameters = {parameter for state, _, parameter in split if state == MASTER}
+    states = [state for state, _, parameter in split if parameter in parameters]
+    return tuple(dict.fromkeys([MASTER, *states]))
 
 
 def sizes_by_kind(tensors: dict[str, StoredTensor]) -> dict[str, tuple[int, int, int]]:
     """(tensors, elements, bytes) of each kind that there is."""
     sizes: dict[str, tuple[int, int, int]] = {}
-    for kind in (*KINDS, "other"):
+    found = sorted({kind_of(name) for name in tensors})
+    for kind in dict.fromkeys((*WORDS.values(), *TABLES, *found)):
         mine = [tensor for name, tensor in tensors.items() if kind_of(name) == kind]
         if mine:
             num_bytes = sum(tensor.num_bytes for tensor in mine)
@@ -111,9 +122,10 @@ def all_lines(reader: Reader) -> list[Line]:
 
 def folded_lines(reader: Reader) -> list[Line]:
     """One line for what differs in layer, packed part or state (master, moments) only."""
+    known = parameter_states(reader.manifest["tensors"])
     states: dict[Tensor, list[str]] = defaultdict(list)
     for name, tensor in _in_order(reader):
-        parameter, state = _state_of(name)
+        parameter, state = _state_of(name, known)
         states[parameter, tensor.shape, _dtype(tensor), tensor.num_bytes].append(state)
     layers: dict[tuple, list[tuple[int | None, int, int]]] = defaultdict(list)
     for name, shape, dtype, kept, count, size in _pack(states):
@@ -141,14 +153,14 @@ def _in_order(reader: Reader) -> list[tuple[str, StoredTensor]]:
     return sorted(reader.tensors.items(), key=lambda item: order.get(item[0], len(order)))
 
 
-def _state_of(name: str) -> tuple[str, str]:
-    """(parameter, fp32 or a moment) of a tensor; other kinds are a state of their own."""
+def _state_of(name: str, known: tuple[str, ...]) -> tuple[str, str]:
+    """(parameter, which of its ``known`` states) of a tensor; other tensors are their own."""
     state, _, parameter = name.partition("/")
-    if state in PER_PARAMETER:
+    if state in known:
         return parameter, state
     table, _, last = name.rpartition(".")
-    if name.startswith("engram.") and last in ("weight", *PER_PARAMETER):
-        return f"{table}.weight", "fp32" if last == "weight" else last
+    if name.startswith("engram.") and last in ("weight", *known):
+        return f"{table}.weight", MASTER if last == "weight" else last
     return name, ""
 
 
