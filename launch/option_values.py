@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from launch.option_names import option_name, what_is_meant
 from parallel.errors import Problem
-from training.model.config import MIXERS
+from training.model.layer_table import LAYERS
 from training.run_file import dataclass_of
 
 SWITCHES = ("resume", "auto_resume", "overwrite", "help")
@@ -76,7 +76,7 @@ def join_values(words: list[str], types: dict[str, Any]) -> list[str]:
         option = joined[-1] if joined else ""
         name = option_name(option)
         takes_text = option.startswith("--") and "=" not in option and types.get(name) is str
-        is_pattern = name == "model.pattern" and set(word) <= set(MIXERS)
+        is_pattern = name == "model.pattern" and set(word) <= set(LAYERS)
         if (
             takes_text
             and word.startswith("-")

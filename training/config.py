@@ -10,7 +10,8 @@ from parallel.errors import Problem
 from parallel.mesh_plan import ParallelConfig, layout_problems, plan_mesh
 from parallel.table_config import TableConfig, table_problems
 from training.data.config import DataConfig
-from training.model.config import ModelConfig, model_problems
+from training.model.config import ModelConfig
+from training.model.rules import model_problems
 
 Dtype = Literal["bf16", "fp32"]
 

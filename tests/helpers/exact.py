@@ -22,7 +22,8 @@ from parallel.placement import placed_parameters
 from tests.helpers.tiny import made_up_batches, made_up_token_map
 from training.config import RunConfig
 from training.engram.memory import EngramMemory, build_memory
-from training.model.model import HybridModel, Memory, build_model
+from training.model.context import Memory
+from training.model.model import HybridModel, build_model
 from training.model.moe import expert_loads, update_balance
 
 CPU = torch.device("cpu")
@@ -33,10 +34,14 @@ NUM_DRAWS = 4
 EPS = torch.finfo(torch.float32).eps
 
 
-def plain_model(config: RunConfig) -> HybridModel:
-    """The model without processes, in fp32."""
+def plain_model(config: RunConfig, dtype: torch.dtype = torch.float32) -> HybridModel:
+    """The model without processes, from fp32 initial values."""
     return build_model(
-        config.model, single_mesh(), seed=config.train.seed, dtype=torch.float32, device=CPU
+        config.model,
+        single_mesh(),
+        seed=config.train.seed,
+        dtype=dtype,
+        device=CPU,
     )
 
 
@@ -72,9 +77,9 @@ def train_plainly(
     Returns:
         Figures of each step, and tensors by kind and name, as ``tests.parity.run_case`` has them.
     """
-    model = plain_model(config)
+    model = plain_model(config, dtype)
     move(model, draw)
-    model.to(dtype)
+    model.to(dtype)  # what is declared fp32, too
     memory = build_memory(
         config,
         single_mesh(),

@@ -12,8 +12,8 @@ from training.model.config import (
     Mamba1Config,
     ModelConfig,
     S4DConfig,
-    model_problems,
 )
+from training.model.rules import model_problems
 
 WITH_ENGRAM = ModelConfig(engram=EngramConfig())
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from training.analysis.ngrams import NgramCounts, windows_of
 from training.data.dataset import NO_TARGET, Batch, Rows
 from training.engram.memory import EngramMemory, memory_of
+from training.model.context import Memory, Recall
 from training.model.engram import Engram
-from training.model.model import HybridModel, Memory, Recall
+from training.model.model import HybridModel
 
 LOGIT_TOKENS = 1024  # whose logits exist at once, per row of the batch
 BINS = (0, 1, 2, 10, 100, 1000, 10_000)  # lower ends of the bins of n-gram frequency

@@ -9,8 +9,8 @@ import torch
 
 from kernels.engram_hash import engram_hash
 from training.decode.loaded_model import load_model
+from training.decode.state import start_sequences
 from training.engram.memory import EngramMemory, memory_of
-from training.model.mamba2 import Cache
 from training.model.model import HybridModel
 
 
@@ -69,7 +69,7 @@ def continue_tokens(
         agree: what several ranks make of the token that each has drawn: the same on all.
         vocab_size: tokens that the tokenizer knows, where the model's vocabulary is larger.
     """
-    caches: list[Cache] = [{} for _ in model.layers]
+    state = start_sequences(model, num_sequences=1)
     device = model.norm.device
     tokens = list(ids)
     fed = 0
@@ -80,7 +80,7 @@ def continue_tokens(
             new_BL.to(device),
             None,
             memory_of(rows),
-            caches,
+            state,
         )
         fed = len(tokens)
         token = sample(

@@ -17,7 +17,7 @@ from training.data.dataset import Batch
 from training.data.token_map import TokenMap, load_token_map
 from training.data.vocabulary import Vocabulary
 from training.model.config import EngramConfig
-from training.model.model import Memory
+from training.model.context import Memory
 
 
 class EngramMemory:

@@ -13,16 +13,8 @@ from parallel.mesh import Mesh
 from parallel.placement import Part
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
+from training.model.context import Context, no_auxiliary_loss
 from training.model.init import output_init, weight_init
-from training.model.mamba2 import Cache
-
-
-def document_positions(seq_idx_BL: torch.Tensor) -> torch.Tensor:
-    """(B, L) int64: place of each token in its document."""
-    place = torch.arange(seq_idx_BL.shape[1], device=seq_idx_BL.device).expand(seq_idx_BL.shape)
-    starts = torch.ones_like(seq_idx_BL, dtype=torch.bool)
-    starts[:, 1:] = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
-    return place - torch.where(starts, place, 0).cummax(1).values
 
 
 class Attention(nn.Module):
@@ -48,46 +40,51 @@ class Attention(nn.Module):
             width, model.d_model, mesh, output_init(model), units=config.num_heads
         )
 
-    def forward(
-        self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None
-    ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D). ``cache`` holds the keys and values of a decoded sequence and is
-        advanced.
-        """
-        q, k, v = (
+    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, D) -> (B, L, D), and no auxiliary loss."""
+        q_BLHP, k_BLHP, v_BLHP = (
             part.unflatten(-1, (-1, self.config.head_dim))
             for part in self.qkv.split(self.qkv(x_BLD))
         )
-        past = 0 if not cache else cache["k"].shape[1]
         if self.config.positions == "rope":
-            positions = self._positions(q, seq_idx_BL, past)
-            q = apply_rotary(q, positions, self.config.rope_theta)
-            k = apply_rotary(k, positions, self.config.rope_theta)
-        if cache is not None:
-            if cache:
-                k = torch.cat([cache["k"], k], 1)
-                v = torch.cat([cache["v"], v], 1)
-            cache["k"], cache["v"] = k, v
-        y_BLHP = causal_attention(q, k, v, seq_idx_BL) if past == 0 else self._decode(q, k, v, past)
-        return self.out_proj(y_BLHP.flatten(-2))
+            positions_BL = context.positions_of(q_BLHP)
+            q_BLHP = apply_rotary(q_BLHP, positions_BL, self.config.rope_theta)
+            k_BLHP = apply_rotary(k_BLHP, positions_BL, self.config.rope_theta)
+        k_BLHP = _remember(context, "k", k_BLHP)
+        v_BLHP = _remember(context, "v", v_BLHP)
+        if context.start == 0:
+            y_BLHP = causal_attention(q_BLHP, k_BLHP, v_BLHP, context.seq_idx_BL)
+        else:
+            y_BLHP = _continue(q_BLHP, k_BLHP, v_BLHP, context.start)
+        return self.out_proj(y_BLHP.flatten(-2)), no_auxiliary_loss(x_BLD)
 
-    @staticmethod
-    def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
-        """Queries that continue a sequence of ``past`` tokens: they see all of those."""
-        mask = torch.ones(
-            q.shape[1],
-            k.shape[1],
-            dtype=torch.bool,
-            device=q.device,
-        ).tril(past)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        y_BHLP = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        return y_BHLP.transpose(1, 2)
 
-    @staticmethod
-    def _positions(q: torch.Tensor, seq_idx_BL: torch.Tensor | None, past: int) -> torch.Tensor:
-        if seq_idx_BL is not None:
-            return document_positions(seq_idx_BL)
-        return torch.arange(past, past + q.shape[1], device=q.device).expand(q.shape[:2])
+def _remember(context: Context, name: str, new_BLHP: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the whole sequence so far, which the state keeps: it grows by a copy a
+    call, as no sequence's length is known beforehand.
+    """
+    before_BLHP = context.before(name)
+    all_BLHP = new_BLHP if before_BLHP is None else torch.cat([before_BLHP, new_BLHP], 1)
+    if context.state is not None:
+        context.state[name] = all_BLHP
+    return all_BLHP
+
+
+def _continue(
+    q_BLHP: torch.Tensor, k_BMHP: torch.Tensor, v_BMHP: torch.Tensor, past: int
+) -> torch.Tensor:
+    """Queries that continue a sequence of ``past`` tokens, and see all of those (M = past + L)."""
+    mask_LM = torch.ones(
+        q_BLHP.shape[1],
+        k_BMHP.shape[1],
+        dtype=torch.bool,
+        device=q_BLHP.device,
+    ).tril(past)
+    y_BHLP = F.scaled_dot_product_attention(
+        q_BLHP.transpose(1, 2),
+        k_BMHP.transpose(1, 2),
+        v_BMHP.transpose(1, 2),
+        attn_mask=mask_LM,
+        enable_gqa=k_BMHP.shape[2] != q_BLHP.shape[2],
+    )
+    return y_BHLP.transpose(1, 2)

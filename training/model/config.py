@@ -3,7 +3,7 @@ CLI imports it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
@@ -12,7 +12,6 @@ from parallel.errors import Problem
 MAY_BE_ZERO = ("mamba1.dt_rank", "moe.shared_dim", "engram.seed")
 POSITIVE = ("norm_eps", "attention.rope_theta", "moe.route_scale")
 VOCAB_MULTIPLE = 128
-MIXERS = {"M": "mamba2", "S": "mamba1", "L": "s4d", "*": "attention", "-": "mlp", "E": "moe"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,22 +182,10 @@ def padded_vocab(model: ModelConfig) -> int:
     return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
-    """Every rule inside the model, and between it and the layout, that is broken."""
-    if out_of_range := list(_range_rules(model)):
-        return out_of_range  # the other rules divide by these
-    rules = [_stack_rules(model)]
-    rules += [
-        of_layer(model, tp) for letter, of_layer in LAYER_RULES.items() if letter in model.pattern
-    ]
-    rules += [_expert_rules(model, tp, ep), _engram_rules(model)]
-    return [problem for part in rules for problem in part]
-
-
 Rules = Iterator[Problem]
 
 
-def _range_rules(model: ModelConfig) -> Rules:
+def range_rules(model: ModelConfig) -> Rules:
     """Counts and widths are 1 or more, other numbers 0 or more, but for those that stand below."""
     for name, value in _numbers(model):
         if name in POSITIVE:
@@ -206,7 +193,7 @@ def _range_rules(model: ModelConfig) -> Rules:
         else:
             least = "0 or more" if isinstance(value, float) or name in MAY_BE_ZERO else "1 or more"
         if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
-            yield _problem(name, value, "is out of range", f"use {least}")
+            yield model_problem(name, value, "is out of range", f"use {least}")
 
 
 def _numbers(block: object, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -218,52 +205,43 @@ def _numbers(block: object, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + name, value
 
 
-def _stack_rules(model: ModelConfig) -> Rules:
-    unknown = sorted(set(model.pattern) - set(MIXERS))
-    fault = f"has letters {unknown} that name no layer" if unknown else "is empty"
-    if unknown or not model.pattern:
-        yield _problem(
-            "pattern",
-            repr(model.pattern),
-            fault,
-            f"use {''.join(MIXERS)}",
-        )
-
-
-def _mamba2_rules(model: ModelConfig, tp: int) -> Rules:
+def mamba2_rules(model: ModelConfig, tp: int) -> Rules:
+    """Heads, groups and tensor ranks of a Mamba-2 layer that do not divide each other."""
     mamba = model.mamba2
     inner = model.mamba2.expand * model.d_model
     heads = inner // mamba.head_dim
     groups = mamba.num_groups
     if inner % mamba.head_dim:
         rule = f"does not divide the inner width {inner}"
-        yield _problem(
+        yield model_problem(
             "mamba2.head_dim",
             mamba.head_dim,
             rule,
             "use a divisor",
         )
     if heads % groups:
-        yield _problem(
+        yield model_problem(
             "mamba2.num_groups", groups, f"does not divide the {heads} heads", "use a divisor"
         )
     if heads % tp:
         rule = f"gives {heads} heads, which parallel.tp={tp} does not divide"
-        yield _problem(
+        yield model_problem(
             "mamba2.head_dim", mamba.head_dim, rule, "use fewer tensor ranks or smaller heads"
         )
     yield from _divide_each_other("mamba2.num_groups", groups, tp)
 
 
-def _mamba1_rules(model: ModelConfig, tp: int) -> Rules:
+def mamba1_rules(model: ModelConfig, tp: int) -> Rules:
+    """An inner width of Mamba-1 that the tensor ranks do not divide."""
     yield from _inner_width_rule(model, "mamba1", model.mamba1.expand, tp)
 
 
-def _s4d_rules(model: ModelConfig, tp: int) -> Rules:
+def s4d_rules(model: ModelConfig, tp: int) -> Rules:
+    """An inner width or number of states that S4D cannot have."""
     yield from _inner_width_rule(model, "s4d", model.s4d.expand, tp)
     if model.s4d.init != "real" and model.s4d.state_dim % 2:
         rule = f"is odd, but the states of init {model.s4d.init} come in conjugate pairs"
-        yield _problem(
+        yield model_problem(
             "s4d.state_dim",
             model.s4d.state_dim,
             rule,
@@ -271,19 +249,20 @@ def _s4d_rules(model: ModelConfig, tp: int) -> Rules:
         )
 
 
-def _attention_rules(model: ModelConfig, tp: int) -> Rules:
+def attention_rules(model: ModelConfig, tp: int) -> Rules:
+    """Heads of attention that do not divide each other, or that tensor ranks do not divide."""
     attention = model.attention
     heads = attention.num_heads
     kv = attention.num_kv_heads
     if heads % kv:
-        yield _problem(
+        yield model_problem(
             "attention.num_kv_heads", kv, f"does not divide num_heads={heads}", "use a divisor"
         )
     yield from _divisible("attention.num_heads", heads, tp)
     yield from _divide_each_other("attention.num_kv_heads", kv, tp)
     if attention.positions != "none" and attention.head_dim % 2:
         rule = "is odd, but rotary positions turn pairs of channels"
-        yield _problem(
+        yield model_problem(
             "attention.head_dim",
             attention.head_dim,
             rule,
@@ -291,88 +270,33 @@ def _attention_rules(model: ModelConfig, tp: int) -> Rules:
         )
 
 
-def _mlp_rules(model: ModelConfig, tp: int) -> Rules:
+def mlp_rules(model: ModelConfig, tp: int) -> Rules:
+    """An inner width of the dense MLP that the tensor ranks do not divide."""
     yield from _divisible("mlp_dim", model.mlp_dim, tp)
 
 
-def _expert_rules(model: ModelConfig, tp: int, ep: int) -> Rules:
+def moe_rules(model: ModelConfig, tp: int) -> Rules:
+    """Choices of an expert layer that its experts or the tensor ranks do not allow."""
     moe = model.moe
-    if "E" not in model.pattern:
-        if ep > 1:
-            rule = f"is above 1, but model.pattern={model.pattern} has no E layer"
-            yield Problem(
-                field="parallel.ep",
-                value=ep,
-                rule=rule,
-                fix="use 1",
-            )
-        return
-    if moe.num_experts % ep:
-        divisors = ", ".join(
-            str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0
-        )
-        rule = f"does not divide model.moe.num_experts={moe.num_experts}"
-        yield Problem(
-            field="parallel.ep",
-            value=ep,
-            rule=rule,
-            fix=f"use {divisors}",
-        )
     if not 1 <= moe.top_k <= moe.num_experts:
-        rule = f"is not between 1 and num_experts={moe.num_experts}"
-        yield _problem(
+        yield model_problem(
             "moe.top_k",
             moe.top_k,
-            rule,
+            f"is not between 1 and num_experts={moe.num_experts}",
             "choose fewer experts a token",
         )
     yield from _divisible("moe.shared_dim", moe.shared_dim, tp)
 
 
-def _engram_rules(model: ModelConfig) -> Rules:
-    if model.engram is None:
-        return
-    layers = model.engram.layers
-    orders = model.engram.orders
-    depth = len(model.pattern)
-    if places := [layer for layer in layers if not 0 <= layer < depth]:
-        yield _problem(
-            "engram.layers",
-            places,
-            f"are outside the {depth} layers of the pattern",
-            f"use 0 to {depth - 1}",
-        )
-    if len(set(layers)) < len(layers):
-        yield _problem(
-            "engram.layers",
-            layers,
-            "names a layer twice",
-            "name each once",
-        )
-    if orders != tuple(range(2, len(orders) + 2)):
-        yield _problem(
-            "engram.orders", orders, "is not 2, 3, ... without a gap", "use (2, 3) or (2, 3, 4)"
-        )
-
-
-LAYER_RULES: dict[str, Callable[[ModelConfig, int], Rules]] = {
-    "M": _mamba2_rules,
-    "L": _s4d_rules,
-    "S": _mamba1_rules,
-    "*": _attention_rules,
-    "-": _mlp_rules,
-}
-
-
 def _inner_width_rule(model: ModelConfig, layer: str, expand: int, tp: int) -> Rules:
     if expand * model.d_model % tp:
         rule = f"times {layer}.expand={expand} is not divisible by parallel.tp={tp}"
-        yield _problem("d_model", model.d_model, rule, "use a multiple")
+        yield model_problem("d_model", model.d_model, rule, "use a multiple")
 
 
 def _divisible(name: str, value: int, tp: int) -> Rules:
     if value % tp:
-        yield _problem(
+        yield model_problem(
             name,
             value,
             f"is not divisible by parallel.tp={tp}",
@@ -382,7 +306,7 @@ def _divisible(name: str, value: int, tp: int) -> Rules:
 
 def _divide_each_other(name: str, value: int, tp: int) -> Rules:
     if value % tp and tp % value:
-        yield _problem(
+        yield model_problem(
             name,
             value,
             f"and parallel.tp={tp} do not divide each other",
@@ -390,7 +314,8 @@ def _divide_each_other(name: str, value: int, tp: int) -> Rules:
         )
 
 
-def _problem(name: str, value: object, rule: str, fix: str) -> Problem:
+def model_problem(name: str, value: object, rule: str, fix: str) -> Problem:
+    """What is wrong with the field ``name`` of the model."""
     return Problem(
         field=f"model.{name}",
         value=value,

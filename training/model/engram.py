@@ -16,8 +16,8 @@ from parallel.collectives import gather_tokens, give_token_share, take_token_sha
 from parallel.mesh import Mesh
 from parallel.placement import Init, Placement, constant, declare
 from training.model.config import ModelConfig
+from training.model.context import Context
 from training.model.init import weight_init
-from training.model.mamba2 import Cache
 
 
 class Engram(nn.Module):
@@ -37,39 +37,44 @@ class Engram(nn.Module):
         assert config is not None, "a model without Engram has no Engram layer"
         self.config = config
         self.streams = model.num_streams if config.per_stream else 1
-        width = model.d_model
-        memory = len(config.orders) * config.num_heads * config.head_dim
+        self._declare(model.d_model, len(config.orders) * config.num_heads * config.head_dim, model)
 
-        def replica(*shape: int, init: Init, **kwargs) -> nn.Parameter:
-            return declare(Placement(shape=shape, init=init, partial=True, **kwargs), mesh)
+    def _declare(self, width: int, memory: int, model: ModelConfig) -> None:
+        """Each tensor rank sees a share of the tokens: whole weights, whose gradients are
+        summed.
+        """
+        streams = self.streams
+        taps = self.config.conv_width
+        weights = weight_init(model)
+        self.value = self._replica((width, memory), weights)
+        if self.config.gate:
+            self.key = self._replica((streams * width, memory), weights)
+            self.query_norm = self._norm(streams, width)
+            self.key_norm = self._norm(streams, width)
+        if self.config.conv:
+            self.conv_norm = self._norm(streams, width)
+            self.conv_weight = self._replica((streams * width, taps), constant(0.0), decay=False)
 
-        self.value = replica(width, memory, init=weight_init(model))
-        if config.gate:
-            self.key = replica(self.streams * width, memory, init=weight_init(model))
-            self.query_norm = replica(
-                self.streams, width, init=constant(1.0), decay=False, fp32=True
-            )
-            self.key_norm = replica(
-                self.streams,
-                width,
-                init=constant(1.0),
-                decay=False,
-                fp32=True,
-            )
-        if config.conv:
-            self.conv_norm = replica(
-                self.streams, width, init=constant(1.0), decay=False, fp32=True
-            )
-            self.conv_weight = replica(
-                self.streams * width, config.conv_width, init=constant(0.0), decay=False
-            )
+    def _norm(self, streams: int, width: int) -> nn.Parameter:
+        return self._replica((streams, width), constant(1.0), decay=False, fp32=True)
+
+    def _replica(
+        self, shape: tuple[int, ...], init: Init, *, decay: bool = True, fp32: bool = False
+    ) -> nn.Parameter:
+        placement = Placement(
+            shape=shape,
+            init=init,
+            partial=True,
+            decay=decay,
+            fp32=fp32,
+        )
+        return declare(placement, self.mesh)
 
     def forward(
         self,
         h_BLSD: torch.Tensor,
         memory_BLM: torch.Tensor,
-        seq_idx_BL: torch.Tensor | None,
-        cache: Cache | None = None,
+        context: Context,
         masked_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The streams with what is remembered, in the layout of ``h_BLSD``.
@@ -78,7 +83,7 @@ class Engram(nn.Module):
             h_BLSD: residual streams, in their own layout.
             memory_BLM: rows of this tensor rank's share of the tokens, concatenated over orders and
                 heads.
-            seq_idx_BL: documents of the whole row.
+            context: documents of the whole row, and the convolution's state.
             masked_BL: bool, which positions of ``memory_BLM`` look nothing up; None: none.
         """
         shared = self.mesh.size("tp") > 1 and not self.mesh.sequence_parallel
@@ -88,10 +93,10 @@ class Engram(nn.Module):
         # narrower than the streams'.
         u_BLSD, _ = self.gated(take_token_share(h_BLSD, self.mesh), memory_BLM)
         if self.config.conv:
-            y_BLSD = F.silu(self._conv(u_BLSD, seq_idx_BL, cache))
-            u_BLSD = u_BLSD + (
-                y_BLSD if masked_BL is None else y_BLSD.masked_fill(masked_BL[..., None, None], 0)
-            )
+            y_BLSD = F.silu(self._conv(u_BLSD, context))
+            if masked_BL is not None:
+                y_BLSD = y_BLSD.masked_fill(masked_BL[..., None, None], 0)
+            u_BLSD = u_BLSD + y_BLSD
         return h_BLSD + give_token_share(u_BLSD, self.mesh)
 
     def gated(
@@ -105,38 +110,48 @@ class Engram(nn.Module):
         v_BLD = F.linear(memory_BLM, self.value)
         if not self.config.gate:
             u_BLSD = v_BLD[:, :, None].expand(-1, -1, self.streams, -1)
-            return h_BLSD + u_BLSD if residual else u_BLSD, v_BLD.new_ones((*h_BLSD.shape[:3],))
+            gates_BLS = v_BLD.new_ones((*h_BLSD.shape[:3],))
+            return h_BLSD + u_BLSD if residual else u_BLSD, gates_BLS
         k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
-        norms = (self.query_norm, self.key_norm)
         return engram_gate(
-            h_BLSD, k_BLSD, v_BLD, *norms, self.eps, return_gate=True, residual=residual
+            h_BLSD,
+            k_BLSD,
+            v_BLD,
+            self.query_norm,
+            self.key_norm,
+            self.eps,
+            return_gate=True,
+            residual=residual,
         )
 
-    def _conv(
-        self, u_BLSD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
+    def _conv(self, u_BLSD: torch.Tensor, context: Context) -> torch.Tensor:
         """Depthwise causal convolution over whole rows: all tensor ranks' shares are gathered, the
         own one kept.
         """
         group = self.mesh.group("tp")
-        dilation = max(self.config.orders)
         normed = rms_norm(u_BLSD, self.conv_norm, self.eps).flatten(-2)
-        rows = gather_tokens(normed, group)
-        if cache is None:
-            y = causal_conv1d(
-                rows,
-                self.conv_weight,
-                seq_idx=seq_idx_BL,
-                dilation=dilation,
-            )
-        else:
-            y, cache["conv"] = causal_conv1d(
-                rows,
-                self.conv_weight,
-                initial_states=cache.get("conv"),
-                return_final_states=True,
-                dilation=dilation,
-            )
+        y = self._conv_rows(gather_tokens(normed, group), context)
         if group is not None and self.mesh.size("tp") > 1:
             y = y.chunk(self.mesh.size("tp"), dim=1)[self.mesh.rank("tp")]
         return y.unflatten(-1, (self.streams, -1))
+
+    def _conv_rows(self, rows: torch.Tensor, context: Context) -> torch.Tensor:
+        """(B, L, S x D) -> the same; a decoded sequence's last inputs are its state
+        ``engram_conv``.
+        """
+        dilation = max(self.config.orders)
+        if context.state is None:
+            return causal_conv1d(
+                rows,
+                self.conv_weight,
+                seq_idx=context.seq_idx_BL,
+                dilation=dilation,
+            )
+        y, context.state["engram_conv"] = causal_conv1d(
+            rows,
+            self.conv_weight,
+            initial_states=context.before("engram_conv"),
+            return_final_states=True,
+            dilation=dilation,
+        )
+        return y

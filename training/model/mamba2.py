@@ -5,28 +5,21 @@ B batch, L length, D model width, H heads, P head width, N state size, G groups,
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.causal_conv1d import causal_conv1d
 from kernels.rms_norm import gated_rms_norm
 from kernels.ssd import ssd
 from parallel.collectives import sum_over
 from parallel.mesh import Mesh
-from parallel.placement import Part, Placement, constant, declare, uniform
+from parallel.placement import Init, Part, Placement, constant, declare, uniform
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
-from training.model.config import ModelConfig
+from training.model.causal_conv import convolve
+from training.model.config import Mamba2Config, ModelConfig
+from training.model.context import Context, no_auxiliary_loss
 from training.model.init import dt_bias_init, output_init, weight_init
-
-# States of one decoded sequence, by name; empty at its start.
-Cache = dict[str, Any]
-
-
-def _log_uniform_decay(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.log(torch.rand(shape, generator=generator) * 15 + 1)
 
 
 class Mamba2(nn.Module):
@@ -37,82 +30,47 @@ class Mamba2(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         config = model.mamba2
+        inner = config.expand * model.d_model
+        heads = inner // config.head_dim
         self.mesh = mesh
         self.eps = model.norm_eps
-        inner = config.expand * model.d_model
-        groups = config.num_groups
-        state = config.state_dim
-        heads = inner // config.head_dim
         self.head_dim = config.head_dim
-        self.state_dim = state
+        self.state_dim = config.state_dim
         self.chunk_size = config.chunk_size
-        self.num_groups = groups
-        self.norm_size = inner // groups
-        z = Part(name="z", size=inner, units=heads)
-        x = Part(name="x", size=inner, units=heads)
-        b, c = (Part(name=name, size=groups * state, units=groups) for name in "BC")
-        dt = Part(name="dt", size=heads, units=heads)
+        self.num_groups = config.num_groups
+        self.norm_size = inner // config.num_groups
+        z, x, b, c, dt = _parts(config, inner)
         self.in_proj = ColumnParallelLinear(
-            model.d_model, (z, x, b, c, dt), mesh, weight_init(model)
-        )
-
-        def over_heads(size: int, init, **kwargs) -> nn.Parameter:
-            parts = (Part(size=size, units=heads),)
-            return declare(
-                Placement(
-                    shape=(size,),
-                    init=init,
-                    axis="tp",
-                    parts=parts,
-                    decay=False,
-                    fp32=True,
-                    **kwargs,
-                ),
-                mesh,
-            )
-
-        bound = 1 / math.sqrt(config.conv_width)
-        conv_parts = (x, b, c)
-        conv_dim = inner + 2 * groups * state
-        self.conv_weight = declare(
-            Placement(
-                shape=(conv_dim, config.conv_width),
-                init=uniform(-bound, bound),
-                axis="tp",
-                parts=conv_parts,
-                decay=False,
-            ),
+            model.d_model,
+            (z, x, b, c, dt),
             mesh,
+            weight_init(model),
         )
-        self.conv_bias = declare(
-            Placement(
-                shape=(conv_dim,),
-                init=uniform(-bound, bound),
-                axis="tp",
-                parts=conv_parts,
-                decay=False,
-            ),
-            mesh,
-        )
-        self.A_log = over_heads(heads, _log_uniform_decay, whole_init=True)
-        self.D = over_heads(heads, constant(1.0))
-        self.dt_bias = over_heads(heads, dt_bias_init, whole_init=True)
-        self.norm_weight = over_heads(inner, constant(1.0))
+        self.conv_weight, self.conv_bias = _convolution((x, b, c), config.conv_width, mesh)
+        self.A_log = _over_heads(heads, heads, _log_uniform_decay, mesh, whole=True)
+        self.D = _over_heads(heads, heads, constant(1.0), mesh)
+        self.dt_bias = _over_heads(heads, heads, dt_bias_init, mesh, whole=True)
+        self.norm_weight = _over_heads(inner, heads, constant(1.0), mesh)
         self.out_proj = RowParallelLinear(
-            inner, model.d_model, mesh, output_init(model), units=heads
+            inner,
+            model.d_model,
+            mesh,
+            output_init(model),
+            units=heads,
         )
 
-    def forward(
-        self, x_BLD: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None = None
-    ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D). ``cache`` holds the conv and SSM states of a decoded sequence and
-        is advanced.
+    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, D) -> (B, L, D), and no auxiliary loss.
+
+        One token at a time still takes the scan: ``kernels.state_update`` is the op of a decoding
+        step, in place, for a faster decoder.
         """
         zxbcdt = self.in_proj(x_BLD)
         inner, _, bc, _, heads = self.in_proj.local_sizes
         z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, heads], dim=-1)
-        x, b, c = self._conv(xbc, seq_idx_BL, cache).split([inner, bc, bc], dim=-1)
-        y_BLHP, state = ssd(
+        convolved = convolve(xbc, self.conv_weight, self.conv_bias, context)
+        x, b, c = convolved.split([inner, bc, bc], dim=-1)
+        y_BLHP, state_BHPN = ssd(
             x.unflatten(-1, (-1, self.head_dim)),
             dt,
             -torch.exp(self.A_log.float()),
@@ -121,31 +79,15 @@ class Mamba2(nn.Module):
             chunk_size=self.chunk_size,
             D=self.D,
             dt_bias=self.dt_bias,
-            initial_states=None if cache is None else cache.get("ssm"),
-            seq_idx=seq_idx_BL,
+            initial_states=context.before("ssm"),
+            seq_idx=context.seq_idx_BL,
             dt_softplus=True,
             return_final_states=True,
         )
-        if cache is not None:
-            cache["ssm"] = state
-        return self.out_proj(self._gated_norm(y_BLHP.flatten(-2), z))
-
-    def _conv(
-        self, xbc: torch.Tensor, seq_idx_BL: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        if cache is None:
-            return causal_conv1d(
-                xbc, self.conv_weight, self.conv_bias, seq_idx=seq_idx_BL, activation="silu"
-            )
-        y, cache["conv"] = causal_conv1d(
-            xbc,
-            self.conv_weight,
-            self.conv_bias,
-            initial_states=cache.get("conv"),
-            return_final_states=True,
-            activation="silu",
-        )
-        return y
+        if context.state is not None:
+            context.state["ssm"] = state_BHPN
+        y_BLD = self.out_proj(self._gated_norm(y_BLHP.flatten(-2), z))
+        return y_BLD, no_auxiliary_loss(x_BLD)
 
     def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         tp = self.mesh.size("tp")
@@ -161,7 +103,61 @@ class Mamba2(nn.Module):
         u = y.float() * F.silu(z.float())
         group = self.mesh.rank("tp") * self.num_groups // tp
         mine = F.one_hot(torch.tensor(group, device=u.device), self.num_groups)
-        squares = sum_over(u.square().sum(-1, keepdim=True) * mine, self.mesh.group("tp"))[
-            ..., group : group + 1
-        ]
-        return (u * torch.rsqrt(squares / self.norm_size + self.eps) * self.norm_weight).to(y.dtype)
+        of_groups = sum_over(u.square().sum(-1, keepdim=True) * mine, self.mesh.group("tp"))
+        squares = of_groups[..., group : group + 1]
+        inverse_rms = torch.rsqrt(squares / self.norm_size + self.eps)
+        return (u * inverse_rms * self.norm_weight).to(y.dtype)
+
+
+def _parts(config: Mamba2Config, inner: int) -> tuple[Part, Part, Part, Part, Part]:
+    """What in_proj makes of a token: z, x, B, C and dt, each in units that no rank divides."""
+    heads = inner // config.head_dim
+    shared = config.num_groups * config.state_dim
+    return (
+        Part(name="z", size=inner, units=heads),
+        Part(name="x", size=inner, units=heads),
+        Part(name="B", size=shared, units=config.num_groups),
+        Part(name="C", size=shared, units=config.num_groups),
+        Part(name="dt", size=heads, units=heads),
+    )
+
+
+def _convolution(
+    parts: tuple[Part, ...], width: int, mesh: Mesh
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias, with the initial values of ``nn.Conv1d``."""
+    bound = 1 / math.sqrt(width)
+    channels = sum(part.size for part in parts)
+
+    def cut(*shape: int) -> nn.Parameter:
+        placement = Placement(
+            shape=shape,
+            init=uniform(-bound, bound),
+            axis="tp",
+            parts=parts,
+            decay=False,
+        )
+        return declare(placement, mesh)
+
+    return cut(channels, width), cut(channels)
+
+
+def _over_heads(
+    size: int, heads: int, init: Init, mesh: Mesh, *, whole: bool = False
+) -> nn.Parameter:
+    """A vector whose entries belong to heads, in fp32."""
+    placement = Placement(
+        shape=(size,),
+        init=init,
+        axis="tp",
+        parts=(Part(size=size, units=heads),),
+        decay=False,
+        fp32=True,
+        whole_init=whole,
+    )
+    return declare(placement, mesh)
+
+
+def _log_uniform_decay(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+    """log of A, uniform in [1, 16]."""
+    return torch.log(torch.rand(shape, generator=generator) * 15 + 1)

@@ -8,8 +8,8 @@ from parallel.mesh import Mesh
 from parallel.placement import Part
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from training.model.config import ModelConfig
+from training.model.context import Context, no_auxiliary_loss
 from training.model.init import output_init, weight_init
-from training.model.mamba2 import Cache
 
 
 class SwiGLU(nn.Module):
@@ -31,11 +31,12 @@ class SwiGLU(nn.Module):
             output_init(model),
         )
 
-    def forward(
-        self,
-        x_BLD: torch.Tensor,
-        seq_idx_BL: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.down(swiglu(self.gate_up(x_BLD)))
+    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, D) -> (B, L, D), and no auxiliary loss."""
+        y_BLD = self.down(swiglu(self.gate_up(x_BLD)))
+        return y_BLD, no_auxiliary_loss(x_BLD)
+
+
+def dense_mlp(model: ModelConfig, mesh: Mesh) -> SwiGLU:
+    """The mixer of a dense layer, as wide as ``model.mlp_dim``."""
+    return SwiGLU(model, mesh, model.mlp_dim)

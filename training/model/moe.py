@@ -1,7 +1,7 @@
 """Mixture of experts: shared + routed SwiGLU experts, routed after DeepSeek-V3 (arXiv 2412.19437,
 section 2.1).
 
-B batch, L length, D model width, T = B x L tokens, E experts, K chosen experts.
+B batch, L length, D model width, T = B x L tokens, E experts, K chosen experts, S sequences.
 """
 
 import torch
@@ -22,6 +22,7 @@ from parallel.experts import ExpertParallelMLP
 from parallel.mesh import Mesh
 from parallel.placement import Placement, declare
 from training.model.config import ModelConfig
+from training.model.context import Context
 from training.model.init import output_init, weight_init
 from training.model.mlp import SwiGLU
 
@@ -38,51 +39,59 @@ class MoE(nn.Module):
         super().__init__()
         self.config = model.moe
         self.mesh = mesh
-        experts = model.moe.num_experts
-        placement = Placement(
-            shape=(experts, model.d_model),
-            init=weight_init(model),
-            partial=True,
-            decay=False,
-            fp32=True,
-        )
-        self.router = declare(placement, mesh)
+        num_experts = model.moe.num_experts
+        self.router = _router(model, mesh)
         self.experts = ExpertParallelMLP(
             model.d_model,
             model.moe.expert_dim,
-            experts,
+            num_experts,
             mesh,
             weight_init(model),
             output_init(model),
         )
         self.shared = SwiGLU(model, mesh, model.moe.shared_dim) if model.moe.shared_dim else None
         # Selection bias: fp32, the same on all ranks, moved by update_balance and by nothing else.
-        self.register_buffer("bias", torch.zeros(experts))
-        self.counts_E = torch.zeros(experts, dtype=torch.int64)
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
 
-    def forward(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and this rank's weighted auxiliary losses summed over its tokens
         (fp32 scalar).
         """
-        mine = take_token_share(x_BLD, self.mesh)
-        x_TD = mine.flatten(0, 1)
+        mine_BLD = take_token_share(x_BLD, self.mesh)
+        x_TD = mine_BLD.flatten(0, 1)
         logits_TE = F.linear(x_TD.float(), self.router)
         ids_TK, weights_TK, scores_TE = route(
-            logits_TE, self.config.top_k, self.config.scores, self.bias, self.config.route_scale
+            logits_TE,
+            self.config.top_k,
+            self.config.scores,
+            self.bias,
+            self.config.route_scale,
         )
         auxiliary = self._auxiliary_losses(logits_TE, scores_TE, num_sequences=x_BLD.shape[0])
-        wanted_E = None
-        dropless = not self.config.capacity_factor
-        if not dropless:
-            wanted_E = torch.bincount(ids_TK.flatten(), minlength=self.config.num_experts)
-            capacity = -(-self.config.capacity_factor * ids_TK.numel() // self.config.num_experts)
-            ids_TK = drop_over_capacity(ids_TK, int(capacity))
-        y_TD, counts_E = self.experts(x_TD, ids_TK, weights_TK, dropless)
+        y_TD = self._routed(x_TD, ids_TK, weights_TK)
+        y_BLD = give_token_share(y_TD.view_as(mine_BLD), self.mesh)
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD, context)[0]
+        return y_BLD, auxiliary
+
+    def _routed(
+        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts make of the tokens; keeps how many rows each expert was wanted for."""
+        if not self.config.capacity_factor:
+            y_TD, counts_E = self.experts(x_TD, ids_TK, weights_TK, True)
+        else:
+            num_experts = self.config.num_experts
+            # The balance is of what the router wants, before rows are dropped.
+            counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts)
+            capacity = -(-self.config.capacity_factor * ids_TK.numel() // num_experts)
+            kept_TK = drop_over_capacity(ids_TK, int(capacity))
+            y_TD, _ = self.experts(x_TD, kept_TK, weights_TK, False)
         # Set, not added: recomputation in backward leaves the same value. The step collects it
         # after each backward.
-        self.counts_E = counts_E if wanted_E is None else wanted_E
-        y_BLD = give_token_share(y_TD.view_as(mine), self.mesh)
-        return (y_BLD if self.shared is None else y_BLD + self.shared(x_BLD)), auxiliary
+        self.counts_E = counts_E
+        return y_TD
 
     def _auxiliary_losses(
         self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, num_sequences: int
@@ -92,14 +101,33 @@ class MoE(nn.Module):
         if self.config.z_loss:
             total = total + self.config.z_loss * tokens * z_loss(logits_TE)
         if self.config.aux_loss:
-            ids_TK = choose_experts(scores_TE, self.config.top_k)
-            counts_SE = sequence_counts(ids_TK, num_sequences, self.config.num_experts)
-            if self.mesh.size("tp") > 1:  # tensor ranks hold parts of the same sequences
-                sum_in_place(counts_SE, self.mesh.group("tp"))
-            total = total + self.config.aux_loss * tokens * sequence_aux_loss(
-                scores_TE, ids_TK, num_sequences, counts_SE
-            )
+            balance = self._balance_loss(scores_TE, num_sequences)
+            total = total + self.config.aux_loss * tokens * balance
         return total
+
+    def _balance_loss(self, scores_TE: torch.Tensor, num_sequences: int) -> torch.Tensor:
+        ids_TK = choose_experts(scores_TE, self.config.top_k)
+        counts_SE = sequence_counts(ids_TK, num_sequences, self.config.num_experts)
+        if self.mesh.size("tp") > 1:  # tensor ranks hold parts of the same sequences
+            sum_in_place(counts_SE, self.mesh.group("tp"))
+        return sequence_aux_loss(
+            scores_TE,
+            ids_TK,
+            num_sequences,
+            counts_SE,
+        )
+
+
+def _router(model: ModelConfig, mesh: Mesh) -> nn.Parameter:
+    """(E, D): each tensor rank routes its own tokens, so gradients are summed."""
+    placement = Placement(
+        shape=(model.moe.num_experts, model.d_model),
+        init=weight_init(model),
+        partial=True,
+        decay=False,
+        fp32=True,
+    )
+    return declare(placement, mesh)
 
 
 def expert_loads(model: nn.Module) -> torch.Tensor:

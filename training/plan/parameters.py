@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from kernels.primes import table_primes
-from training.model.config import MIXERS, EngramConfig, ModelConfig, padded_vocab
+from training.model.config import EngramConfig, ModelConfig, padded_vocab
+from training.model.layer_table import LAYERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,62 +62,26 @@ class ParameterCount:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Count the parameters of ``model`` at tensor-parallel size 1."""
-    width = model.d_model
-    moe = model.moe
-    layers = model.pattern
-    counted = {"M": _mamba2(model), "S": _mamba1(model), "L": _s4d(model), "*": _attention(model)}
-    expert_layers = layers.count("E")
-    shared = 3 * width * moe.shared_dim
-    vocab = padded_vocab(model) * width
+    """Count the parameters of ``model`` at tensor-parallel size 1.
+
+    Raises:
+        KeyError: a letter of the pattern that names no kind of layer.
+    """
+    layers = [LAYERS[letter].parameters(model) for letter in model.pattern]
+    vocab = padded_vocab(model) * model.d_model
     return ParameterCount(
         embedding=vocab,
         head=0 if model.tie_embeddings else vocab,
-        mixers=sum(counted.get(letter, 0) for letter in layers),
-        mlp=layers.count("-") * 3 * width * model.mlp_dim + expert_layers * shared,
-        router=expert_layers * width * moe.num_experts,
-        experts=expert_layers * moe.num_experts * 3 * width * moe.expert_dim,
-        experts_active=expert_layers * moe.top_k * 3 * width * moe.expert_dim,
+        mixers=sum(layer.mixer for layer in layers),
+        mlp=sum(layer.mlp for layer in layers),
+        router=sum(layer.router for layer in layers),
+        experts=sum(layer.experts for layer in layers),
+        experts_active=sum(layer.experts_active for layer in layers),
         engram=len(model.engram.layers) * _engram(model, model.engram) if model.engram else 0,
         engram_table=_engram_table(model.engram) if model.engram else 0,
-        streams=sum(letter in MIXERS for letter in layers) * _hyper_connection(model),
-        norms=(len(layers) + 1) * width,
+        streams=len(layers) * _hyper_connection(model),
+        norms=(len(layers) + 1) * model.d_model,
     )
-
-
-def _mamba2(model: ModelConfig) -> int:
-    mamba = model.mamba2
-    width = model.d_model
-    inner = mamba.expand * width
-    heads = inner // mamba.head_dim
-    convolved = inner + 2 * mamba.num_groups * mamba.state_dim
-    projections = width * (inner + convolved + heads) + inner * width
-    return projections + convolved * (mamba.conv_width + 1) + 3 * heads + inner
-
-
-def _mamba1(model: ModelConfig) -> int:
-    mamba = model.mamba1
-    width = model.d_model
-    inner = mamba.expand * width
-    rank = mamba.dt_rank or -(-width // 16)
-    projections = (
-        2 * width * inner + inner * (rank + 2 * mamba.state_dim) + rank * inner + inner * width
-    )
-    return projections + inner * (mamba.conv_width + 1) + inner * (mamba.state_dim + 2)
-
-
-def _s4d(model: ModelConfig) -> int:
-    """A (real and imaginary part) and C (a pair) for each stored state; log_dt and D once a
-    channel.
-    """
-    inner = model.s4d.expand * model.d_model
-    states = model.s4d.state_dim if model.s4d.init == "real" else model.s4d.state_dim // 2
-    return 3 * model.d_model * inner + inner * (4 * states + 2)
-
-
-def _attention(model: ModelConfig) -> int:
-    attention = model.attention
-    return model.d_model * attention.head_dim * 2 * (attention.num_heads + attention.num_kv_heads)
 
 
 def _engram(model: ModelConfig, engram: EngramConfig) -> int:

@@ -18,8 +18,11 @@ from tests.helpers.compare import assert_close
 from tests.helpers.exact import wide_floats
 from training.model.attention import Attention
 from training.model.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig
+from training.model.context import Context
+from training.model.layer_table import LAYERS
 from training.model.mamba1 import Mamba1
 from training.model.mamba2 import Mamba2
+from training.model.state import State
 
 
 def built(make, model: ModelConfig, *args, seed: int = 0):
@@ -30,7 +33,34 @@ def built(make, model: ModelConfig, *args, seed: int = 0):
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    mixer.kept = LAYERS[model.pattern].state(model, 1)
     return mixer
+
+
+def output_of(
+    mixer,
+    x_BLD: torch.Tensor,
+    seq_idx_BL: torch.Tensor | None = None,
+    state: State | None = None,
+    start: int = 0,
+) -> torch.Tensor:
+    """What a mixer without an auxiliary loss makes of rows, or of a piece that begins at
+    ``start``.
+    """
+    y_BLD, auxiliary = mixer(x_BLD, Context(seq_idx_BL=seq_idx_BL, state=state, start=start))
+    assert not auxiliary
+    assert not auxiliary.requires_grad
+    return y_BLD
+
+
+def state_of(mixer, x_BLD: torch.Tensor) -> State:
+    """The state of sequences that have seen nothing."""
+    return State(
+        mixer.kept,
+        len(x_BLD),
+        x_BLD.dtype,
+        x_BLD.device,
+    )
 
 
 def copy_weights(pairs) -> None:
@@ -72,11 +102,15 @@ def function_of(
 
 def step_through(mixer, x_BLD: torch.Tensor, prefill: int) -> torch.Tensor:
     """The outputs of a prefill, if any, and of single steps."""
-    cache: dict = {}
+    state = state_of(mixer, x_BLD)
     starts = [0, *range(prefill, x_BLD.shape[1])] if prefill else range(x_BLD.shape[1])
     stops = [*starts[1:], x_BLD.shape[1]]
     return torch.cat(
-        [mixer(x_BLD[:, a:b], None, cache) for a, b in zip(starts, stops, strict=True)], 1
+        [
+            output_of(mixer, x_BLD[:, a:b], state=state, start=a)
+            for a, b in zip(starts, stops, strict=True)
+        ],
+        1,
     )
 
 

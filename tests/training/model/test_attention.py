@@ -9,8 +9,8 @@ from transformers import GraniteMoeHybridConfig, LlamaConfig
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from tests.training.model.mixers import assert_same_function, attention_of, copy_weights
-from training.model.attention import Attention, document_positions
+from tests.training.model.mixers import assert_same_function, attention_of, copy_weights, output_of
+from training.model.attention import Attention
 
 
 def copy_attention(theirs, ours: Attention) -> None:
@@ -46,7 +46,7 @@ def test_attention_with_rope_equals_llama(heads, kv_heads, head_dim):
     x_BLD = torch.randn(2, 37, 32)
     turned = rotary(x_BLD, torch.arange(37)[None])
     assert_same_function(
-        lambda x: ours(x, None),
+        lambda x: output_of(ours, x),
         lambda x: theirs(x, turned, causal_bias(37))[0],
         x_BLD,
         [("out_proj", ours.out_proj.weight, theirs.o_proj.weight)],
@@ -69,13 +69,8 @@ def test_attention_without_positions_equals_granite(heads, kv_heads, head_dim):
     theirs = GraniteMoeHybridAttention(config, 0).eval()
     copy_attention(theirs, ours)
     assert_same_function(
-        lambda x: ours(x, None),
+        lambda x: output_of(ours, x),
         lambda x: theirs(x, causal_bias(37))[0],
         torch.randn(2, 37, 32),
         [("out_proj", ours.out_proj.weight, theirs.o_proj.weight)],
     )
-
-
-def test_document_positions():
-    seq_idx_BL = torch.tensor([[0, 0, 0, 1, 2, 2], [3, 3, 1, 1, 1, 1]])
-    assert document_positions(seq_idx_BL).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]

@@ -22,8 +22,12 @@ from tests.training.engram.memories import real_memory
 from training.engram.memory import build_memory, memory_of
 from training.model import engram as engram_module
 from training.model.config import EngramConfig, ModelConfig
+from training.model.context import Context
 from training.model.engram import Engram
-from training.model.model import Layer, build_model
+from training.model.layer import Layer
+from training.model.layer_table import engram_state
+from training.model.model import build_model
+from training.model.state import State
 
 WIDTH = 10
 LENGTHS = [1, 3, 2, 14, 9]
@@ -32,7 +36,9 @@ LENGTH = sum(LENGTHS)
 
 def engram_layer(streams: int, random: bool = True, **fields) -> Engram:
     config = EngramConfig(**({"num_heads": 2, "head_dim": 3} | fields))
-    layer = Engram(ModelConfig(d_model=WIDTH, num_streams=streams, engram=config), single_mesh())
+    model = ModelConfig(d_model=WIDTH, num_streams=streams, engram=config)
+    layer = Engram(model, single_mesh())
+    layer.kept = engram_state(model)
     initialize_parameters(layer, single_mesh(), 0)
     if random:
         with torch.no_grad():
@@ -58,11 +64,40 @@ def inputs(layer: Engram, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def remember(
+    layer: Engram,
+    h_BLSD: torch.Tensor,
+    e_BLM: torch.Tensor,
+    seq_idx_BL: torch.Tensor | None,
+    masked_BL: torch.Tensor | None = None,
+    state: State | None = None,
+    start: int = 0,
+) -> torch.Tensor:
+    """The streams after the layer, of rows or of a piece of them that begins at ``start``."""
+    context = Context(seq_idx_BL=seq_idx_BL, state=state, start=start)
+    return layer(
+        h_BLSD,
+        e_BLM,
+        context,
+        masked_BL,
+    )
+
+
 def added(layer: Engram, h_BLSD: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """What the layer adds to the streams: to compare it alone is stricter than to compare the
     streams with it.
     """
-    return layer(h_BLSD, *args, **kwargs) - h_BLSD
+    return remember(layer, h_BLSD, *args, **kwargs) - h_BLSD
+
+
+def state_of(layer: Engram, h_BLSD: torch.Tensor) -> State:
+    """The state of sequences that have seen nothing."""
+    return State(
+        layer.kept,
+        len(h_BLSD),
+        h_BLSD.dtype,
+        h_BLSD.device,
+    )
 
 
 def documents(batch: int = 2) -> torch.Tensor:
@@ -195,7 +230,10 @@ def test_convolution_starts_as_nothing(streams):
     with_conv = engram_layer(streams, random=False)
     without = engram_layer(streams, random=False, conv=False)
     h_BLSD, e_BLM = inputs(with_conv)
-    assert torch.equal(with_conv(h_BLSD, e_BLM, documents()), without(h_BLSD, e_BLM, documents()))
+    assert torch.equal(
+        remember(with_conv, h_BLSD, e_BLM, documents()),
+        remember(without, h_BLSD, e_BLM, documents()),
+    )
     assert added(without, h_BLSD, e_BLM, documents()).abs().mean() > 1e-2
     added(with_conv, h_BLSD, e_BLM, documents()).square().sum().backward()
     assert with_conv.conv_weight.grad.abs().max() > 0
@@ -237,11 +275,12 @@ def test_streams_gate_one_value_each_for_itself():
 def test_step_equals_scan(streams, pieces):
     layer = engram_layer(streams)
     h_BLSD, e_BLM = inputs(layer)
-    cache: dict = {}
-    got = [
-        added(layer, h, e, None, cache)
-        for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True)
-    ]
+    state = state_of(layer, h_BLSD)
+    got = []
+    start = 0
+    for h, e in zip(h_BLSD.split(pieces, 1), e_BLM.split(pieces, 1), strict=True):
+        got.append(added(layer, h, e, None, state=state, start=start))
+        start += h.shape[1]
     assert_close("output", torch.cat(got, 1), added(layer, h_BLSD, e_BLM, None))
 
 
@@ -303,21 +342,23 @@ def test_once_for_all_streams_is_the_ablation_of_the_paper(fields):
         num_streams=4,
         engram=engram,
     )
-    layer = Layer(0, model, single_mesh())
+    layer = Layer(0, model, single_mesh(), torch.float32)
     initialize_parameters(layer, single_mesh(), 0)
     single = engram_layer(1, **fields)
     single.load_state_dict(layer.engram.state_dict())  # of one stream's shapes
     x_BLSD = torch.randn(2, LENGTH, 4, WIDTH)
     e_BLM = torch.randn(2, LENGTH, 12)
-    got, _ = layer(x_BLSD, {0: lambda: (e_BLM, None)}, documents())
+    got, _ = layer(x_BLSD, Context(recall=lambda: (e_BLM, None), seq_idx_BL=documents()))
     u_BLD, post_BLS, mix_BLSS = layer.hyper(x_BLSD)
-    u_BLD = single(u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
-    y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), documents(), None)
+    u_BLD = remember(single, u_BLD[:, :, None], e_BLM, documents())[:, :, 0]
+    y_BLD = layer.mixer(rms(u_BLD, layer.norm, 1e-5), Context(seq_idx_BL=documents()))[0]
     expected = (
         torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD) + post_BLS[..., None] * y_BLD[:, :, None]
     )
     assert_close("streams", got, expected)
-    forgotten, _ = layer(x_BLSD, {0: lambda: (torch.zeros_like(e_BLM), None)}, documents())
+    forgotten, _ = layer(
+        x_BLSD, Context(recall=lambda: (torch.zeros_like(e_BLM), None), seq_idx_BL=documents())
+    )
     assert (got - forgotten).norm() > 1e-3 * got.norm()
 
 
@@ -331,12 +372,12 @@ def test_one_stream_is_remembered_alike_either_way():
         )
         for per_stream in (True, False)
     ]
-    layers = [Layer(0, model, single_mesh()) for model in models]
+    layers = [Layer(0, model, single_mesh(), torch.float32) for model in models]
     for layer in layers:
         initialize_parameters(layer, single_mesh(), 0)
     x_BLSD = torch.randn(1, LENGTH, 1, WIDTH)
     e_BLM = torch.randn(1, LENGTH, 2 * 8 * 64)
-    first, second = (layer(x_BLSD, {0: lambda: (e_BLM, None)}, None)[0] for layer in layers)
+    first, second = (layer(x_BLSD, Context(recall=lambda: (e_BLM, None)))[0] for layer in layers)
     assert torch.equal(first, second)
 
 
@@ -494,7 +535,8 @@ def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
     if layer.config.gate:
         assert not h_BLSD.grad[masked_BL].any()
         assert h_BLSD.grad[~masked_BL].any()
-    layer(
+    remember(
+        layer,
         h_BLSD.detach(),
         dense_BLM,
         documents_BL,
@@ -519,18 +561,18 @@ def test_decoding_over_masked_positions_is_the_whole_forward(pieces):
     memory = real_memory()
     layer = engram_layer(4, num_heads=2, head_dim=8)
     row_ids = memory.row_ids(with_masked_positions()[0], None)
-    cache = {}
     start = 0
     steps = []
     h_BLSD = torch.randn(2, 24, 4, WIDTH)
+    kept = state_of(layer, h_BLSD)
 
-    def remembered(cut: slice, cache: dict | None) -> torch.Tensor:
+    def remembered(cut: slice, state: State | None) -> torch.Tensor:
         rows = memory.tables.fetch({key: ids[:, cut] for key, ids in row_ids.items()})
         e_BLM, masked_BL = memory_of(rows)[3]()
-        return added(layer, h_BLSD[:, cut], e_BLM, None, cache, masked_BL)
+        return added(layer, h_BLSD[:, cut], e_BLM, None, masked_BL, state, cut.start or 0)
 
     for size in pieces:
-        steps.append(remembered(slice(start, start + size), cache))
+        steps.append(remembered(slice(start, start + size), kept))
         start += size
     whole = remembered(slice(None), None)
     assert_close("output", torch.cat(steps, 1), whole)
@@ -555,9 +597,9 @@ def model_over_masked_positions(fields: dict, recompute: bool) -> tuple:
         device=cpu,
         checkpoint_activations=recompute,
     )
-    for block in model.layers:  # it starts as nothing
+    for index, block in enumerate(model.layers):  # it starts as nothing
         torch.nn.init.normal_(
-            block.engram.conv_weight, generator=torch.Generator().manual_seed(block.index)
+            block.engram.conv_weight, generator=torch.Generator().manual_seed(index)
         )
     (ids_BL, documents_BL) = with_masked_positions()
     targets_BL = made_up_rows(3)[1][:2]

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests.helpers.compare import assert_close
-from tests.training.model.mixers import attention_of, built, mamba1_pair, mamba2_pair, step_through
+from tests.training.model.mixers import (
+    attention_of,
+    built,
+    mamba1_pair,
+    mamba2_pair,
+    output_of,
+    state_of,
+    step_through,
+)
 from training.model.config import ModelConfig, S4DConfig
 from training.model.s4d import S4D
 
@@ -26,16 +34,20 @@ MIXERS = {
 def test_step_equals_scan(name, prefill):
     mixer = MIXERS[name]()
     x_BLD = torch.randn(2, 21, 32)
-    assert_close(name, step_through(mixer, x_BLD, prefill), mixer(x_BLD, None))
+    assert_close(name, step_through(mixer, x_BLD, prefill), output_of(mixer, x_BLD))
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_pieces_of_any_length_equal_the_whole(name):
     mixer = MIXERS[name]()
     x_BLD = torch.randn(1, 30, 32)
-    cache = {}
-    pieces = [mixer(piece, None, cache) for piece in x_BLD.split([13, 1, 9, 7], dim=1)]
-    assert_close(name, torch.cat(pieces, 1), mixer(x_BLD, None))
+    state = state_of(mixer, x_BLD)
+    starts = [0, 13, 14, 23]
+    pieces = [
+        output_of(mixer, piece, state=state, start=start)
+        for piece, start in zip(x_BLD.split([13, 1, 9, 7], dim=1), starts, strict=True)
+    ]
+    assert_close(name, torch.cat(pieces, 1), output_of(mixer, x_BLD))
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -53,8 +65,10 @@ def test_packed_equals_separate(name):
     upstream = torch.randn(x_BLD.shape)
     packed = x_BLD.clone().requires_grad_()
     separate = x_BLD.clone().requires_grad_()
-    got = mixer(packed, seq_idx_BL)
-    expected = torch.cat([mixer(document, None) for document in separate.split(lengths, dim=1)], 1)
+    got = output_of(mixer, packed, seq_idx_BL)
+    expected = torch.cat(
+        [output_of(mixer, document) for document in separate.split(lengths, dim=1)], 1
+    )
     weights = list(mixer.parameters())
     gradients = torch.autograd.grad(got, [packed, *weights], upstream)
     oracle = torch.autograd.grad(expected, [separate, *weights], upstream)
@@ -67,7 +81,7 @@ def test_packed_equals_separate(name):
 def test_causal(name):
     mixer = MIXERS[name]()
     x_BLD = torch.randn(1, 19, 32, requires_grad=True)
-    mixer(x_BLD, None)[:, :7].square().sum().backward()
+    output_of(mixer, x_BLD)[:, :7].square().sum().backward()
     # The FFT of S4D rounds over the whole row.
     limit = 1e-6 if name == "s4d" else 0.0
     assert x_BLD.grad[:, 7:].abs().max() <= limit * x_BLD.grad[:, :7].abs().max()

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.training.model.mixers import assert_same_function, built, copy_weights
+from tests.training.model.mixers import assert_same_function, built, copy_weights, output_of
 from training.model.config import ModelConfig
 from training.model.mlp import SwiGLU
 
@@ -23,5 +23,8 @@ def test_swiglu_equals_llama(inner):
         ]
     )
     assert_same_function(
-        ours, theirs, torch.randn(2, 9, 32), [("down", ours.down.weight, theirs.down_proj.weight)]
+        lambda x: output_of(ours, x),
+        theirs,
+        torch.randn(2, 9, 32),
+        [("down", ours.down.weight, theirs.down_proj.weight)],
     )

@@ -17,6 +17,7 @@ from tests.helpers.compare import assert_close, relative_rmse
 from tests.helpers.tiny import VOCAB, made_up_rows
 from tests.training.model.models import build, build_tables, fetch, initial, loss_of, run_config
 from training.decode.generate import continue_tokens
+from training.decode.state import start_sequences
 from training.engram.memory import EngramMemory, memory_of
 from training.model.config import (
     AttentionConfig,
@@ -48,7 +49,7 @@ def fetch_piece(tables: EngramMemory | None, ids_BL: torch.Tensor, start: int, s
 def decode(
     model: HybridModel, tables: EngramMemory | None, ids_BL: torch.Tensor, pieces: list[int]
 ) -> torch.Tensor:
-    caches: list[dict] = [{} for _ in model.layers]
+    state = start_sequences(model, len(ids_BL))
     logits = []
     start = 0
     for size in pieces:
@@ -58,7 +59,7 @@ def decode(
                 ids_BL[:, start : start + size],
                 None,
                 memory,
-                caches,
+                state,
             )
         )
         start += size

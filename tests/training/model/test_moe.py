@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from parallel.mesh import single_mesh
 from tests.helpers.compare import assert_close
-from tests.training.model.mixers import built
+from tests.training.model.mixers import built, output_of
 from training.model.config import ModelConfig, MoEConfig
+from training.model.context import Context
 from training.model.moe import MoE, expert_loads, update_balance
 
 
@@ -41,7 +42,7 @@ def moe_reference(
                 gate, up = (x_D @ layer.experts.gate_up[expert]).chunk(2)
                 weight = config.route_scale * scores_E[expert] / scores_E[chosen].sum()
                 y_D = y_D + weight * ((F.silu(gate) * up) @ layer.experts.down[expert])
-        rows.append(y_D if layer.shared is None else y_D + layer.shared(x_D))
+        rows.append(y_D if layer.shared is None else y_D + output_of(layer.shared, x_D))
     return torch.stack(rows)
 
 
@@ -60,7 +61,7 @@ def test_moe_equals_tokens_and_experts_written_out(scores, top_k, shared_dim, sc
     twin = built(MoE, model)
     layer.bias.copy_(torch.linspace(-0.3, 0.3, 6))
     x_BLD = torch.randn(2, 9, 16, requires_grad=True)
-    y_BLD, auxiliary = layer(x_BLD)
+    y_BLD, auxiliary = layer(x_BLD, Context())
     x_TD = x_BLD.detach().flatten(0, 1).clone().requires_grad_()
     expected = moe_reference(twin, x_TD, layer.bias)
     assert not auxiliary.any()
@@ -79,8 +80,8 @@ def test_moe_equals_tokens_and_experts_written_out(scores, top_k, shared_dim, sc
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_moe_counts_every_choice_once(top_k):
     layer = built(MoE, moe_model(top_k=top_k, capacity_factor=0.5))
-    layer(torch.randn(3, 7, 16))
-    layer(torch.randn(2, 5, 16))
+    layer(torch.randn(3, 7, 16), Context())
+    layer(torch.randn(2, 5, 16), Context())
     assert expert_loads(layer).shape == (1, 6)
     assert (
         expert_loads(layer).sum() == 2 * 5 * top_k
@@ -91,7 +92,7 @@ def test_moe_drops_over_capacity():
     layer = built(MoE, moe_model(capacity_factor=0.5))
     layer.bias.copy_(torch.tensor([9.0, 5, 0, 0, 0, 0]))  # all want experts 0 and 1
     x_BLD = torch.randn(2, 9, 16)
-    got = layer(x_BLD)[0].flatten(0, 1)
+    got = layer(x_BLD, Context())[0].flatten(0, 1)
     capacity = 3  # 0.5 x 2 x 18 / 6
     assert_close(
         "output",
@@ -106,14 +107,14 @@ def test_moe_drops_over_capacity():
     assert_close(
         "dropped tokens keep the shared expert",
         got[capacity:],
-        layer.shared(x_BLD.flatten(0, 1)[capacity:]),
+        output_of(layer.shared, x_BLD.flatten(0, 1)[capacity:]),
     )
     assert expert_loads(layer).tolist() == [[18, 18, 0, 0, 0, 0]]
 
 
 def test_moe_without_tokens():
     layer = built(MoE, moe_model(aux_loss=0.1, z_loss=0.1))
-    y_BLD, auxiliary = layer(torch.randn(2, 0, 16))
+    y_BLD, auxiliary = layer(torch.randn(2, 0, 16), Context())
     assert y_BLD.shape == (2, 0, 16)
     assert not auxiliary.any()
     assert expert_loads(layer).sum() == 0
@@ -129,7 +130,7 @@ def test_moe_auxiliary_losses(aux, z):
     layer.bias.copy_(
         torch.tensor([9.0, 5, 0, 0, 0, 0])
     )  # the losses look at the choice without bias
-    _, auxiliary = layer(x_BLD)
+    _, auxiliary = layer(x_BLD, Context())
     logits_BLE = x_BLD @ layer.router.T
     scores_BLE = torch.sigmoid(logits_BLE)
     chosen = F.one_hot(scores_BLE.topk(2).indices, 6).sum(2).float()
@@ -164,7 +165,7 @@ def test_balance_evens_a_skewed_router():
     x_BLD = torch.randn(4, 64, 16) + 1.0
     figures = []
     for _ in range(60):
-        layer(x_BLD)
+        layer(x_BLD, Context())
         figures.append(float(update_balance(layer, expert_loads(layer), single_mesh())))
     assert figures[0] > 1.5
     assert max(figures[-5:]) < 1.25

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.helpers.compare import assert_close
-from tests.training.model.mixers import built, step_through
+from tests.training.model.mixers import built, output_of, step_through
 from training.model.config import ModelConfig, S4DConfig
 from training.model.s4d import S4D
 
@@ -19,7 +19,7 @@ def test_s4d_convolution_equals_recurrence(init, discretization):
     config = S4DConfig(init=init, discretization=discretization, state_dim=6)
     mixer = built(S4D, ModelConfig(pattern="L", d_model=16, s4d=config))
     x_BLD = torch.randn(2, 70, 16)
-    whole = mixer(x_BLD, None)
+    whole = output_of(mixer, x_BLD)
     assert_close("steps", step_through(mixer, x_BLD, 0), whole)
     assert_close("prefill of 40, then steps", step_through(mixer, x_BLD, 40), whole)
 
@@ -54,7 +54,7 @@ def test_s4d_equals_the_recurrence_written_out(init, discretization):
     expected = (torch.stack(rows) * F.silu(z_LD)) @ mixer.out_proj.weight.double().T
     assert_close(
         "mixer",
-        mixer(x_BLD, None)[0].double(),
+        output_of(mixer, x_BLD)[0].double(),
         expected,
         1e-5,
     )

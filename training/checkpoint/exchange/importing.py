@@ -29,8 +29,9 @@ from training.checkpoint.format.logical import weight_tensors
 from training.checkpoint.tools.sidecar_files import OF_DATA, OF_RUN, refuse_existing, start_run
 from training.checkpoint.tools.writer import Shapes, write_weights
 from training.config import RunConfig
-from training.model.config import ModelConfig, model_problems
+from training.model.config import ModelConfig
 from training.model.model import HybridModel
+from training.model.rules import model_problems
 from training.run_file import load_run_json, save_run_json
 
 MAX_LISTED = 10

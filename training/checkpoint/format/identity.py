@@ -14,7 +14,8 @@ from training.checkpoint.format.problems import checkpoint_problem
 from training.checkpoint.format.storage import Manifest
 from training.checkpoint.format.stored_rows import TensorMetadata
 from training.engram.memory import EngramMemory
-from training.model.config import MIXERS, ModelConfig
+from training.model.config import ModelConfig
+from training.model.layer_table import LAYERS
 
 # Fields that may change in a resumed run: the function that the parameters describe stays the same.
 FREE_FIELDS = {
@@ -102,11 +103,7 @@ def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tup
     function.
     """
     used = here["pattern"] + there["pattern"]
-    unused = {
-        {"-": "mlp_dim"}.get(letter, block)
-        for letter, block in MIXERS.items()
-        if letter not in used
-    }
+    unused = {kind.config for letter, kind in LAYERS.items() if letter not in used}
     mine = _flat(here)
     other = _flat(there)
     return [
