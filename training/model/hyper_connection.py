@@ -12,16 +12,15 @@ from torch.nn import functional as F
 
 from kernels.sinkhorn_knopp import sinkhorn_knopp
 from parallel.mesh import Mesh
-from parallel.placement import Placement, constant, declare
+from parallel.placement import Init, Placement, constant, declare
 from training.model.config import ModelConfig
 
 ALPHA = 0.01  # the paper's only published initial value (appendix A.1)
-# equal streams would get equal gradients and stay equal for ever; the mean of H_post is 1 all the
-# same
+# Equal streams would get equal gradients and stay equal for ever; the mean of H_post is 1 all the
+# same.
 POST_SPREAD = 1.0
-IDENTITY_LOGIT = (
-    5.0  # diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns
-)
+# Diagonal of the initial mixing logits: 98 % of a stream stays in it, and it still learns.
+IDENTITY_LOGIT = 5.0
 
 
 class HyperConnection(nn.Module):
@@ -38,43 +37,43 @@ class HyperConnection(nn.Module):
         self.eps = model.norm_eps
         self.streams = streams
 
-        def replica(*shape: int, init, whole: bool = False) -> nn.Parameter:
-            return declare(
-                Placement(
-                    shape=shape,
-                    init=init,
-                    partial=mesh.sequence_parallel,
-                    decay=False,
-                    fp32=True,
-                    whole_init=whole,
-                ),
-                mesh,
+        def replica(*shape: int, init: Init, whole: bool = False) -> nn.Parameter:
+            placement = Placement(
+                shape=shape,
+                init=init,
+                partial=mesh.sequence_parallel,
+                decay=False,
+                fp32=True,
+                whole_init=whole,
             )
-
-        def bias(_: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-            pre = torch.full((streams,), -math.log(streams - 1))
-            post = torch.linspace(-POST_SPREAD, POST_SPREAD, streams)
-            return torch.cat([pre, post, (IDENTITY_LOGIT * torch.eye(streams)).flatten()])
+            return declare(placement, mesh)
 
         size = streams * (streams + 2)
         self.phi = replica(size, streams * model.d_model, init=constant(0.0))
         self.alpha = replica(3, init=constant(ALPHA))
-        self.bias = replica(size, init=bias, whole=True)
+        self.bias = replica(size, init=self._initial_bias, whole=True)
+
+    def _initial_bias(self, _: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+        """Logits of H_pre = 1 / S, of H_post spread about 1, and of nearly the identity."""
+        streams = self.streams
+        pre_S = torch.full((streams,), -math.log(streams - 1))
+        post_S = torch.linspace(-POST_SPREAD, POST_SPREAD, streams)
+        mix_SS = IDENTITY_LOGIT * torch.eye(streams)
+        return torch.cat([pre_S, post_S, mix_SS.flatten()])
 
     def forward(self, x_BLSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the layer reads, and how its output returns: u_BLD, post_BLS, mix_BLSS (from stream,
         to stream).
         """
         flat = x_BLSD.flatten(-2).float()
-        sizes = [self.streams, self.streams, self.streams**2]
         inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
+        sizes = [self.streams, self.streams, self.streams**2]
         scale = self.alpha.repeat_interleave(torch.tensor(sizes, device=self.alpha.device))
-        pre, post, res = (F.linear(flat, self.phi) * inverse_rms * scale + self.bias).split(
-            sizes, dim=-1
-        )
-        mix = sinkhorn_knopp(res.unflatten(-1, (self.streams, self.streams)))
-        u_BLD = torch.einsum("bls,blsd->bld", torch.sigmoid(pre), x_BLSD.float())
-        return u_BLD, 2 * torch.sigmoid(post), mix
+        logits = F.linear(flat, self.phi) * inverse_rms * scale + self.bias
+        pre_BLS, post_BLS, res = logits.split(sizes, dim=-1)
+        mix_BLSS = sinkhorn_knopp(res.unflatten(-1, (self.streams, self.streams)))
+        u_BLD = torch.einsum("bls,blsd->bld", torch.sigmoid(pre_BLS), x_BLSD.float())
+        return u_BLD, 2 * torch.sigmoid(post_BLS), mix_BLSS
 
 
 def merge(
