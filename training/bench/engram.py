@@ -230,7 +230,7 @@ def micro_batch_ms(work: Work) -> float:
     """
     name = device_name(work.device)
     model = work.run.model
-    peak = peak_flops(name)
+    peak = peak_flops(name, "bf16")
     if peak is None:
         raise SystemExit(f"--compute-ms: the peak of {name} is not known, so it must be given")
     return 1e3 * work.tokens * flops_per_token(model, work.run.data.seq_length) / (MFU * peak)

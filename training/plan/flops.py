@@ -1,35 +1,51 @@
-"""Floating-point operations of a training step, counted from the parameters, and the peaks of known
-devices.
+"""Floating-point operations of a training step, counted from the parameters and the layers' states,
+and the peaks of known devices.
 """
 
+import re
+
 from training.model.config import ModelConfig
+from training.model.layer_table import LAYERS
 from training.plan.parameters import count_parameters
 
-# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets). An unknown device
-# has no MFU.
+# Dense bf16 peak, FLOP/s, by the device's whole name as its driver spells it (vendors' data sheets;
+# where those give it with sparsity, half). A board of another form has another clock and power: an
+# H100 on PCIe has three quarters of the SXM's peak. A slice of a card (MIG) has a longer name.
 PEAK_BF16 = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "MI300X": 1307e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA H200": 989e12,  # SXM
+    r"NVIDIA H200 NVL": 835e12,
+    r"NVIDIA GH200 (120GB|480GB|144G HBM3e)": 989e12,
+    r"(NVIDIA )?A100-(SXM4?|PCIE)-(40|80)GB": 312e12,
+    r"NVIDIA A100 80GB PCIe": 312e12,
+    r"NVIDIA B200": 2250e12,
+    r"AMD Instinct MI300X( OAM)?": 1307e12,
 }
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward: 6 a multiplied parameter, the causal products of attention and the
-    states of the scans.
+    """Forward and backward: 6 a multiplied parameter, and what each layer does beside its
+    parameters, as its kind tells (``LayerKind.state_flops``).
 
-    Attention 6 L H P a layer (half of 12 L H P: causal); SSD with state N and chunk Q about 6 x (2
-    N + Q) x inner a layer: the chunk's dual form and both products with the states.
+    Raises:
+        KeyError: a letter of the pattern that names no kind of layer.
     """
     matrices = 6.0 * count_parameters(model).active
-    inner = model.mamba2.expand * model.d_model
-    scan = 6.0 * (2 * model.mamba2.state_dim + model.mamba2.chunk_size) * inner
-    attention = 6.0 * seq_length * model.attention.num_heads * model.attention.head_dim
-    return matrices + model.pattern.count("M") * scan + model.pattern.count("*") * attention
+    states = (LAYERS[letter].state_flops(model, seq_length) for letter in model.pattern)
+    return matrices + sum(states)
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Peak of one device, or None where it is not known: then MFU prints n/a, never a guess."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Peak of one device, or None where it is not known: then MFU prints n/a, never a guess.
+
+    Args:
+        device_name: as the driver spells it.
+        dtype: compute type. Only bf16 has a peak here: what fp32 reaches depends on whether
+            products may be in TF32.
+    """
+    if dtype != "bf16":
+        return None
+    found = (peak for name, peak in PEAK_BF16.items() if re.fullmatch(name, device_name))
+    return next(found, None)

@@ -21,7 +21,8 @@ class Speedometer:
         self.device = device
         self.tokens = config.train.global_batch * config.data.seq_length
         self.flops = self.tokens * flops_per_token(config.model, config.data.seq_length)
-        self.peak = (peak_flops(device_name(device)) or 0.0) * num_ranks
+        peak = peak_flops(device_name(device), config.train.chosen_dtype)
+        self.peak = (peak or 0.0) * num_ranks
         self.last = time.perf_counter()
         self.spent = 0.0
         self.counted = 0
