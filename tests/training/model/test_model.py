@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from kernels.table_rows.formats import from_fp8
@@ -28,6 +29,7 @@ from training.model.config import (
     MoEConfig,
     S4DConfig,
 )
+from training.model.context import Context, no_auxiliary_loss
 from training.model.model import HybridModel
 from training.model.moe import expert_loads
 from training.plan.parameters import count_parameters
@@ -78,6 +80,29 @@ def test_step_equals_scan(pattern, pieces):
     ids_BL = torch.randint(0, VOCAB, (2, 13))
     expected = model.logits(ids_BL, None, fetch(tables, ids_BL, None))
     assert_close("logits", decode(model, tables, ids_BL, pieces), expected)
+
+
+class Recorder(nn.Module):
+    """A mixer that gives its input back, and whose only parameter is fp32."""
+
+    def __init__(self, given: list[torch.dtype]) -> None:
+        super().__init__()
+        self.given = given
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        self.given.append(x_BLD.dtype)
+        return x_BLD, no_auxiliary_loss(x_BLD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixer_computes_in_the_type_that_the_model_is_built_in(dtype):
+    """Not in that of its own parameters, some of which are always fp32."""
+    model = build(run_config(pattern="M", engram=None), dtype=dtype)
+    given = []
+    model.layers[0].mixer = Recorder(given)
+    h_BLD, _ = model.hidden(torch.randint(0, VOCAB, (1, 5)), None, {})
+    assert [*given, h_BLD.dtype] == [dtype, dtype]
 
 
 @pytest.mark.parametrize("positions", ["none", "rope"])

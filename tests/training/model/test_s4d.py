@@ -58,3 +58,22 @@ def test_s4d_equals_the_recurrence_written_out(init, discretization):
         expected,
         1e-5,
     )
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_s4d_wherever_an_optimizer_puts_its_parameters(offset):
+    """A flat buffer may begin C at an odd place, where pairs are no complex numbers."""
+    model = ModelConfig(pattern="L", d_model=16, s4d=S4DConfig(state_dim=6))
+    mixers = [built(S4D, model), built(S4D, model)]
+    size = mixers[1].C.numel()
+    flat = torch.full((offset + size,), torch.nan)
+    flat[offset:] = mixers[1].C.detach().flatten()
+    mixers[1].C.data = flat[offset:].view_as(mixers[1].C)
+    assert mixers[1].C.storage_offset() == offset
+    x_BLD = torch.randn(2, 20, 16)
+    expected, got = (output_of(mixer, x_BLD) for mixer in mixers)
+    assert torch.equal(got, expected)
+    upstream = torch.randn(expected.shape)
+    expected.backward(upstream)
+    got.backward(upstream)
+    assert torch.equal(mixers[1].C.grad, mixers[0].C.grad)

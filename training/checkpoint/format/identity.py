@@ -102,8 +102,9 @@ def _config_differences(here: dict[str, Any], there: dict[str, Any]) -> list[tup
     """(field, value here, value there) for fields that both know and that change the model's
     function.
     """
-    used = here["pattern"] + there["pattern"]
-    unused = {kind.config for letter, kind in LAYERS.items() if letter not in used}
+    letters = here["pattern"] + there["pattern"]
+    used = {kind.config for letter, kind in LAYERS.items() if letter in letters}
+    unused = {kind.config for kind in LAYERS.values()} - used
     mine = _flat(here)
     other = _flat(there)
     return [
