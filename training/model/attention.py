@@ -40,7 +40,11 @@ class Attention(nn.Module):
             width, model.d_model, mesh, output_init(model), units=config.num_heads
         )
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and no auxiliary loss."""
         q_BLHP, k_BLHP, v_BLHP = (
             part.unflatten(-1, (-1, self.config.head_dim))

@@ -36,23 +36,33 @@ class Context:
 
     def before(self, name: str) -> torch.Tensor | None:
         """The state ``name`` to go on from; None at the start of a sequence, and in whole rows."""
-        return None if self.state is None or self.start == 0 else self.state[name]
+        if self.state is None or self.start == 0:
+            return None
+        return self.state[name]
 
     def positions_of(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L) int64: place of each token of ``x`` (B, L, ...) in its document."""
         if self.seq_idx_BL is not None:
             return document_positions(self.seq_idx_BL)
-        places_L = torch.arange(self.start, self.start + x.shape[1], device=x.device)
-        return places_L.expand(x.shape[:2])
+        batch, length = x.shape[:2]
+        places_L = torch.arange(
+            self.start,
+            self.start + length,
+            device=x.device,
+        )
+        return places_L.expand(batch, length)
 
 
 def document_positions(seq_idx_BL: torch.Tensor) -> torch.Tensor:
     """(B, L) int64: place of each token in its document."""
-    place_L = torch.arange(seq_idx_BL.shape[1], device=seq_idx_BL.device)
+    length = seq_idx_BL.shape[1]
+    place_L = torch.arange(length, device=seq_idx_BL.device)
     place_BL = place_L.expand(seq_idx_BL.shape)
     starts_BL = torch.ones_like(seq_idx_BL, dtype=torch.bool)
     starts_BL[:, 1:] = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
-    return place_BL - torch.where(starts_BL, place_BL, 0).cummax(1).values
+    # The place in the row where a token's document starts is the largest start so far.
+    start_BL = torch.where(starts_BL, place_BL, 0)
+    return place_BL - start_BL.cummax(1).values
 
 
 def no_auxiliary_loss(x: torch.Tensor) -> torch.Tensor:

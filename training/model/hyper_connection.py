@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections (arXiv 2512.24880, section 4.2): S residual streams that
 mix at every layer.
 
-B batch, L length, S streams, D model width.
+B batch, L length, S streams, D model width, R = S x S.
 """
 
 import math
@@ -61,24 +61,47 @@ class HyperConnection(nn.Module):
         mix_SS = IDENTITY_LOGIT * torch.eye(streams)
         return torch.cat([pre_S, post_S, mix_SS.flatten()])
 
-    def forward(self, x_BLSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLSD: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the layer reads, and how its output returns: u_BLD, post_BLS, mix_BLSS (from stream,
         to stream).
         """
-        flat = x_BLSD.flatten(-2).float()
-        inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
-        sizes = [self.streams, self.streams, self.streams**2]
-        scale = self.alpha.repeat_interleave(torch.tensor(sizes, device=self.alpha.device))
-        logits = F.linear(flat, self.phi) * inverse_rms * scale + self.bias
-        pre_BLS, post_BLS, res = logits.split(sizes, dim=-1)
-        mix_BLSS = sinkhorn_knopp(res.unflatten(-1, (self.streams, self.streams)))
-        u_BLD = torch.einsum("bls,blsd->bld", torch.sigmoid(pre_BLS), x_BLSD.float())
+        pre_BLS, post_BLS, res_BLR = self._logits(x_BLSD)
+        streams = (self.streams, self.streams)
+        mix_BLSS = sinkhorn_knopp(res_BLR.unflatten(-1, streams))
+        u_BLD = torch.einsum(
+            "bls,blsd->bld",
+            torch.sigmoid(pre_BLS),
+            x_BLSD.float(),
+        )
+        # Factor 2: the mean of H_post is 1 where its logits are about 0.
         return u_BLD, 2 * torch.sigmoid(post_BLS), mix_BLSS
+
+    def _logits(self, x_BLSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of H_pre, H_post and H_res: r^-1 x phi, each third with its own scale, and a bias."""
+        flat = x_BLSD.flatten(-2).float()
+        squares = flat.square().mean(-1, keepdim=True)
+        inverse_rms = torch.rsqrt(squares + self.eps)
+        sizes = [self.streams, self.streams, self.streams**2]
+        repeats = torch.tensor(sizes, device=self.alpha.device)
+        scale = self.alpha.repeat_interleave(repeats)
+        logits = F.linear(flat, self.phi) * inverse_rms * scale + self.bias
+        return logits.split(sizes, dim=-1)
 
 
 def merge(
-    x_BLSD: torch.Tensor, y_BLD: torch.Tensor, post_BLS: torch.Tensor, mix_BLSS: torch.Tensor
+    x_BLSD: torch.Tensor,
+    y_BLD: torch.Tensor,
+    post_BLS: torch.Tensor,
+    mix_BLSS: torch.Tensor,
 ) -> torch.Tensor:
     """x'[k] = post[k] y + sum_j mix[j, k] x[j]."""
-    mixed = torch.einsum("bljk,bljd->blkd", mix_BLSS, x_BLSD.float())
-    return (mixed + post_BLS[..., None] * y_BLD[..., None, :].float()).to(x_BLSD.dtype)
+    mixed_BLSD = torch.einsum(
+        "bljk,bljd->blkd",
+        mix_BLSS,
+        x_BLSD.float(),
+    )
+    added_BLSD = post_BLS[..., None] * y_BLD[..., None, :].float()
+    return (mixed_BLSD + added_BLSD).to(x_BLSD.dtype)

@@ -12,23 +12,24 @@ def weight_init(model: ModelConfig) -> Init:
     """Normal with std sqrt(0.8 / D), as Nemotron 3's .0173/.014/.0099 are, unless the configuration
     gives one.
     """
-    return normal(model.init_std or math.sqrt(0.8 / model.d_model))
+    return normal(_weight_std(model))
 
 
 def output_init(model: ModelConfig) -> Init:
     """``weight_init`` divided by sqrt(layers): one residual addition a layer (Megatron's hybrid
     models).
     """
-    return normal(
-        (model.init_std or math.sqrt(0.8 / model.d_model)) / math.sqrt(len(model.pattern))
-    )
+    return normal(_weight_std(model) / math.sqrt(len(model.pattern)))
+
+
+def _weight_std(model: ModelConfig) -> float:
+    return model.init_std or math.sqrt(0.8 / model.d_model)
 
 
 def dt_bias_init(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
     """softplus^-1 of a log-uniform step size in [1e-3, 1e-1] (Mamba, section 3.6)."""
-    low = math.log(1e-3)
-    high = math.log(1e-1)
-    dt = torch.exp(torch.rand(shape, generator=generator) * (high - low) + low).clamp(min=1e-4)
+    log_dt = log_dt_init(generator, shape)
+    dt = torch.exp(log_dt).clamp(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))
 
 
@@ -36,4 +37,5 @@ def log_dt_init(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Ten
     """Logarithm of a log-uniform step size in [1e-3, 1e-1] (S4D, section 4)."""
     low = math.log(1e-3)
     high = math.log(1e-1)
-    return torch.rand(shape, generator=generator) * (high - low) + low
+    drawn = torch.rand(shape, generator=generator)
+    return drawn * (high - low) + low

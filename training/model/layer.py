@@ -47,7 +47,11 @@ class Layer(nn.Module):
         self.norm = norm_parameter(model, mesh)
         self.mixer = LAYERS[model.pattern[index]].build(model, mesh)
 
-    def forward(self, x_BLSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLSD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new streams, and this rank's weighted auxiliary loss."""
         if self.engram is not None and self.engram.streams == x_BLSD.shape[2]:
             x_BLSD = self._remember(x_BLSD, context)

@@ -90,7 +90,11 @@ class Mamba1(nn.Module):
         )
         return declare(placement, self.mesh)
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and no auxiliary loss.
 
         One token at a time still takes the scan: ``kernels.state_update`` is the op of a decoding

@@ -59,7 +59,11 @@ class Mamba2(nn.Module):
             units=heads,
         )
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and no auxiliary loss.
 
         One token at a time still takes the scan: ``kernels.state_update`` is the op of a decoding

@@ -31,7 +31,11 @@ class SwiGLU(nn.Module):
             output_init(model),
         )
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and no auxiliary loss."""
         y_BLD = self.down(swiglu(self.gate_up(x_BLD)))
         return y_BLD, no_auxiliary_loss(x_BLD)

@@ -54,7 +54,11 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(num_experts))
         self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and this rank's weighted auxiliary losses summed over its tokens
         (fp32 scalar).
         """

@@ -75,7 +75,11 @@ class S4D(nn.Module):
         self.C = channels(num_states, 2, init=normal(0.5**0.5))
         self.D = channels(init=constant(1.0))
 
-    def forward(self, x_BLD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) -> (B, L, D), and no auxiliary loss."""
         u_BLD, z_BLD = self.in_proj.split(self.in_proj(x_BLD))
         dt_D = torch.exp(self.log_dt)
