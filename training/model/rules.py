@@ -17,11 +17,11 @@ def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
     unknown = list(_pattern_rules(model))
     known = [kind for letter, kind in LAYERS.items() if letter in model.pattern]
     of_layers = chain.from_iterable(kind.rules(model, tp) for kind in known)
-    experts = any(kind.parameters(model).experts for kind in known)
+    has_experts = any(kind.config == "moe" for kind in known)
     return [
         *unknown,
         *of_layers,
-        *_expert_parallel_rules(model, ep, experts),
+        *_expert_parallel_rules(model, ep, has_experts),
         *_engram_rules(model),
     ]
 
