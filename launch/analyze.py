@@ -10,6 +10,7 @@ import tyro
 
 from launch.env import discover
 from parallel.errors import Problem, RunError
+from parallel.ranges import Count, range_problems
 
 WHATS = ("engram",)
 USAGE = """usage: python -m launch analyze engram <run or checkpoint>
@@ -31,9 +32,9 @@ class Request:
     """runs/<name>, for its newest checkpoint, or runs/<name>/checkpoints/step-N."""
     text: Path | None = None
     """A UTF-8 text to measure on, instead of the validation split."""
-    tokens: int = 16_384
+    tokens: Count = 16_384
     """Validation tokens to measure on."""
-    count: int = 2**23
+    count: Count = 2**23
     """N-grams are counted over the first so many tokens that training read; up to 150 bytes of
     memory each.
     """
@@ -85,17 +86,7 @@ def find_problems(request: Request) -> list[Problem]:
                 fix=fix,
             )
         )
-    for field, value in (("tokens", request.tokens), ("count", request.count)):
-        if value < 1:
-            problems.append(
-                Problem(
-                    field=f"--{field}",
-                    value=value,
-                    rule="is below 1",
-                    fix="use 1 or more",
-                )
-            )
-    return problems
+    return problems + range_problems(request, "--")
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated
 import tyro
 
 from launch.env import discover
+from parallel.errors import RunError
+from parallel.ranges import Natural, range_problems
 
 WEIGHTS_ONLY = "weights only: generate reads it, and --train.start_from begins a run with it"
 PathArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
@@ -78,7 +80,7 @@ class Diff:
     """A checkpoint, or a run: its newest complete one."""
     b: PathArgument
     """The other; of any layout."""
-    lines: int = 20
+    lines: Natural = 20
     """Tensors that are listed, at most."""
 
     def run(self) -> None:
@@ -187,6 +189,8 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         use_underscores=True,
     )
+    if problems := range_problems(request, "--"):
+        raise RunError(*problems)
     if discover().rank == 0:
         request.run()
     return 0

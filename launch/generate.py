@@ -10,6 +10,7 @@ import tyro
 
 from launch.env import discover
 from parallel.errors import Problem, RunError, nearest
+from parallel.ranges import LARGEST, Count, NonNegative, Range, range_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,13 @@ class Request:
     """Directory of the run, as in runs/<name>."""
     prompt: str
     """Text that the model continues."""
-    max_tokens: int = 200
+    max_tokens: Count = 200
     """Tokens to generate, at most."""
-    temperature: float = 0.8
+    temperature: NonNegative = 0.8
     """Scale of the sampling noise; 0 takes the likeliest token."""
-    top_p: float = 0.95
+    top_p: Annotated[float, Range(gt=0, le=1, fix="use 1 to sample from all tokens")] = 0.95
     """Sample from the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
+    seed: Annotated[int, Range(ge=-LARGEST)] = 0
     """Seed of the sampling, for the same text again."""
 
 
@@ -84,31 +85,4 @@ def find_problems(request: Request) -> list[Problem]:
                 fix=fix,
             )
         )
-    limits = (
-        ("max_tokens", request.max_tokens, request.max_tokens >= 1, "is below 1", "use 1 or more"),
-        (
-            "temperature",
-            request.temperature,
-            request.temperature >= 0,
-            "is negative",
-            "use 0 or more",
-        ),
-        (
-            "top_p",
-            request.top_p,
-            0 < request.top_p <= 1,
-            "is outside 0 to 1",
-            "use 1 to sample from all tokens",
-        ),
-    )
-    for field, value, ok, rule, fix in limits:
-        if not ok:
-            problems.append(
-                Problem(
-                    field=f"--{field}",
-                    value=value,
-                    rule=rule,
-                    fix=fix,
-                )
-            )
-    return problems
+    return problems + range_problems(request, "--")

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from parallel.errors import Problem, RunError, nearest
+from parallel.ranges import Count, Positive, Range, range_problems
 from parallel.table_config import RowFormat, RowOptimizer, TableConfig, table_problems
 from training.config import RunConfig
 from training.plan.tables import (
@@ -39,27 +40,27 @@ class Request:
     """A preset, or the run.json of a run."""
     published: bool = False
     """Instead: tables of 5.7B, 18.5B, 100B and 196B parameters."""
-    ranks: tuple[int, ...] = (8, 64, 1024)
+    ranks: tuple[Count, ...] = (8, 64, 1024)
     """Numbers of ranks to plan for."""
     rows: RowFormat | None = None
     """Format of the rows that traffic is planned for; the run's own, unless named."""
     optimizer: RowOptimizer | None = None
     """Optimizer that traffic is planned for; the run's own, unless named."""
-    micro_tokens: int = 4096
+    micro_tokens: Count = 4096
     """Tokens of a rank's micro-batch, with --published."""
-    distinct: float | None = None
+    distinct: Annotated[float, Range(gt=0, le=1, fix="use 1 where no n-gram repeats")] | None = None
     """Distinct ids of a micro-batch / its ids; measured on Python's standard library
     unless given.
     """
     growth: Path | None = None
     """A report.json of `analyze engram`: how n-grams repeat in your own text."""
-    step_s: float | None = None
+    step_s: Positive | None = None
     """Seconds that an optimizer step takes, to turn bytes into rates."""
-    tokens_per_s: float = 10_000.0
+    tokens_per_s: Positive = 10_000.0
     """Tokens that a rank trains a second: gives the step's time where --step_s does not."""
-    ranks_per_node: int = 8
+    ranks_per_node: Count = 8
     """Ranks that share a node's memory."""
-    host_gib: float = 2048.0
+    host_gib: Positive = 2048.0
     """Host memory of a node, in GiB."""
     json: bool = False
     """Print the plan as one JSON object, for machines."""
@@ -123,42 +124,17 @@ def find_problems(request: Request) -> list[Problem]:
                 field="run", value=repr(request.run), rule="names not exactly one plan", fix=fix
             )
         )
-    positive = ("micro_tokens", "step_s", "tokens_per_s", "ranks_per_node", "host_gib")
-    for field, value in ((field, getattr(request, field)) for field in positive):
-        if value is not None and value <= 0:
-            problems.append(
-                Problem(
-                    field=f"--{field}", value=value, rule="is not positive", fix="use more than 0"
-                )
-            )
-    if not request.ranks or min(request.ranks) < 1:
-        ranks = " ".join(map(str, request.ranks))
-        problems.append(
-            Problem(
-                field="--ranks",
-                value=ranks,
-                rule="is below 1",
-                fix="use 8 64 1024",
-            )
-        )
-    if request.distinct is not None and not 0 < request.distinct <= 1:
-        fix = "use 1 where no n-gram repeats"
-        problems.append(
-            Problem(
-                field="--distinct",
-                value=request.distinct,
-                rule="is outside 0 to 1",
-                fix=fix,
-            )
-        )
-    return problems
+    return problems + range_problems(request, "--")
 
 
 def _load(run: str) -> RunConfig:
     if run in PRESETS:
         return PRESETS[run]()
     if run.endswith(".json"):
-        return load_run_json(Path(run))
+        config = load_run_json(Path(run))
+        if problems := range_problems(config):
+            raise RunError(*problems)
+        return config
     fix = nearest(run, PRESETS, "name one of these, or a run.json")
     raise RunError(
         Problem(

@@ -8,23 +8,25 @@ parallelism is 1), so ``ep`` may cross tensor ranks.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Annotated
 
 from parallel.errors import Problem
+from parallel.ranges import Count, Range, Seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How a model and its data are laid over the ranks; what is left after tp is data parallel."""
 
-    tp: int = 1
+    tp: Count = 1
     """Tensor-parallel ranks: heads, channels and the vocabulary are cut over them."""
-    ep: int = 1
+    ep: Count = 1
     """Expert-parallel ranks: experts are cut over them; they are data x tensor ranks."""
     sequence_parallel: bool = False
     """Between tensor-parallel blocks, keep only a slice of the sequence on each tensor rank."""
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Range(ge=1, le=2)] = 1
     """DeepSpeed ZeRO stage of the dense parameters and experts: 1 or 2."""
-    timeout_s: int = 600
+    timeout_s: Seconds = 600
     """How long a collective waits for its peers before the run ends with the rank's name."""
 
 

@@ -1,10 +1,18 @@
 """How Engram rows are stored and trained. No torch in here: the CLI imports it."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from parallel.errors import Problem
+from parallel.ranges import (
+    Count,
+    DecayRate,
+    Natural,
+    NonNegative,
+    Positive,
+    known,
+    range_problems,
+)
 
 RowFormat = Literal["fp32", "bf16", "fp8"]
 RowOptimizer = Literal["adam", "rowwise_adam", "momentum_sinkhorn"]
@@ -30,34 +38,35 @@ class TableConfig:
     restart_optimizer: bool = False
     """Resume also from a checkpoint of another table optimizer: its state of the rows is left
     behind, the new one begins. Without it that is an error."""
-    learning_rate_multiple: float = 5.0
+    learning_rate_multiple: Positive = 5.0
     """Rows learn at this multiple of the learning rate (the paper's 5)."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decay of touched rows (the paper's 0); not with momentum_sinkhorn."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates for rows."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's epsilon for rows."""
-    momentum: float = 0.95
+    momentum: DecayRate = 0.95
     """Decay rate of momentum_sinkhorn."""
-    sinkhorn_scale: float = 0.18
+    sinkhorn_scale: Positive = 0.18
     """RMS of a row's step over the learning rate, with momentum_sinkhorn."""
-    sinkhorn_threshold: float = 1e-3
+    sinkhorn_threshold: NonNegative = 1e-3
     """Rows whose momentum is below this multiple of the mean row's do not move."""
-    sinkhorn_iterations: int = 11
+    sinkhorn_iterations: Count = 11
     """Alternating row and column normalisations; odd, so that rows come last."""
-    prefetch: int = 1
+    prefetch: Natural = 1
     """Micro-batches whose rows move while an earlier one computes; 0 fetches when they are needed.
     The same bits.
     """
-    hot_rows: int = 0
+    hot_rows: Natural = 0
     """The rows asked of a rank most, so many (rounded up to a multiple of 8), are kept on the
     compute device, too. The same bits."""
 
 
 def table_problems(config: TableConfig, width: int) -> list[Problem]:
     """What is wrong with a table's configuration for rows of ``width`` values."""
-    problems = []
+    problems = range_problems(config, "table.")
+    config = known(config)
 
     def refuse(name: str, value: object, rule: str, fix: str) -> None:
         problems.append(
@@ -83,20 +92,6 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
             'is empty, and table.placement is "file"',
             "name a directory on a disk",
         )
-    if config.prefetch < 0:
-        refuse(
-            "prefetch",
-            config.prefetch,
-            "is negative",
-            "use 0 to fetch when rows are needed",
-        )
-    if config.hot_rows < 0:
-        refuse(
-            "hot_rows",
-            config.hot_rows,
-            "is negative",
-            "use 0 to keep none",
-        )
     if config.hot_rows > 0 and config.placement == "device":
         refuse(
             "hot_rows",
@@ -104,36 +99,12 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
             'keeps rows on the device, where table.placement "device" has all',
             "use 0",
         )
-    if config.sinkhorn_iterations < 1 or config.sinkhorn_iterations % 2 == 0:
+    if config.sinkhorn_iterations % 2 == 0:
         refuse(
             "sinkhorn_iterations",
             config.sinkhorn_iterations,
             "must be odd: rows come last",
             "use 11",
-        )
-    for name in ("momentum", "betas"):
-        value = getattr(config, name)
-        if not all(0 <= rate < 1 for rate in (value if isinstance(value, tuple) else (value,))):
-            refuse(
-                name,
-                value,
-                "must lie in 0 <= rate < 1",
-                "use the default",
-            )
-    for name in ("learning_rate_multiple", "eps", "sinkhorn_scale"):
-        if not 0 < getattr(config, name) < math.inf:
-            refuse(
-                name,
-                getattr(config, name),
-                "must be above 0, and finite",
-                "use the default",
-            )
-    if not 0 <= config.weight_decay < math.inf:
-        refuse(
-            "weight_decay",
-            config.weight_decay,
-            "must be 0 or more, and finite",
-            "use 0",
         )
     if config.optimizer == "momentum_sinkhorn" and config.weight_decay:
         refuse(

@@ -2,12 +2,24 @@
 imports it.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from parallel.errors import Problem
 from parallel.mesh_plan import ParallelConfig, layout_problems, plan_mesh
+from parallel.ranges import (
+    UNKNOWN,
+    Count,
+    DecayRate,
+    Natural,
+    NonNegative,
+    Positive,
+    Seconds,
+    Share,
+    known,
+    range_problems,
+    untold,
+)
 from parallel.table_config import TableConfig, table_problems
 from training.data.config import DataConfig
 from training.model.config import ModelConfig
@@ -20,27 +32,27 @@ Dtype = Literal["bf16", "fp32"]
 class OptimizerConfig:
     """AdamW with warm-up and decay."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; vectors, norms, A_log, D and dt_bias have none."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     """Global gradient norm above which all gradients, table rows included, are scaled down; 0
     switches clipping off.
     """
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine to min_ratio, or warm-up, stable, decay (1 - sqrt) over the last decay_fraction."""
-    warmup_steps: int = 100
+    warmup_steps: Natural = 100
     """Steps of linear warm-up."""
-    min_ratio: float = 0.1
+    min_ratio: Share = 0.1
     """Final learning rate / peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """Share of the steps in which wsd decays."""
-    schedule_steps: int | None = None
+    schedule_steps: Count | None = None
     """Steps over which the rate warms up and decays; None: train.steps."""
 
 
@@ -48,11 +60,11 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 500
+    steps: Count = 500
     """Optimizer steps."""
-    global_batch: int = 32
+    global_batch: Count = 32
     """Rows an optimizer step, over all ranks."""
-    micro_batch: int = 4
+    micro_batch: Count = 4
     """Rows a rank computes at once; the rest is accumulated."""
     dtype: Dtype | None = None
     """Compute type; None: what this device does well, bf16 or fp32. Master weights and optimizer
@@ -62,29 +74,29 @@ class TrainConfig:
     """Recompute each layer in backward instead of keeping its activations."""
     compile: bool = False
     """torch.compile the elementwise pieces of the CPU kernels (a minute at the first step)."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the initial parameters."""
     start_from: str = ""
     """A run or a checkpoint, also one that ``average`` or ``import`` wrote, whose weights are the
     initial ones.
     """
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between log lines."""
-    eval_every: int = 100
+    eval_every: Natural = 100
     """Steps between evaluations; 0 evaluates only at the end."""
-    eval_rows: int = 64
+    eval_rows: Count = 64
     """Rows of the validation split that are evaluated."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between checkpoints; the last step always saves."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints that are kept."""
-    keep_every: int = 0
+    keep_every: Natural = 0
     """Checkpoints of steps that are a multiple of it are kept for good; 0 keeps only the newest."""
     async_save: bool = True
     """Write checkpoints while training goes on, from a copy in host memory; False stops training
     for all of it.
     """
-    checkpoint_timeout_s: int = 1800
+    checkpoint_timeout_s: Seconds = 1800
     """Seconds that ranks wait for one another while a checkpoint is written or read: more than any
     disk needs.
     """
@@ -113,82 +125,35 @@ class RunConfig:
 
 
 def validate(config: RunConfig, world_size: int) -> list[Problem]:
-    """Every rule between fields, and between the run and the number of its processes, that is
-    broken.
+    """Every number outside of its range, and every rule between fields, and between the run and
+    the number of its processes, that is broken.
+
+    A rule about a number that is at fault itself is not told.
     """
     problems = layout_problems(config.parallel, world_size)
-    if problems:
-        problems += model_problems(config.model, 1, 1)  # what is wrong on any layout
-    else:
-        problems += model_problems(config.model, config.parallel.tp, config.parallel.ep)
-        problems += _batch_problems(config, world_size)
+    layout, num_readers = _known_layout(config.parallel, world_size, problems)
+    problems += model_problems(config.model, layout.tp, layout.ep)
+    problems += _batch_problems(known(config), layout.tp, num_readers)
     if config.model.engram is not None:
-        problems += table_problems(config.table, config.model.engram.head_dim)
-    return problems + _range_problems(config)
+        problems += table_problems(config.table, known(config.model.engram).head_dim)
+    return problems + untold(range_problems(config), problems)
 
 
-def _range_problems(config: RunConfig) -> list[Problem]:
-    """Numbers outside of what they can be."""
-    train = config.train
-    optimizer = config.optimizer
-    lowest = {
-        "steps": 1,
-        "global_batch": 1,
-        "micro_batch": 1,
-        "seed": 0,
-        "log_every": 1,
-        "eval_every": 0,
-        "eval_rows": 1,
-        "save_every": 1,
-        "keep": 1,
-        "keep_every": 0,
-        "checkpoint_timeout_s": 1,
-    }
-    problems = [
-        Problem(
-            field=f"train.{name}", value=value, rule=f"is below {least}", fix=f"use {least} or more"
-        )
-        for name, least in lowest.items()
-        if (value := getattr(train, name)) < least
-    ]
-    positive = "must be above 0, and finite"
-    shares = "must lie in 0 to 1"
-    rules = {
-        "learning_rate": (0 < optimizer.learning_rate < math.inf, positive),
-        "betas": (all(0 <= beta < 1 for beta in optimizer.betas), "must lie in 0 <= rate < 1"),
-        "eps": (0 < optimizer.eps < math.inf, positive),
-        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "must be 0 or more, and finite"),
-        "clip_norm": (
-            0 <= optimizer.clip_norm < math.inf,
-            "must be 0 (no clipping) or more, and finite",
-        ),
-        "warmup_steps": (optimizer.warmup_steps >= 0, "must be 0 or more"),
-        "min_ratio": (0 <= optimizer.min_ratio <= 1, shares),
-        "decay_fraction": (0 <= optimizer.decay_fraction <= 1, shares),
-        "schedule_steps": (
-            optimizer.schedule_steps is None or optimizer.schedule_steps >= 1,
-            "must be 1 or more",
-        ),
-    }
-    default = OptimizerConfig()
-    return problems + [
-        Problem(
-            field=f"optimizer.{name}",
-            value=getattr(optimizer, name),
-            rule=rule,
-            fix=f"the default is {getattr(default, name)}",
-        )
-        for name, (holds, rule) in rules.items()
-        if not holds
-    ]
+def _known_layout(
+    parallel: ParallelConfig, world_size: int, problems: list[Problem]
+) -> tuple[ParallelConfig, int]:
+    """The layout and its number of data ranks, ``UNKNOWN`` in place of what is at fault."""
+    faults = [problem.field.removeprefix("parallel.") for problem in problems]
+    sound = replace(parallel, **{name: getattr(ParallelConfig(), name) for name in faults})
+    num_readers = plan_mesh(sound, world_size).size("batch")
+    layout = replace(parallel, **dict.fromkeys(faults, UNKNOWN))
+    return layout, UNKNOWN if layout.tp is UNKNOWN else num_readers
 
 
-def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
+def _batch_problems(config: RunConfig, tp: int, num_readers: int) -> list[Problem]:
     problems = []
     train = config.train
-    tp = config.parallel.tp
-    num_readers = plan_mesh(config.parallel, world_size).size("batch")
-    rows = max(1, train.micro_batch) * num_readers
+    rows = train.micro_batch * num_readers
     if train.global_batch % rows:
         problems.append(
             Problem(

@@ -125,7 +125,7 @@ def test_problems_come_together():
         host_gib=-1.0,
     )
     fields = [problem.field for problem in find_problems(bad)]
-    assert fields == ["run", "--step_s", "--host_gib", "--ranks", "--distinct"]
+    assert fields == ["run", "--ranks", "--distinct", "--step_s", "--host_gib"]
     assert find_problems(Request(run="tiny", published=True))[0].field == "run"
 
 

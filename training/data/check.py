@@ -7,6 +7,7 @@ CLI imports it.
 from pathlib import Path
 
 from parallel.errors import Problem, RunError
+from parallel.ranges import known, range_problems
 from training.data.config import DataConfig
 from training.data.files import SPLITS, check_manifest, read_manifest
 
@@ -15,7 +16,7 @@ def data_problems(data: DataConfig, vocab_size: int) -> list[Problem]:
     """All that is wrong with the dataset for a model of ``vocab_size`` tokens, and with the rows
     that are asked for.
     """
-    problems = _row_problems(data)
+    problems = range_problems(data, "data.")
     path = Path(data.path)
     try:
         manifest = read_manifest(path)
@@ -42,27 +43,7 @@ def data_problems(data: DataConfig, vocab_size: int) -> list[Problem]:
                 field="model.vocab_size", value=vocab_size, rule=rule, fix=f"use {tokens} or more"
             )
         )
-    return problems + _split_problems(data, counts)
-
-
-def _row_problems(data: DataConfig) -> list[Problem]:
-    problems = []
-    if data.seq_length < 1:
-        problems.append(
-            Problem(
-                field="data.seq_length", value=data.seq_length, rule="is below 1", fix="use 512"
-            )
-        )
-    if data.seed < 0:
-        problems.append(
-            Problem(
-                field="data.seed",
-                value=data.seed,
-                rule="is negative",
-                fix="use 0 or more",
-            )
-        )
-    return problems
+    return problems + _split_problems(known(data), counts)
 
 
 def _split_problems(data: DataConfig, counts: dict[str, int]) -> list[Problem]:

@@ -1,8 +1,10 @@
 """Which data is prepared, and which is read. No torch in here: the CLI imports it."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from parallel.errors import Problem
+from parallel.ranges import Count, Natural, Range, range_problems, untold
 
 SMALLEST_VOCABULARY = 258  # 256 bytes and two special tokens
 
@@ -13,9 +15,9 @@ class DataConfig:
 
     path: str = "data/stdlib"
     """Directory written by `prepare`: token files, tokenizer and token map."""
-    seq_length: int = 512
+    seq_length: Count = 512
     """L, tokens a row."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the order of documents and rows."""
 
 
@@ -39,19 +41,19 @@ class PrepareConfig:
     """Directory that is written."""
     tokenizer: str | None = None
     """A tokenizer.json to use; None trains a byte-level BPE on the training documents."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of a trained vocabulary, special ones included; fewer when the corpus is too small for
     as many.
     """
-    val_fraction: float = 0.02
+    val_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.02
     """Share of the documents that validate: chosen by a hash of their index and the seed, at least
     one.
     """
     append_eod: bool = True
     """End each document with the end-of-document token."""
-    max_documents: int = 0
+    max_documents: Natural = 0
     """Use only this many documents from the start of the source; 0 for all."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the choice of validation documents and of the tokenizer's training sample."""
     overwrite: bool = False
     """Replace a dataset that `prepare` wrote before."""
@@ -63,7 +65,7 @@ class PrepareConfig:
 
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
-    """Every local rule that ``config`` breaks."""
+    """Every number outside of its range, and every local rule that ``config`` breaks."""
     rules = [
         (
             bool(config.source) and all(config.source),
@@ -72,9 +74,6 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
             "name a file, a directory, a hub dataset or stdlib",
         ),
         (bool(config.out), "out", "is empty", "name the directory to write"),
-        (0 < config.val_fraction < 1, "val_fraction", "is not between 0 and 1", "use 0.02"),
-        (config.max_documents >= 0, "max_documents", "is negative", "use 0 for all documents"),
-        (config.seed >= 0, "seed", "is negative", "use 0 or more"),
         (
             config.tokenizer is not None or config.vocab_size >= SMALLEST_VOCABULARY,
             "vocab_size",
@@ -82,7 +81,7 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
             "use 8192",
         ),
     ]
-    return [
+    problems = [
         Problem(
             field=field,
             value=repr(getattr(config, field)),
@@ -92,3 +91,4 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
         for ok, field, rule, fix in rules
         if not ok
     ]
+    return problems + untold(range_problems(config), problems)

@@ -2,15 +2,13 @@
 CLI imports it.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from parallel.errors import Problem
+from parallel.ranges import Count, Natural, NonNegative, Positive
 
-MAY_BE_ZERO = ("mamba1.dt_rank", "moe.shared_dim", "engram.seed")
-POSITIVE = ("norm_eps", "attention.rope_theta", "moe.route_scale")
 VOCAB_MULTIPLE = 128
 
 
@@ -18,17 +16,17 @@ VOCAB_MULTIPLE = 128
 class Mamba2Config:
     """Mamba-2 (SSD, arXiv 2405.21060)."""
 
-    expand: int = 2
+    expand: Count = 2
     """Inner width / d_model."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """P, channels a head."""
-    state_dim: int = 128
+    state_dim: Count = 128
     """N, state size a channel."""
-    num_groups: int = 1
+    num_groups: Count = 1
     """G, heads that share B and C come in this many groups."""
-    conv_width: int = 4
+    conv_width: Count = 4
     """Taps of the causal convolution on x, B and C."""
-    chunk_size: int = 64
+    chunk_size: Count = 64
     """Q, tokens a chunk of the SSD scan."""
 
 
@@ -36,13 +34,13 @@ class Mamba2Config:
 class Mamba1Config:
     """Mamba-1 (S6, arXiv 2312.00752)."""
 
-    expand: int = 2
+    expand: Count = 2
     """Inner width / d_model."""
-    state_dim: int = 16
+    state_dim: Count = 16
     """N, state size a channel."""
-    conv_width: int = 4
+    conv_width: Count = 4
     """Taps of the causal convolution on x."""
-    dt_rank: int = 0
+    dt_rank: Natural = 0
     """Rank of the step-size projection; 0 means d_model / 16, rounded up."""
 
 
@@ -50,9 +48,9 @@ class Mamba1Config:
 class S4DConfig:
     """S4D (arXiv 2206.11893): linear time-invariant, a control layer."""
 
-    expand: int = 1
+    expand: Count = 1
     """Inner width / d_model."""
-    state_dim: int = 64
+    state_dim: Count = 64
     """N, complex states come in conjugate pairs: N / 2 are stored."""
     init: Literal["legs", "lin", "inv", "real"] = "lin"
     """Initial A: the diagonal of HiPPO-LegS, S4D-Lin, S4D-Inv or S4D-Real."""
@@ -64,15 +62,15 @@ class S4DConfig:
 class AttentionConfig:
     """Grouped-query attention."""
 
-    num_heads: int = 8
+    num_heads: Count = 8
     """Query heads."""
-    num_kv_heads: int = 2
+    num_kv_heads: Count = 2
     """Key/value heads."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """Channels a head."""
     positions: Literal["none", "rope"] = "none"
     """NoPE (as in Nemotron 3 and Granite 4 hybrids) or rotary positions."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
 
 
@@ -80,27 +78,27 @@ class AttentionConfig:
 class MoEConfig:
     """Mixture of experts: routed SwiGLU experts beside a shared one."""
 
-    num_experts: int = 8
+    num_experts: Count = 8
     """E, routed experts."""
-    top_k: int = 2
+    top_k: Count = 2
     """K, experts a token goes to."""
-    expert_dim: int = 256
+    expert_dim: Count = 256
     """F, inner width of a routed expert."""
-    shared_dim: int = 256
+    shared_dim: Natural = 256
     """Inner width of the shared expert; 0 for none."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     """Router scores; the weights of the chosen experts are normalised to sum to 1."""
-    route_scale: float = 1.0
+    route_scale: Positive = 1.0
     """Factor on the normalised weights (DeepSeek-V3: 2.5)."""
-    bias_rate: float = 1e-3
+    bias_rate: NonNegative = 1e-3
     """Step of the balancing bias towards underloaded experts (arXiv 2408.15664);
     0 switches it off.
     """
-    aux_loss: float = 0.0
+    aux_loss: NonNegative = 0.0
     """Weight of the sequence auxiliary loss (DeepSeek-V3: 1e-4)."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of mean(logsumexp(router logits)^2)."""
-    capacity_factor: float = 0.0
+    capacity_factor: NonNegative = 0.0
     """0 is dropless; otherwise an expert takes at most factor x K x tokens / E tokens of each
     rank's tokens.
     """
@@ -112,15 +110,15 @@ class EngramConfig:
     gated into the residual stream.
     """
 
-    layers: tuple[int, ...] = (1,)
+    layers: tuple[Natural, ...] = (1,)
     """0-based places in the pattern before which memory is added."""
-    orders: tuple[int, ...] = (2, 3)
+    orders: tuple[Count, ...] = (2, 3)
     """n-gram orders."""
-    num_heads: int = 8
+    num_heads: Count = 8
     """Hash heads an order."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """W, width of one row."""
-    table_size: int = 100_000
+    table_size: Count = 100_000
     """Smallest number of rows a head; each head takes the next unused prime."""
     compress: bool = True
     """Hash compressed token ids (case, accents and spaces folded)."""
@@ -132,11 +130,11 @@ class EngramConfig:
     """
     conv: bool = True
     """Short dilated convolution after the gate (the paper's; V4.1 has none)."""
-    conv_width: int = 4
+    conv_width: Count = 4
     """Taps of that convolution; its dilation is the largest order."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the hash multipliers."""
-    init_std: float = 0.02
+    init_std: NonNegative = 0.02
     """Standard deviation of the initial rows."""
 
 
@@ -148,19 +146,19 @@ class ModelConfig:
     """M Mamba-2, S Mamba-1, L S4D, * attention, - dense MLP, E mixture of experts (Megatron's
     notation).
     """
-    d_model: int = 256
+    d_model: Count = 256
     """D, width of the residual stream."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of the vocabulary; the weights are padded to a multiple of 128."""
-    mlp_dim: int = 512
+    mlp_dim: Count = 512
     """Inner width of a dense SwiGLU MLP."""
-    num_streams: int = 1
+    num_streams: Count = 1
     """S, residual streams: 1, or 4 with manifold-constrained hyper-connections (arXiv
     2512.24880).
     """
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Epsilon of every RMSNorm."""
-    init_std: float = 0.0
+    init_std: NonNegative = 0.0
     """Standard deviation of the linear weights; 0 means sqrt(0.8 / D). Divided by sqrt(layers) on
     the way out.
     """
@@ -183,26 +181,6 @@ def padded_vocab(model: ModelConfig) -> int:
 
 
 Rules = Iterator[Problem]
-
-
-def range_rules(model: ModelConfig) -> Rules:
-    """Counts and widths are 1 or more, other numbers 0 or more, but for those that stand below."""
-    for name, value in _numbers(model):
-        if name in POSITIVE:
-            least = "more than 0"
-        else:
-            least = "0 or more" if isinstance(value, float) or name in MAY_BE_ZERO else "1 or more"
-        if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
-            yield model_problem(name, value, "is out of range", f"use {least}")
-
-
-def _numbers(block: object, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Names and values of the numbers in a dataclass and in those it consists of."""
-    for name, value in vars(block).items():
-        if is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + name, value
 
 
 def mamba2_rules(model: ModelConfig, tp: int) -> Rules:
@@ -278,7 +256,7 @@ def mlp_rules(model: ModelConfig, tp: int) -> Rules:
 def moe_rules(model: ModelConfig, tp: int) -> Rules:
     """Choices of an expert layer that its experts or the tensor ranks do not allow."""
     moe = model.moe
-    if not 1 <= moe.top_k <= moe.num_experts:
+    if moe.top_k > moe.num_experts:
         yield model_problem(
             "moe.top_k",
             moe.top_k,

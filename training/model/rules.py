@@ -6,19 +6,27 @@ from collections.abc import Iterator
 from itertools import chain
 
 from parallel.errors import Problem
-from training.model.config import ModelConfig, Rules, model_problem, range_rules
+from parallel.ranges import known, range_problems
+from training.model.config import ModelConfig, Rules, model_problem
 from training.model.layer_table import LAYERS
 
 
 def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
-    """Every rule inside the model, and between it and the layout, that is broken."""
-    if out_of_range := list(range_rules(model)):
-        return out_of_range  # the other rules divide by these
+    """Every number outside of its range, and every rule inside the model, and between it and the
+    layout, that is broken.
+
+    Args:
+        tp: tensor ranks, ``UNKNOWN`` where the layout has another fault.
+        ep: expert ranks, likewise.
+    """
+    outside = range_problems(model, "model.")
+    model = known(model)
     unknown = list(_pattern_rules(model))
-    known = [kind for letter, kind in LAYERS.items() if letter in model.pattern]
-    of_layers = chain.from_iterable(kind.rules(model, tp) for kind in known)
-    has_experts = any(kind.config == "moe" for kind in known)
+    kinds = [kind for letter, kind in LAYERS.items() if letter in model.pattern]
+    of_layers = chain.from_iterable(kind.rules(model, tp) for kind in kinds)
+    has_experts = any(kind.config == "moe" for kind in kinds)
     return [
+        *outside,
         *unknown,
         *of_layers,
         *_expert_parallel_rules(model, ep, has_experts),
@@ -67,7 +75,7 @@ def _engram_rules(model: ModelConfig) -> Rules:
     layers = model.engram.layers
     orders = model.engram.orders
     depth = len(model.pattern)
-    if places := [layer for layer in layers if not 0 <= layer < depth]:
+    if places := [layer for layer in layers if layer >= depth]:
         yield model_problem(
             "engram.layers",
             places,
