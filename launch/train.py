@@ -16,6 +16,7 @@ from launch.env import Process, discover, identify
 from launch.machine import allow_open_files, free_memory
 from launch.option_values import field_types, join_values, read_words
 from parallel.errors import Problem, RunError, nearest
+from parallel.ranges import known
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
@@ -84,7 +85,13 @@ def main(argv: list[str]) -> int:
         ):  # nodes may differ in their files: each opens them itself before it trains
             from training.data.check import data_problems
 
-            problems += data_problems(request.run.data, request.run.model.vocab_size)
+            vocab_size = known(request.run.model).vocab_size
+            told = {(problem.field, problem.rule) for problem in problems}
+            problems += [
+                problem
+                for problem in data_problems(request.run.data, vocab_size)
+                if (problem.field, problem.rule) not in told
+            ]
         if problems:
             raise RunError(*problems)
     except RunError as error:  # every rank finds the same: one speaks
@@ -193,7 +200,8 @@ def find_problems(request: Request, process: Process, runs: Path) -> list[Proble
     problems += _file_problems(allow_open_files())
     if not request.mode.continues:
         problems += _start_problems(request.run.train.start_from)
-    problems += _memory_problems(request.run, process, free_memory())
+    if not any(problem.field.startswith("model.engram.") for problem in problems):
+        problems += _memory_problems(request.run, process, free_memory())
     return _say_origin(problems, request, runs / request.run.name / "run.json")
 
 

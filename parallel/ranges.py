@@ -187,6 +187,7 @@ def _broken_rule(value: Any, limits: Range, *, whole: bool) -> str:
 
 def _fix(field: Field[Any], limits: Range, kind: type) -> str:
     if kind is int:
-        return f"use {limits}"
+        both = limits.ge is not None and limits.le is not None
+        return f"use {limits.ge} to {limits.le}" if both else f"use {limits}"
     default = field.default
     return f"use one {limits}" if default in (MISSING, None) else f"the default is {default}"
