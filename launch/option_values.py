@@ -5,6 +5,7 @@ What is wrong is left out of what goes to tyro, so that the rest of the configur
 well.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from types import NoneType
@@ -33,34 +34,45 @@ def field_types(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_words(words: list[str], types: dict[str, Any]) -> tuple[list[str], list[Problem]]:
+def read_words(
+    words: list[str],
+    types: dict[str, Any],
+    switches: Sequence[str] = SWITCHES,
+    meant: Callable[[str], str] | None = None,
+) -> tuple[list[str], list[Problem]]:
     """The words that tyro can read, numbers as it reads them, and what is wrong with the others.
 
     Args:
         words: options and their values, ``--name value ...`` or ``--name=value``.
         types: of the fields by name.
+        switches: names of options without a value.
+        meant: for a verb that takes words of its own: what to do about an option that is no field.
+            None is training a run.
     """
     kept: list[str] = []
     problems: list[Problem] = []
-    known = [*SWITCHES, *types]
-    for option, values in _options(words):
+    known = [*switches, *types]
+    for option, values in _options(words, switches):
         name = option_name(option)
-        if not option.startswith("--") or name in SWITCHES:
+        if not option.startswith("--") or name in switches:
             kept += [option, *values]
         elif name not in types:
-            fix = what_is_meant(name, known)
+            fix = what_is_meant(name, known) if meant is None else meant(name)
             problems.append(
                 Problem(
                     field="option",
                     value=option,
-                    rule="is no field of a run",
+                    rule="is no field of a run" if meant is None else "is no option",
                     fix=fix,
                 )
             )
         else:
+            # A second word after an option of one value is the verb's own, as in --step_s 1 tiny.
+            surplus = [] if meant is None or _is_tuple(types[name]) else values[1:]
+            values = values[: len(values) - len(surplus)]
             read, found = _read_values(name, values, types[name])
             problems += found
-            kept += [] if found else _written(name, read)
+            kept += surplus + ([] if found else _written(name, read))
     return kept, problems
 
 
@@ -98,18 +110,22 @@ def _written(name: str, values: list[str]) -> list[str]:
     return [f"--{name}", *values]
 
 
-def _options(words: list[str]) -> list[tuple[str, list[str]]]:
+def _options(words: list[str], switches: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Each option with the values after it; a value of ``--name=value`` with its name."""
     found: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             found.append((option, [value] if equals else []))
-        elif found and option_name(found[-1][0]) not in SWITCHES:
+        elif found and option_name(found[-1][0]) not in switches:
             found[-1][1].append(word)
         else:
             found.append((word, []))
     return found
+
+
+def _is_tuple(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
 
 
 def _read_values(name: str, values: list[str], hint: Any) -> tuple[list[str], list[Problem]]:

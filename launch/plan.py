@@ -11,8 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from launch.request import read_request
 from parallel.errors import Problem, RunError, nearest
-from parallel.ranges import Count, Positive, Range, range_problems
+from parallel.ranges import Count, Positive, Range, range_problems, untold
 from parallel.table_config import RowFormat, RowOptimizer, TableConfig, table_problems
 from training.config import RunConfig
 from training.plan.tables import (
@@ -68,13 +69,9 @@ class Request:
 
 def main(argv: list[str]) -> int:
     """Print the plan of what was asked for."""
-    request = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Request],
-        args=argv,
-        prog="python -m launch plan",
-        use_underscores=True,
-    )
-    if problems := find_problems(request):
+    request, problems = read_request(Request, argv, _parse, "--")
+    problems += untold(find_problems(request), problems)
+    if problems:
         raise RunError(*problems)
     if request.published:
         shapes = published(request.micro_tokens)
@@ -114,6 +111,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _parse(words: list[str]) -> Request:
+    return tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Request],
+        args=words,
+        prog="python -m launch plan",
+        use_underscores=True,
+    )
+
+
 def find_problems(request: Request) -> list[Problem]:
     """What keeps ``request`` from being planned."""
     problems = []
@@ -124,17 +130,25 @@ def find_problems(request: Request) -> list[Problem]:
                 field="run", value=repr(request.run), rule="names not exactly one plan", fix=fix
             )
         )
+    if request.run and not request.published:
+        problems += _run_problems(request.run)
     return problems + range_problems(request, "--")
+
+
+def _run_problems(run: str) -> list[Problem]:
+    """What is wrong with the configuration of the run that is planned."""
+    try:
+        config = _load(run)
+    except RunError as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    return range_problems(config)
 
 
 def _load(run: str) -> RunConfig:
     if run in PRESETS:
         return PRESETS[run]()
     if run.endswith(".json"):
-        config = load_run_json(Path(run))
-        if problems := range_problems(config):
-            raise RunError(*problems)
-        return config
+        return load_run_json(Path(run))
     fix = nearest(run, PRESETS, "name one of these, or a run.json")
     raise RunError(
         Problem(

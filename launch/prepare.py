@@ -17,16 +17,24 @@ def main(argv: list[str]) -> int:
     """
     import tyro
 
+    from launch.request import read_request
     from parallel.errors import RunError
-    from training.data.config import PrepareConfig
+    from parallel.ranges import untold
+    from training.data.config import PrepareConfig, prepare_problems
 
-    config = tyro.cli(
-        PrepareConfig, args=argv, prog="python -m launch prepare", description=__doc__
+    config, problems = read_request(
+        PrepareConfig,
+        argv,
+        lambda words: tyro.cli(
+            PrepareConfig, args=words, prog="python -m launch prepare", description=__doc__
+        ),
     )
     from training.data.prepare import prepare
 
     comm = _communicator()
     try:
+        if problems:
+            raise RunError(*problems, *untold(prepare_problems(config), problems))
         manifest = prepare(config, comm)
     except RunError:
         if comm.rank == 0:

@@ -133,7 +133,7 @@ def parse(
     named = source.startswith("--config")
     if named:
         path = source.partition("=")[2] or (words.pop(0) if words else "")
-        config = load_run_json(Path(path))
+        config = _saved_config(Path(path), words)
     else:
         config = _preset(source, words)
     request = _apply_words(config, words, source, rank, found)
@@ -141,6 +141,24 @@ def parse(
         return request
     own = _own_config(runs / request.run.name)
     return request if own is None else _apply_words(own, words, source, rank, found)
+
+
+def _saved_config(path: Path, words: list[str]) -> RunConfig:
+    """The configuration in a file.
+
+    Raises:
+        RunError: it does not load; with what is wrong with the words after it.
+    """
+    try:
+        return load_run_json(path)
+    except RunError as error:
+        raise RunError(*error.problems, *_word_problems(words)) from error
+
+
+def _word_problems(words: list[str]) -> list[Problem]:
+    """What is wrong with words that are typed over a configuration that is not known."""
+    _, words = _switch_engram(RunConfig(), join_values(words, field_types(RunConfig)))
+    return read_words(words, field_types(RunConfig))[1]
 
 
 def _own_config(directory: Path) -> RunConfig | None:
@@ -354,8 +372,7 @@ def _preset(name: str, words: list[str]) -> RunConfig:
         problem = Problem(
             field="preset", value=name, rule=f"is none of {', '.join(PRESETS)}", fix=fix
         )
-        _, words = _switch_engram(RunConfig(), join_values(words, field_types(RunConfig)))
-        raise RunError(problem, *read_words(words, field_types(RunConfig))[1])
+        raise RunError(problem, *_word_problems(words))
     return PRESETS[name]()
 
 

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from parallel.errors import Problem, RunError, nearest
+from parallel.ranges import range_problems, untold
 from training.config import RunConfig
 
 PACKAGES = (
@@ -66,10 +67,9 @@ def load_run_json(path: Path) -> RunConfig:
 
     Raises:
         RunError: no such file, not JSON, an unknown key (with the nearest known one), or a value of
-            the wrong type.
+            the wrong type; with the numbers of such a file that are outside of their ranges.
+            Of a file without these faults they are left to ``training.config.validate``.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -89,22 +89,44 @@ def load_run_json(path: Path) -> RunConfig:
         )
     problems = [_unknown("", key, PARTS) for key in content if key not in PARTS]
     problems += _unknown_keys(RunConfig, content["config"])
-    if problems:
-        raise RunError(*problems)
+    config, wrong = _typed(content["config"], path)
+    problems += wrong
+    if problems:  # its other numbers are told, too, but no rules: fields are missing
+        raise RunError(*problems, *untold(range_problems(config), problems))
+    return config
+
+
+def _typed(values: Any, path: Path) -> tuple[RunConfig, list[Problem]]:
+    """The configuration without the values of a wrong type, and these."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(RunConfig).validate_json(json.dumps(content["config"]), strict=True)
+        return TypeAdapter(RunConfig).validate_json(json.dumps(values), strict=True), []
     except ValidationError as error:
-        raise RunError(
-            *(
-                Problem(
-                    field=".".join(map(str, e["loc"])),
-                    value=e["input"],
-                    rule=e["msg"],
-                    fix=f"correct it in {path}",
-                )
-                for e in error.errors()
-            )
-        ) from error
+        wrong = error.errors()
+    for fault in wrong:
+        values = _without(values, fault["loc"])
+    problems = [
+        Problem(
+            field=".".join(map(str, fault["loc"])),
+            value=fault["input"],
+            rule=fault["msg"],
+            fix=f"correct it in {path}",
+        )
+        for fault in wrong
+    ]
+    return TypeAdapter(RunConfig).validate_json(json.dumps(values), strict=True), problems
+
+
+def _without(values: Any, place: Sequence[int | str]) -> dict[str, Any]:
+    """Nested ``values`` without the field at ``place``, or the one that holds it."""
+    if not isinstance(values, dict) or not place or place[0] not in values:
+        return {}
+    kept = dict(values)
+    inner = kept.pop(place[0])
+    if len(place) > 1 and isinstance(inner, dict):
+        kept[place[0]] = _without(inner, place[1:])
+    return kept
 
 
 def load_history(path: Path) -> list[dict[str, Any]]:
