@@ -21,15 +21,28 @@ def read_request(
         prefix: of fields' names in problems.
     """
     types = field_types(kind)
-    flags = [name for name, hint in types.items() if hint is bool]
-    switches = (*flags, *(f"no_{name}" for name in flags), "help")
+    switches = ["help"]
+    for name, hint in types.items():
+        if hint is bool:
+            switches += [name, f"no_{name}"]
 
     def meant(name: str) -> str:
-        return nearest(name, types, "--help lists them", "--")
+        return nearest(
+            name,
+            types,
+            "--help lists them",
+            "--",
+        )
 
-    words, problems = read_words(argv, types, switches=switches, meant=meant)
-    told = [
-        replace(problem, field=prefix + problem.field) if problem.field in types else problem
-        for problem in problems
-    ]
+    words, problems = read_words(
+        argv,
+        types,
+        switches,
+        meant,
+    )
+    told = []
+    for problem in problems:
+        if problem.field in types:
+            problem = replace(problem, field=prefix + problem.field)
+        told.append(problem)
     return parse(words), told

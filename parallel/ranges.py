@@ -8,7 +8,6 @@ at a time.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
-from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from parallel.errors import Problem
@@ -32,37 +31,47 @@ class Range:
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` lies in the range; NaN lies in none."""
-        finite = abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
-        return finite and not self._is_below(value) and not self._is_above(value)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return not self._is_below(value) and not self._is_above(value)
 
     def _is_below(self, value: float) -> bool:
-        too_small = self.ge is not None and value < self.ge
-        return too_small or (self.gt is not None and value <= self.gt)
+        if self.ge is not None and value < self.ge:
+            return True
+        return self.gt is not None and value <= self.gt
 
     def _is_above(self, value: float) -> bool:
-        too_large = self.le is not None and value > self.le
-        return too_large or (self.lt is not None and value >= self.lt)
+        if self.le is not None and value > self.le:
+            return True
+        return self.lt is not None and value >= self.lt
 
     def __str__(self) -> str:
-        """Its bounds in words."""
-        bounds = {
-            f"{self.ge} or more": self.ge,
-            f"above {self.gt}": self.gt,
-            f"at most {self.le}": self.le,
-            f"below {self.lt}": self.lt,
-        }
-        return " and ".join(words for words, bound in bounds.items() if bound is not None)
+        """Its bounds in words, as in "0 or more and below 1"."""
+        words = []
+        if self.ge is not None:
+            words.append(f"{self.ge} or more")
+        if self.gt is not None:
+            words.append(f"above {self.gt}")
+        if self.le is not None:
+            words.append(f"at most {self.le}")
+        if self.lt is not None:
+            words.append(f"below {self.lt}")
+        return " and ".join(words)
 
     def broken_by(self, value: float, *, whole: bool) -> str:
         """The rule that a number outside of the range breaks, for a field of ``whole`` numbers or
         others.
         """
         if not whole:
-            unbounded = self.le is None and self.lt is None
-            return f"must be {self}{', and finite' if unbounded else ''}"
+            rule = f"must be {self}"
+            is_bounded = self.le is not None or self.lt is not None
+            return rule if is_bounded else f"{rule}, and finite"
         if self._is_below(value):
             return f"is below {self.ge}"
-        return f"is above {LARGEST if self.le is None else self.le}"
+        largest = LARGEST if self.le is None else self.le
+        return f"is above {largest}"
 
 
 Count = Annotated[int, Range(ge=1)]
@@ -88,10 +97,25 @@ class _Unknown:
     def _does_not_hold(self, _: object) -> bool:
         return False
 
-    __add__ = __sub__ = __mul__ = __floordiv__ = __truediv__ = __mod__ = _unknown
-    __radd__ = __rsub__ = __rmul__ = __rfloordiv__ = __rtruediv__ = __rmod__ = _unknown
-    __lt__ = __le__ = __gt__ = __ge__ = _does_not_hold
-    __eq__ = __ne__ = _does_not_hold
+    __add__ = _unknown
+    __radd__ = _unknown
+    __sub__ = _unknown
+    __rsub__ = _unknown
+    __mul__ = _unknown
+    __rmul__ = _unknown
+    __floordiv__ = _unknown
+    __rfloordiv__ = _unknown
+    __truediv__ = _unknown
+    __rtruediv__ = _unknown
+    __mod__ = _unknown
+    __rmod__ = _unknown
+
+    __lt__ = _does_not_hold
+    __le__ = _does_not_hold
+    __gt__ = _does_not_hold
+    __ge__ = _does_not_hold
+    __eq__ = _does_not_hold
+    __ne__ = _does_not_hold
     __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
@@ -146,10 +170,14 @@ def range_of(hint: Any) -> tuple[type, Range] | None:
     """
     if get_origin(hint) is Annotated:
         kind, *stated = get_args(hint)
-        limits = next((item for item in stated if isinstance(item, Range)), None)
-        return None if limits is None else (kind, limits)
-    inner = (range_of(choice) for choice in get_args(hint) if choice not in (NoneType, Ellipsis))
-    return next((found for found in inner if found is not None), None)
+        for item in stated:
+            if isinstance(item, Range):
+                return kind, item
+    for inner in get_args(hint):
+        found = range_of(inner)
+        if found is not None:
+            return found
+    return None
 
 
 def _typed_fields(config: Any) -> Iterator[tuple[Field[Any], Any, Any]]:
@@ -168,8 +196,13 @@ def _problem(field: Field[Any], value: Any, hint: Any, prefix: str = "") -> Prob
     rule = _broken_rule(value, limits, whole=kind is int)
     if not rule:
         return None
-    fix = "give it at least one" if value == () else limits.fix or _fix(field, limits, kind)
-    return Problem(field=prefix + field.name, value=value, rule=rule, fix=fix)
+    fix = _fix(field, value, limits, whole=kind is int)
+    return Problem(
+        field=prefix + field.name,
+        value=value,
+        rule=rule,
+        fix=fix,
+    )
 
 
 def _broken_rule(value: Any, limits: Range, *, whole: bool) -> str:
@@ -177,17 +210,24 @@ def _broken_rule(value: Any, limits: Range, *, whole: bool) -> str:
     numbers = value if isinstance(value, tuple) else (value,)
     if not numbers:
         return "is empty"
-    for number in numbers:
-        if not limits.holds(number):
-            rule = limits.broken_by(number, whole=whole)
-            is_one_of_many = whole and isinstance(value, tuple)
-            return f"has {number}, which {rule}" if is_one_of_many else rule
-    return ""
+    outside = [number for number in numbers if not limits.holds(number)]
+    if not outside:
+        return ""
+    rule = limits.broken_by(outside[0], whole=whole)
+    if whole and isinstance(value, tuple):
+        return f"has {outside[0]}, which {rule}"
+    return rule
 
 
-def _fix(field: Field[Any], limits: Range, kind: type) -> str:
-    if kind is int:
-        both = limits.ge is not None and limits.le is not None
-        return f"use {limits.ge} to {limits.le}" if both else f"use {limits}"
-    default = field.default
-    return f"use one {limits}" if default in (MISSING, None) else f"the default is {default}"
+def _fix(field: Field[Any], value: Any, limits: Range, *, whole: bool) -> str:
+    if value == ():
+        return "give it at least one"
+    if limits.fix:
+        return limits.fix
+    if whole and limits.ge is not None and limits.le is not None:
+        return f"use {limits.ge} to {limits.le}"
+    if whole:
+        return f"use {limits}"
+    if field.default in (MISSING, None):
+        return f"use one {limits}"
+    return f"the default is {field.default}"

@@ -14,7 +14,7 @@ from training.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A verb's request."""
+    """What a verb of these tests is asked for."""
 
     steps: Count = 1
     ranks: tuple[int, ...] = (1, 2)

@@ -35,7 +35,7 @@ from training.model.config import EngramConfig, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    """A part of a configuration."""
+    """A part of the configuration that these tests check."""
 
     width: Count = 4
     rates: tuple[DecayRate, DecayRate] = (0.9, 0.95)
@@ -44,7 +44,7 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """A configuration."""
+    """The configuration that these tests check."""
 
     inner: Inner = field(default_factory=Inner)
     part: Inner | None = None
