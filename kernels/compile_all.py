@@ -107,7 +107,13 @@ def caught_launches(arch: int) -> Iterator[list[Any]]:
     launch = JITFunction.run
     caught = []
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def run(
+        self: Any,
+        *args: Any,
+        grid: Any,
+        warmup: bool,
+        **kwargs: Any,
+    ) -> Any:
         caught.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
         return caught[-1]
 

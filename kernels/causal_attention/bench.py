@@ -55,7 +55,13 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _heads(
-    size: Size, H: int, G: int, packing: bool, tokens: int, dtype: torch.dtype, device: str
+    size: Size,
+    H: int,
+    G: int,
+    packing: bool,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     batch, length = size.rows(tokens)
     shapes = [(batch, length, heads, size.head_dim) for heads in (H, G, G)]

@@ -24,7 +24,13 @@ class CausalAttention(torch.autograd.Function):
     """y (B, G, J, L, P) of q (B, G, J, L, P), k and v (B, G, L, P), seq_idx (B, L) or None."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seq_idx_BL: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq_idx_BL: Tensor | None,
+    ) -> Tensor:  # type: ignore[override]
         y = torch.empty_like(q)
         for rows, keys in blocks(q.shape[3]):
             weights = attention_weights(
@@ -78,7 +84,11 @@ def blocks(length: int) -> Iterator[tuple[slice, slice]]:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, seq_idx_BL: Tensor | None, rows: slice, keys: slice
+    q: Tensor,
+    k: Tensor,
+    seq_idx_BL: Tensor | None,
+    rows: slice,
+    keys: slice,
 ) -> Tensor:
     """(B, G, J, Q, K) softmax of the scaled scores, in fp32 or more; 0 where a query does not see a
     key.
@@ -107,7 +117,10 @@ def by_head(x: Tensor, shared: Tensor) -> Tensor:
 
 
 def causal_attention_cpu(
-    q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx_BL: Tensor | None
+    q_BLHP: Tensor,
+    k_BLGP: Tensor,
+    v_BLGP: Tensor,
+    seq_idx_BL: Tensor | None,
 ) -> Tensor:
     """y (B, L, H, P); arguments as ``causal_attention``, already checked."""
     q = (

@@ -12,7 +12,10 @@ from kernels.checks import check_devices, check_documents, check_floats, check_i
 
 
 def causal_attention(
-    q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx: Tensor | None = None
+    q_BLHP: Tensor,
+    k_BLGP: Tensor,
+    v_BLGP: Tensor,
+    seq_idx: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v over the earlier tokens of the same document and the token itself.
 
@@ -56,7 +59,12 @@ def causal_attention(
     return y.transpose(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_idx: Tensor | None,
+) -> None:
     if q.ndim != 4:
         raise ValueError(f"q_BLHP: got {tuple(q.shape)}, expected (B, L, H, P)")
     check_floats(q_BLHP=q)

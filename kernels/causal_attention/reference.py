@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def causal_attention_reference(
-    q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, seq_idx_BL: Tensor | None = None
+    q_BLHP: Tensor,
+    k_BLGP: Tensor,
+    v_BLGP: Tensor,
+    seq_idx_BL: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v over the earlier tokens of the same document and the
     token itself.

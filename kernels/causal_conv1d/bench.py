@@ -94,7 +94,12 @@ def _width(size: Size) -> int:
     return size.heads * size.head_dim + 2 * size.groups * size.state
 
 
-def _with_documents(op: Op, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+def _with_documents(
+    op: Op,
+    x: Tensor,
+    weight: Tensor,
+    *rest: Tensor,
+) -> Tensor:
     """``rest``: a bias if it is of floats, then document numbers."""
     bias = next((tensor for tensor in rest if tensor.is_floating_point()), None)
     seq_idx = next((tensor for tensor in rest if not tensor.is_floating_point()), None)
@@ -102,7 +107,11 @@ def _with_documents(op: Op, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
 
 
 def _exact(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None = None, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """The definition, its sums in fp32."""
     float_bias = None if bias is None else bias.float()
@@ -119,7 +128,12 @@ def _causal_conv1d_fn() -> Op:
     """Dao-AILab's CUDA kernels."""
     from causal_conv1d import causal_conv1d_fn
 
-    def peer_fn(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def peer_fn(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
         y: Tensor = causal_conv1d_fn(
             x.transpose(1, 2),
             weight,
@@ -132,7 +146,13 @@ def _causal_conv1d_fn() -> Op:
     return partial(_with_documents, peer_fn)
 
 
-def _step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+def _step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    **options: Any,
+) -> Tensor:
     return causal_conv1d_step(
         x,
         state.clone(),
@@ -143,7 +163,12 @@ def _step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, **options: Any
     )
 
 
-def _plain_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _plain_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
     window_BKD = torch.cat([state, x[:, None]], 1)
     y_BD = (window_BKD * weight.t()).sum(1) + bias
     state.clone().copy_(window_BKD[:, 1:])
@@ -151,7 +176,11 @@ def _plain_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def _projection(
-    size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str
+    size: Size,
+    packing: bool,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     """x as a view into Mamba-2's input projection [z | x, B, C | dt], weight, bias, and document
     numbers if packed.
@@ -176,7 +205,13 @@ def _projection(
     return [*inputs, documents(batch, length, device)] if packing else inputs
 
 
-def _engram(size: Size, D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _engram(
+    size: Size,
+    D: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     batch, length = size.rows(tokens)
     inputs = leaves(
         torch.randn(batch, length, D), torch.randn(D, K) / 2, dtype=dtype, device=device
@@ -184,7 +219,12 @@ def _engram(size: Size, D: int, tokens: int, dtype: torch.dtype, device: str) ->
     return [*inputs, documents(batch, length, device)]
 
 
-def _decoding(D: int, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _decoding(
+    D: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     shapes = ((batch, D), (batch, K - 1, D), (D, K), (D,))
     return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
 

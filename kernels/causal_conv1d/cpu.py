@@ -55,7 +55,11 @@ class Filter:
         return acc_BQD
 
     def transpose(
-        self, dpre_BQD: Tensor, x_BQD: Tensor, dw_KD: Tensor, same_KQ1: Tensor | None = None
+        self,
+        dpre_BQD: Tensor,
+        x_BQD: Tensor,
+        dw_KD: Tensor,
+        same_KQ1: Tensor | None = None,
     ) -> Tensor:
         """The adjoint of ``apply``: adds to ``dw_KD``, returns the gradient of x_BQD (which starts
         Z early).
@@ -91,7 +95,12 @@ class Heads:
     is_head_BL1: Tensor
 
     @classmethod
-    def find(cls, run_BL: Tensor, taps: int, dilation: int) -> "Heads | None":
+    def find(
+        cls,
+        run_BL: Tensor,
+        taps: int,
+        dilation: int,
+    ) -> "Heads | None":
         """Heads of documents that begin inside the row; None when there are none."""
         halo = (taps - 1) * dilation
         L = run_BL.shape[1]
@@ -114,13 +123,22 @@ class Heads:
             is_head_BL[..., None],
         )
 
-    def gather(self, x_BLD: Tensor, halo: int, dtype: torch.dtype) -> Tensor:
+    def gather(
+        self,
+        x_BLD: Tensor,
+        halo: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """The heads' inputs as a block (1, Z + R, D)."""
         return F.pad(x_BLD[self.batch_R, self.time_R].to(dtype), (0, 0, halo, 0))[None]
 
 
 def input_block(
-    x_BLD: Tensor, before_BZD: Tensor, start: int, stop: int, dtype: torch.dtype
+    x_BLD: Tensor,
+    before_BZD: Tensor,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Inputs start - Z .. stop, in ``dtype``; a view where nothing has to be converted or
     joined.
@@ -141,7 +159,16 @@ class CausalConv1d(torch.autograd.Function):
     """y (B, L, D) of x, taps and the inputs before the row; saves nothing but its inputs."""
 
     @staticmethod
-    def forward(ctx, x_BLD, weight_DK, bias_D, before_BZD, run_BL, dilation: int, silu: bool):  # type: ignore[override]
+    def forward(
+        ctx,
+        x_BLD,
+        weight_DK,
+        bias_D,
+        before_BZD,
+        run_BL,
+        dilation: int,
+        silu: bool,
+    ):  # type: ignore[override]
         filter_ = make_filter(x_BLD, weight_DK, bias_D, dilation, silu)
         dtype = filter_.weight_KD.dtype
         (B, L, D) = x_BLD.shape
@@ -198,7 +225,11 @@ class CausalConv1d(torch.autograd.Function):
 
 
 def make_filter(
-    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, dilation: int, silu: bool
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    dilation: int,
+    silu: bool,
 ) -> Filter:
     """Taps and bias in the dtype of the sums: fp32, or fp64 for fp64 inputs."""
     dtype = torch.promote_types(x_BLD.dtype, torch.float32)
@@ -248,7 +279,12 @@ def backward_rows(
 
 
 def backward_heads(
-    filter_: Filter, heads: Heads, x_BLD: Tensor, dy_BLD: Tensor, dw_KD: Tensor, db_D: Tensor
+    filter_: Filter,
+    heads: Heads,
+    x_BLD: Tensor,
+    dy_BLD: Tensor,
+    dw_KD: Tensor,
+    db_D: Tensor,
 ) -> Tensor:
     """Gradient of the heads' own inputs (R, D) through the heads' outputs; adds to dw and db."""
     x_1RD = heads.gather(x_BLD, filter_.halo, dw_KD.dtype)

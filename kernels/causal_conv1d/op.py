@@ -219,7 +219,12 @@ def causal_conv1d_bwd(
 
 @torch.library.custom_op("engramba::causal_conv1d_step", mutates_args=("conv_state",))
 def causal_conv1d_step_(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, silu: bool
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    silu: bool,
 ) -> Tensor:
     """y (B, D); the state moves on in place."""
     from kernels.causal_conv1d import triton_step
@@ -273,7 +278,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(
-    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+    ctx: Any,
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    _: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, age, before = ctx.saved_tensors
     if dy is None:  # only the final states were used
@@ -290,7 +298,11 @@ causal_conv1d_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def check_filter(
-    weight_DK: Tensor, bias: Tensor | None, D: int, activation: str | None, dilation: int
+    weight_DK: Tensor,
+    bias: Tensor | None,
+    D: int,
+    activation: str | None,
+    dilation: int,
 ) -> None:
     """Refuse taps, bias, activation or dilation that do not fit D channels."""
     if weight_DK.ndim != 2 or weight_DK.shape[0] != D or not 1 <= weight_DK.shape[1] <= MAX_WIDTH:

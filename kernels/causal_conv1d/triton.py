@@ -64,7 +64,14 @@ class Tile:
 
 @triton.jit
 def causal_conv1d_age_kernel(
-    seq_ptr, age_ptr, L, blocks, halo, stride_sb, stride_sl, BLOCK: tl.constexpr
+    seq_ptr,
+    age_ptr,
+    L,
+    blocks,
+    halo,
+    stride_sb,
+    stride_sl,
+    BLOCK: tl.constexpr,
 ):
     """age (B, L): how many inputs before a token are of its document, at most ``halo``; grid (B x
     blocks of L).
@@ -87,7 +94,14 @@ def causal_conv1d_age_kernel(
 
 
 @triton.jit
-def _place(blocks, tiles, rows, dilation, D, BLOCK_D: tl.constexpr):
+def _place(
+    blocks,
+    tiles,
+    rows,
+    dilation,
+    D,
+    BLOCK_D: tl.constexpr,
+):
     """(row of the batch, first token, channels, their mask); neighbouring programs have
     neighbouring channels.
     """
@@ -107,7 +121,14 @@ def _if(condition, mask):
 
 @triton.jit
 def load_taps(
-    weight_ptr, bias_ptr, d, mask, stride_wd, stride_wk, HAS_BIAS: tl.constexpr, K: tl.constexpr
+    weight_ptr,
+    bias_ptr,
+    d,
+    mask,
+    stride_wd,
+    stride_wk,
+    HAS_BIAS: tl.constexpr,
+    K: tl.constexpr,
 ):
     """K taps, oldest first, and the bias of the channels, in fp32."""
     taps = ()
@@ -132,7 +153,12 @@ def _zeros(COUNT: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _moved_on(window, row, starts, HAS_SEQ: tl.constexpr):
+def _moved_on(
+    window,
+    row,
+    starts,
+    HAS_SEQ: tl.constexpr,
+):
     """The window with one more row; the others zero where a document starts."""
     rows = ()
     for k in tl.static_range(len(window)):
@@ -648,7 +674,12 @@ def backward(
     ]
 
 
-def _final_states(x: Tensor, before: Tensor | None, halo: int, age: Tensor | None) -> Tensor:
+def _final_states(
+    x: Tensor,
+    before: Tensor | None,
+    halo: int,
+    age: Tensor | None,
+) -> Tensor:
     """The last Z inputs, zero where they belong to an earlier document than the last token."""
     B, L, D = x.shape
     kept = min(halo, L)
@@ -675,7 +706,10 @@ def _tile(x: Tensor, K: int, unroll: int) -> Tile:
 
 
 def _launch(
-    x: Tensor, K: int, dilation: int, tile: Tile
+    x: Tensor,
+    K: int,
+    dilation: int,
+    tile: Tile,
 ) -> tuple[tuple[int], tuple[int, int, int, int], dict[str, Any]]:
     """Grid, how it is cut (blocks, tiles, rows, dilation), constants and options of the forward or
     backward kernel.

@@ -78,7 +78,12 @@ def causal_conv1d_step_kernel(
 
 
 def step(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, silu: bool
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    silu: bool,
 ) -> Tensor:
     """y (B, D); the state (B, Z, D), whose channels are contiguous, moves on in place."""
     B, D = x.shape

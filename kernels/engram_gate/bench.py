@@ -93,7 +93,12 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
         yield _case(size, streams, residual, dtype)
 
 
-def _case(size: Size, S: int, residual: bool, dtype: torch.dtype) -> Case:
+def _case(
+    size: Size,
+    S: int,
+    residual: bool,
+    dtype: torch.dtype,
+) -> Case:
     tokens = size.tokens
     D = size.d_model
     w = dtype.itemsize
@@ -115,7 +120,13 @@ def _case(size: Size, S: int, residual: bool, dtype: torch.dtype) -> Case:
     )
 
 
-def _inputs(streams: int, width: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _inputs(
+    streams: int,
+    width: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     h_BLSD, k_BLSD, v_BLD, *weights = draw(streams, width, tokens)
     (h_BLSD,) = leaves(h_BLSD, dtype=torch.float32, device=device)
     k_BLSD, v_BLD = leaves(k_BLSD, v_BLD, dtype=dtype, device=device)

@@ -28,7 +28,12 @@ def _blocks(h_TSD: Tensor) -> list[slice]:
 
 @piece
 def _forward_block(
-    h: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float, residual: bool
+    h: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: bool,
 ) -> tuple[Tensor, ...]:
     """u or h + u (T, S, D), then gate, score and the reciprocal RMS of h and of k (T, S), in the
     math dtype.

@@ -42,7 +42,14 @@ GRADIENT_PROGRAMS = 4096  # of the second backward kernel: about 4 waves of an H
 
 
 @triton.jit
-def _tokens(first, T, L, masked_ptr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr):
+def _tokens(
+    first,
+    T,
+    L,
+    masked_ptr,
+    HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Tokens from ``first`` on, their batch row and place,
     and which of them have a memory to read.
     """

@@ -70,13 +70,21 @@ def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _packed(length: int, rows: int, _: torch.dtype, device: str) -> list[Tensor]:
+def _packed(
+    length: int,
+    rows: int,
+    _: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     documents = (torch.rand(rows, length) < 1 / 512).cumsum(1)
     return [torch.randint(0, VOCAB, (rows, length)).to(device), documents.to(device)]
 
 
 def _hash(
-    hashes: list[NgramHash], ids_BL: Tensor, seq_idx_BL: Tensor, backend: Backend | None = None
+    hashes: list[NgramHash],
+    ids_BL: Tensor,
+    seq_idx_BL: Tensor,
+    backend: Backend | None = None,
 ) -> Tensor:
     return engram_hash_layers(
         ids_BL,

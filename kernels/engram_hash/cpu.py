@@ -16,7 +16,10 @@ def _earlier(padded: Tensor, distance: int, length: int) -> Tensor:
 
 
 def _windows(
-    ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: Tensor
+    ids_BL: Tensor,
+    hash: NgramHash,
+    seq_idx: Tensor | None,
+    past_BK: Tensor,
 ) -> list[Tensor]:
     """The ids at distance 0, 1, ... max_order - 1 before each position; ``pad_id`` where another
     document begins.
@@ -33,7 +36,12 @@ def _windows(
     return tokens
 
 
-def hash_rows(ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None, past_BK: Tensor) -> Tensor:
+def hash_rows(
+    ids_BL: Tensor,
+    hash: NgramHash,
+    seq_idx: Tensor | None,
+    past_BK: Tensor,
+) -> Tensor:
     """Rows (B, L, O) int64 for checked int64 ids and a past of exactly ``max_order - 1`` ids.
 
     The mix rolls: ``mix_(n+1) = mix_n xor ids[t - n] * multipliers[n]``; all heads of an order

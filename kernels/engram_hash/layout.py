@@ -56,7 +56,12 @@ class NgramHash:
         return sum(map(len, self.primes))
 
 
-def _multipliers(layer: int, vocab_size: int, max_order: int, seed: int) -> tuple[int, ...]:
+def _multipliers(
+    layer: int,
+    vocab_size: int,
+    max_order: int,
+    seed: int,
+) -> tuple[int, ...]:
     half = max(1, INT64_MAX // vocab_size // 2)
     drawn = np.random.default_rng(seed + 10007 * layer).integers(
         0, half, size=max_order, dtype=np.int64

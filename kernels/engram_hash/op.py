@@ -153,7 +153,13 @@ def _heads(hash: NgramHash) -> list[int]:
     return [len(primes) for primes in hash.primes]
 
 
-def _check_ids(name: str, ids: Tensor, batch: int, length: int, vocab_size: int) -> None:
+def _check_ids(
+    name: str,
+    ids: Tensor,
+    batch: int,
+    length: int,
+    vocab_size: int,
+) -> None:
     """ValueError when dtype, shape or, on a CPU, range is wrong."""
     _check_shape(name, ids, (batch, length))
     check_integers(**{name: ids})

@@ -11,7 +11,11 @@ from kernels.engram_hash.layout import NgramHash
 
 
 def _window(
-    ids: list[int], documents: list[int], position: int, length: int, pad_id: int
+    ids: list[int],
+    documents: list[int],
+    position: int,
+    length: int,
+    pad_id: int,
 ) -> list[int]:
     """The ids at ``position``, ``position - 1``, ...; ``pad_id`` from the document's start
     backwards.
@@ -38,7 +42,10 @@ def _row_indices(window: list[int], hash: NgramHash) -> list[int]:
 
 
 def engram_hash_reference(
-    ids_BL: Tensor, hash: NgramHash, seq_idx: Tensor | None = None, history_BK: Tensor | None = None
+    ids_BL: Tensor,
+    hash: NgramHash,
+    seq_idx: Tensor | None = None,
+    history_BK: Tensor | None = None,
 ) -> Tensor:
     """Rows (B, L, O) int64 of every suffix n-gram; arguments as in
     :func:`kernels.engram_hash.engram_hash`.

@@ -65,7 +65,11 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _matmul_case(
-    name: str, share: str, shape: tuple[int, int, int], rows: int, dtype: torch.dtype
+    name: str,
+    share: str,
+    shape: tuple[int, int, int],
+    rows: int,
+    dtype: torch.dtype,
 ) -> Case:
     (E, D, F) = shape
     M = rows // shape[0] * shape[0]
@@ -91,12 +95,22 @@ def _matmul_case(
     )
 
 
-def _mlp_case(name: str, shape: tuple[int, int, int], rows: int, dtype: torch.dtype) -> Case:
+def _mlp_case(
+    name: str,
+    shape: tuple[int, int, int],
+    rows: int,
+    dtype: torch.dtype,
+) -> Case:
     (E, D, F) = shape
     M = rows // shape[0] * shape[0]
     w = dtype.itemsize
 
-    def loop(x_MD: Tensor, gate_up: Tensor, down: Tensor, counts_E: Tensor) -> Tensor:
+    def loop(
+        x_MD: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        counts_E: Tensor,
+    ) -> Tensor:
         return reference_grouped_mlp(x_MD, counts_E, gate_up, down)
 
     def mlp(
@@ -164,7 +178,12 @@ class NewRouting:
         self.top_k = top_k
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x_TD: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
         T = x_TD.shape[0]
         E = gate_up.shape[0]
         logits_TE = torch.randn(T, E, generator=self.generator) + 0.3 * torch.randn(
@@ -175,7 +194,11 @@ class NewRouting:
 
 
 def _experts(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
 ) -> Tensor:
     x_MD, permutation = permute(x_TD, ids_TK, gate_up.shape[0], dropless=True)
     return unpermute(
@@ -184,7 +207,11 @@ def _experts(
 
 
 def _sorted_loop(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
 ) -> Tensor:
     """The same rows through plain autograd: one product an expert, of exactly its rows."""
     x_MD, permutation = permute(
@@ -219,7 +246,11 @@ def _granite(size: Size, dtype: torch.dtype, implementation: str) -> Op:
         module = GraniteMoeExperts(config)
 
     def run(
-        x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
     ) -> Tensor:
         weights = {"gate_up_proj": gate_up.transpose(1, 2), "down_proj": down.transpose(1, 2)}
         y: Tensor = functional_call(module, weights, (x_TD, ids_TK, weights_TK.to(dtype)))
@@ -228,7 +259,12 @@ def _granite(size: Size, dtype: torch.dtype, implementation: str) -> Op:
     return NewRouting(run, size.top_k)
 
 
-def _layer(size: Size, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _layer(
+    size: Size,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     """Fewer experts where there are few rows, as for the products."""
     E = min(size.experts, max(1, tokens * size.top_k // 128))
     D = size.d_model
@@ -288,7 +324,11 @@ def _dense(x_MD: Tensor, weight_EDF: Tensor, _: Tensor) -> Tensor:
 
 
 def _operands(
-    shape: tuple[int, int, int], share: str, rows: int, dtype: torch.dtype, device: str
+    shape: tuple[int, int, int],
+    share: str,
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     """x, weights and counts, which are equal, fall like 1 / (1 + expert), or are all of the last
     expert.
@@ -311,7 +351,10 @@ def _operands(
 
 
 def _mlp_operands(
-    shape: tuple[int, int, int], rows: int, dtype: torch.dtype, device: str
+    shape: tuple[int, int, int],
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     E, D, F = shape
     x_MD, gate_up, counts_E = _operands((E, D, 2 * F), "even", rows, dtype, device)

@@ -67,7 +67,10 @@ class GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts: list[int]
+        ctx: Any,
+        x_MD: torch.Tensor,
+        weight_EDF: torch.Tensor,
+        counts: list[int],
     ) -> torch.Tensor:
         ctx.save_for_backward(x_MD, weight_EDF)
         ctx.counts = counts

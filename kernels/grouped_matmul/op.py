@@ -24,7 +24,10 @@ MAX_TRITON_EXPERTS = 4096  # the look-up of tiles holds a value an expert in reg
 
 
 def grouped_matmul(
-    x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor, backend: Backend | None = None
+    x_MD: Tensor,
+    weight_EDF: Tensor,
+    counts_E: Tensor,
+    backend: Backend | None = None,
 ) -> Tensor:
     """y_MF: the first counts_E[0] rows times weight_EDF[0], the next counts_E[1] times
     weight_EDF[1], and so on.
@@ -99,7 +102,12 @@ def grouped_mlp(
 
 
 @torch.library.custom_op("engramba::grouped_matmul_fwd", mutates_args=())
-def grouped_matmul_fwd(x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library: bool) -> Tensor:
+def grouped_matmul_fwd(
+    x_MD: Tensor,
+    weight_EDF: Tensor,
+    ends_E: Tensor,
+    library: bool,
+) -> Tensor:
     """y_MF. ends_E: running sum of the counts, int32; ``library``: by `torch._grouped_mm` where it
     has a kernel.
     """
@@ -109,7 +117,11 @@ def grouped_matmul_fwd(x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library
 
 @torch.library.custom_op("engramba::grouped_matmul_bwd", mutates_args=())
 def grouped_matmul_bwd(
-    dy_MF: Tensor, x_MD: Tensor, weight_EDF: Tensor, ends_E: Tensor, library: bool
+    dy_MF: Tensor,
+    x_MD: Tensor,
+    weight_EDF: Tensor,
+    ends_E: Tensor,
+    library: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weights."""
     by = _products(library, x_MD, weight_EDF)
@@ -119,7 +131,11 @@ def grouped_matmul_bwd(
 
 @torch.library.custom_op("engramba::grouped_mlp_fwd", mutates_args=())
 def grouped_mlp_fwd(
-    x_MD: Tensor, gate_up_ED2F: Tensor, down_EFD: Tensor, ends_E: Tensor, library: bool
+    x_MD: Tensor,
+    gate_up_ED2F: Tensor,
+    down_EFD: Tensor,
+    ends_E: Tensor,
+    library: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_MD, and h_M2F, the inputs of the activation."""
     by = _products(library, x_MD, gate_up_ED2F, down_EFD)

@@ -17,7 +17,10 @@ def reference_grouped_matmul(
 
 
 def reference_grouped_mlp(
-    x_MD: torch.Tensor, counts_E: torch.Tensor, gate_up_ED2F: torch.Tensor, down_EFD: torch.Tensor
+    x_MD: torch.Tensor,
+    counts_E: torch.Tensor,
+    gate_up_ED2F: torch.Tensor,
+    down_EFD: torch.Tensor,
 ) -> torch.Tensor:
     """y_MD = (silu(x W_gate) * (x W_up)) W_down, with the weights of each row's expert."""
     gate_MF, up_MF = reference_grouped_matmul(x_MD, gate_up_ED2F, counts_E).chunk(2, -1)

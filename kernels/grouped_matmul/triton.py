@@ -187,7 +187,12 @@ def grouped_matmul_bwd_weight_kernel(
 
 
 @triton.jit
-def grouped_matmul_zero_kernel(ends_ptr, dweight_ptr, size, BLOCK: tl.constexpr):
+def grouped_matmul_zero_kernel(
+    ends_ptr,
+    dweight_ptr,
+    size,
+    BLOCK: tl.constexpr,
+):
     """Zeros in dweight (E, size) for each expert without rows; grid (programs, E)."""
     e = tl.program_id(1).to(tl.int64)
     if tl.load(ends_ptr + e - 1, mask=e > 0, other=0) == tl.load(ends_ptr + e):
@@ -197,7 +202,12 @@ def grouped_matmul_zero_kernel(ends_ptr, dweight_ptr, size, BLOCK: tl.constexpr)
             tl.store(dweight_ptr + e * size + at, zeros, mask=at < size)
 
 
-def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor, tile: Tile | None = None) -> Groups:
+def groups(
+    x_MD: Tensor,
+    ends_E: Tensor,
+    *weights: Tensor,
+    tile: Tile | None = None,
+) -> Groups:
     """The tiles of the rows, for all products with these weights; ends_E is the running sum of the
     counts, int32.
     """
@@ -249,7 +259,12 @@ def product(x_MD: Tensor, weight_EDF: Tensor, rows: Groups) -> Tensor:
     return y_MF
 
 
-def weight_gradient(x_MD: Tensor, dy_MF: Tensor, rows: Groups, tile: Tile | None = None) -> Tensor:
+def weight_gradient(
+    x_MD: Tensor,
+    dy_MF: Tensor,
+    rows: Groups,
+    tile: Tile | None = None,
+) -> Tensor:
     """dweight_EDF = x^T dy within each expert."""
     D = x_MD.shape[1]
     F = dy_MF.shape[1]
@@ -294,7 +309,12 @@ def zero_empty(dweight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return dweight_EDF
 
 
-def product_tile(dtype: torch.dtype, num_rows: int, num_experts: int, *widths: int) -> Tile:
+def product_tile(
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    *widths: int,
+) -> Tile:
     """Tiles as high as an expert has rows on average, up to what keeps the sums in registers."""
     height = max(16, triton.next_power_of_2(max(1, num_rows // max(1, num_experts))))
     largest = weight_tile(dtype, *widths)

@@ -50,7 +50,13 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def _head(V: int, D: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _head(
+    V: int,
+    D: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:
     """Hidden, weight and targets. Of few tokens D is small: it concerns the products alone, which
     are not ours.
     """

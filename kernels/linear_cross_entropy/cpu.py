@@ -93,7 +93,10 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def chunks(
-    hidden_TD: Tensor, targets_T: Tensor, ignore_index: int, chunk_size: int
+    hidden_TD: Tensor,
+    targets_T: Tensor,
+    ignore_index: int,
+    chunk_size: int,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first token, hidden, targets) of each chunk; the tail is padded by ignored tokens to a
     multiple of 64.

@@ -136,7 +136,17 @@ class _Sharded(torch.autograd.Function):
     """No library op: it communicates in its forward pass, by a function that it is given."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, ignore_index, first, own, vocab_size, merge):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        hidden,
+        weight,
+        targets,
+        ignore_index,
+        first,
+        own,
+        vocab_size,
+        merge,
+    ):  # type: ignore[override]
         from kernels.linear_cross_entropy import triton
 
         needed = ctx.needs_input_grad
