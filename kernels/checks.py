@@ -9,6 +9,16 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_shape(name: str, x: Tensor | None, expected: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape; an optional one may be missing.
+
+    Raises:
+        ValueError: names the argument, what it got and what is expected.
+    """
+    if x is not None and x.shape != expected:
+        raise ValueError(f"{name}: got {tuple(x.shape)}, expected {expected}")
+
+
 def check_floats(**tensors: Tensor | None) -> None:
     """Refuse tensors that hold integers, complex numbers, or floats of 8 bits, which nothing is
     computed in.

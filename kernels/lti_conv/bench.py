@@ -18,24 +18,38 @@ from kernels.lti_conv.s4d import s4d_kernel
 STATES = 16
 
 
-def vandermonde_kernel(dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, length: int) -> Tensor:
+def vandermonde_kernel(
+    dt_D: Tensor,
+    A_DN: Tensor,
+    C_DN: Tensor,
+    length: int,
+) -> Tensor:
     """The published way: all powers exp(l·dt·A), (D, N, L), then a sum over n."""
-    step = dt_D[:, None] * A_DN
-    powers_DNL = torch.exp(step.unsqueeze(-1) * torch.arange(length, device=dt_D.device))
-    return 2 * torch.einsum("dn,dnl->dl", C_DN * (torch.exp(step) - 1) / A_DN, powers_DNL).real
+    step_DN = dt_D[:, None] * A_DN
+    positions_L = torch.arange(length, device=dt_D.device)
+    powers_DNL = torch.exp(step_DN.unsqueeze(-1) * positions_L)
+    weights_DN = C_DN * (torch.exp(step_DN) - 1) / A_DN
+    return 2 * torch.einsum("dn,dnl->dl", weights_DN, powers_DNL).real
 
 
 def padded_fft(u_BDL: Tensor, K_DL: Tensor) -> Tensor:
     """The published convolution, one document a row."""
     length = u_BDL.shape[-1]
-    product = torch.fft.rfft(u_BDL, n=2 * length) * torch.fft.rfft(K_DL, n=2 * length)
-    return torch.fft.irfft(product, n=2 * length)[..., :length]
+    num_points = 2 * length
+    u_BDF = torch.fft.rfft(u_BDL, n=num_points)
+    K_DF = torch.fft.rfft(K_DL, n=num_points)
+    y_BDL = torch.fft.irfft(u_BDF * K_DF, n=num_points)
+    return y_BDL[..., :length]
 
 
 def document_by_document(u_BDL: Tensor, K_DL: Tensor, seq_idx: Tensor) -> Tensor:
     """The same for rows that are cut at the same places."""
-    lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
-    return torch.cat([padded_fft(u, K_DL[:, : u.shape[-1]]) for u in u_BDL.split(lengths, -1)], -1)
+    _, lengths = seq_idx[0].unique_consecutive(return_counts=True)
+    outputs = []
+    for u in u_BDL.split(lengths.tolist(), -1):
+        length = u.shape[-1]
+        outputs.append(padded_fft(u, K_DL[:, :length]))
+    return torch.cat(outputs, -1)
 
 
 def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
@@ -65,13 +79,22 @@ def cases(size: Size, _: torch.dtype) -> Iterator[Case]:
             tiny=70,
             ours=_packed if packing else lti_conv,
             exact=document_by_document if packing else padded_fft,
-            bytes_moved=(4 * D * (2 * tokens + L), 4 * D * (5 * tokens + 3 * L)),
+            bytes_moved=(
+                4 * D * (2 * tokens + L),
+                4 * D * (5 * tokens + 3 * L),
+            ),
             flops=(0, 0),
             dtype=torch.float32,
         )
 
 
-def _of_length(kernel, dt_D: Tensor, A_DN: Tensor, C_DN: Tensor, positions_L: Tensor) -> Tensor:
+def _of_length(
+    kernel,
+    dt_D: Tensor,
+    A_DN: Tensor,
+    C_DN: Tensor,
+    positions_L: Tensor,
+) -> Tensor:
     return kernel(dt_D, A_DN, C_DN, len(positions_L))
 
 
@@ -79,19 +102,36 @@ def _packed(u_BDL: Tensor, K_DL: Tensor, seq_idx: Tensor) -> Tensor:
     return lti_conv(u_BDL, K_DL, seq_idx=seq_idx)
 
 
-def _parameters(D: int, length: int, _: torch.dtype, device: str) -> list[Tensor]:
-    dt_D = torch.exp(torch.empty(D).uniform_(-6.9, -2.3))
-    A_DN = s4d_init("lin", STATES).to(torch.complex64).repeat(D, 1)
+def _parameters(
+    D: int,
+    length: int,
+    _: torch.dtype,
+    device: str,
+) -> list[Tensor]:
+    log_dt_D = torch.empty(D).uniform_(-6.9, -2.3)  # steps of 0.001 to 0.1, as S4D draws them
+    dt_D = torch.exp(log_dt_D)
+    A_N = s4d_init("lin", STATES)
+    A_DN = A_N.to(torch.complex64).repeat(D, 1)
     C_DN = torch.randn(D, STATES // 2, dtype=torch.complex64)
-    inputs = [x.to(device).requires_grad_() for x in (dt_D, A_DN, C_DN)]
+    inputs = []
+    for parameter in (dt_D, A_DN, C_DN):
+        inputs.append(parameter.to(device).requires_grad_())
     return [*inputs, torch.arange(length, device=device)]
 
 
 def _signals(
-    size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str
+    size: Size,
+    packing: bool,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     batch, length = size.rows(tokens)
-    K_DL = torch.randn(size.d_model, length) * torch.exp(-0.05 * torch.arange(length))
-    u_BDL = torch.randn(batch, length, size.d_model).transpose(1, 2)  # as a layer has it
+    decay_L = torch.exp(-0.05 * torch.arange(length))
+    K_DL = torch.randn(size.d_model, length) * decay_L
+    u_BLD = torch.randn(batch, length, size.d_model)
+    u_BDL = u_BLD.transpose(1, 2)  # a layer hands over a transposed view
     inputs = leaves(u_BDL, K_DL, dtype=dtype, device=device)
-    return [*inputs, documents(batch, length, device)] if packing else inputs
+    if packing:
+        inputs.append(documents(batch, length, device))
+    return inputs

@@ -43,7 +43,10 @@ def s4d_scan(
 
 
 def lti_conv_reference(
-    u_BDL: Tensor, K_DL: Tensor, D: Tensor | None = None, seq_idx: Tensor | None = None
+    u_BDL: Tensor,
+    K_DL: Tensor,
+    D: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor:
     """y_t = sum over s <= t of the same document of K_{t-s} u_s, plus D u_t: a Toeplitz matrix per
     row and channel.
