@@ -1,4 +1,4 @@
-"""The activation of gated MLPs."""
+"""SwiGLU, the activation of gated MLPs (arXiv 2002.05202)."""
 
 from kernels.swiglu.op import swiglu
 

@@ -16,8 +16,9 @@ from kernels.checks import check_floats
 
 
 def swiglu(h: Tensor, backend: Backend | None = None) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202, eq. 5 and 6). The Triton path keeps h alone for the
-    backward pass.
+    """Return silu(gate) * up (arXiv 2002.05202, eq. 5 and 6).
+
+    The Triton path keeps h alone for the backward pass.
 
     Args:
         h: (..., 2F), any float dtype; gate is [..., :F], up is [..., F:].
@@ -29,19 +30,23 @@ def swiglu(h: Tensor, backend: Backend | None = None) -> Tensor:
     Raises:
         ValueError: h is not floating, its last dim is odd, or the backend cannot.
     """
-    if h.ndim < 1 or h.shape[-1] % 2:
-        raise ValueError(f"h: got {tuple(h.shape)}, expected (..., 2F)")
+    shape = tuple(h.shape)
+    if not shape or shape[-1] % 2:
+        raise ValueError(f"h: got {shape}, expected (..., 2F)")
     check_floats(h=h)
-    if use_triton(backend, h):
-        inner = h.shape[-1] // 2
-        return swiglu_fwd(h.reshape(math.prod(h.shape[:-1]), 2 * inner)).view(*h.shape[:-1], inner)
-    gate, up = h.chunk(2, -1)
-    return functional.silu(gate) * up
+    if not use_triton(backend, h):
+        gate, up = h.chunk(2, -1)
+        return functional.silu(gate) * up
+    *leading, width = shape
+    # The number of rows is counted, not left to -1, which an empty h would not determine.
+    h_M2F = h.reshape(math.prod(leading), width)
+    a_MF = swiglu_fwd(h_M2F)
+    return a_MF.view(*leading, width // 2)
 
 
 @torch.library.custom_op("engramba::swiglu_fwd", mutates_args=())
 def swiglu_fwd(h_M2F: Tensor) -> Tensor:
-    """silu(gate) * up: (M, F)."""
+    """Return silu(gate) * up (M, F)."""
     from kernels.swiglu import triton
 
     return triton.forward(h_M2F)
@@ -49,15 +54,17 @@ def swiglu_fwd(h_M2F: Tensor) -> Tensor:
 
 @torch.library.custom_op("engramba::swiglu_bwd", mutates_args=())
 def swiglu_bwd(h_M2F: Tensor, da_MF: Tensor) -> Tensor:
-    """The gradient of h."""
+    """Return the gradient of h (M, 2F) from that of the activation (M, F)."""
     from kernels.swiglu import triton
 
-    return triton.backward(h_M2F, da_MF, write_a=False)[0]
+    (dh_M2F,) = triton.backward(h_M2F, da_MF, write_a=False)
+    return dh_M2F
 
 
 @swiglu_fwd.register_fake
 def _(h_M2F):
-    return h_M2F.new_empty(h_M2F.shape[0], h_M2F.shape[1] // 2)
+    rows, width = h_M2F.shape
+    return h_M2F.new_empty(rows, width // 2)
 
 
 @swiglu_bwd.register_fake
@@ -70,7 +77,8 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, da_MF: Tensor) -> Tensor:
-    return swiglu_bwd(*ctx.saved_tensors, da_MF)
+    (h_M2F,) = ctx.saved_tensors
+    return swiglu_bwd(h_M2F, da_MF)
 
 
 swiglu_fwd.register_autograd(_backward, setup_context=_save)

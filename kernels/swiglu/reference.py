@@ -5,8 +5,10 @@ from torch import Tensor
 
 
 def reference_swiglu(h: Tensor) -> Tensor:
-    """silu(gate) * up of h (..., 2F), gate in the first F columns (arXiv 2002.05202 eq. 5
-    and 6).
+    """Return silu(gate) * up of h (..., 2F), whose first F columns are the gate.
+
+    arXiv 2002.05202, eq. 5 and 6.
     """
     gate, up = h.chunk(2, -1)
-    return gate / (1 + torch.exp(-gate)) * up
+    silu = gate / (1 + torch.exp(-gate))
+    return silu * up
