@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding of queries and keys (arXiv 2104.09864)."""
 
 from kernels.rotary.op import apply_rotary
 

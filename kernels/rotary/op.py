@@ -1,5 +1,6 @@
-"""Rotary position embedding (arXiv 2104.09864), pairs made of the two halves of a head, as
-transformers' Llama does.
+"""Rotary position embedding (arXiv 2104.09864).
+
+A pair is made of a channel of a head's first half and one of its second, as in transformers' Llama.
 
 Legend: B batch, L length, H heads, P head width, F = P / 2 frequencies.
 """
@@ -29,21 +30,21 @@ def apply_rotary(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> Tensor:
         ValueError: shapes, dtypes, devices or theta that do not fit.
     """
     check_inputs(x_BLHP, positions_BL, theta)
-    turned: Tensor = _Turn.apply(
-        x_BLHP,
-        *rotation(
-            positions_BL,
-            x_BLHP.shape[-1],
-            theta,
-            x_BLHP.dtype,
-        ),
+    P = x_BLHP.shape[-1]
+    cos_BL1F, sin_BL1F = rotation(
+        positions_BL,
+        P,
+        theta,
+        x_BLHP.dtype,
     )
+    turned: Tensor = _Turn.apply(x_BLHP, cos_BL1F, sin_BL1F)
     return turned
 
 
 class _Turn(torch.autograd.Function):
-    """(low, high) -> (low cos - high sin, high cos + low sin); its gradient is turned back by the
-    same angle.
+    """(low, high) -> (low cos - high sin, high cos + low sin).
+
+    The gradient is turned back by the same angle.
     """
 
     @staticmethod
@@ -51,6 +52,7 @@ class _Turn(torch.autograd.Function):
         ctx.save_for_backward(cos_BL1F, sin_BL1F)
         low, high = x_BLHP.to(cos_BL1F.dtype).chunk(2, -1)
         y_BLHP = torch.empty(x_BLHP.shape, dtype=cos_BL1F.dtype, device=x_BLHP.device)
+        # Views: what is written to the halves stands in y.
         y_low, y_high = y_BLHP.chunk(2, -1)
         torch.mul(low, cos_BL1F, out=y_low).addcmul_(high, sin_BL1F, value=-1)
         torch.mul(high, cos_BL1F, out=y_high).addcmul_(low, sin_BL1F)
@@ -67,22 +69,22 @@ def rotation(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each token's angles, (B, L, 1, F), in fp32 or wider."""
     dtype = torch.promote_types(dtype, torch.float32)
-    exponents_F = (
-        torch.arange(
-            0,
-            P,
-            2,
-            dtype=dtype,
-            device=positions_BL.device,
-        )
-        / P
+    position_BL11 = positions_BL.to(dtype)[:, :, None, None]
+    even_F = torch.arange(
+        0,
+        P,
+        2,
+        dtype=dtype,
+        device=positions_BL.device,
     )
-    angles_BL1F = positions_BL.to(dtype)[:, :, None, None] * (1.0 / theta**exponents_F)
+    exponents_F = even_F / P
+    frequencies_F = 1.0 / theta**exponents_F
+    angles_BL1F = position_BL11 * frequencies_F
     return angles_BL1F.cos(), angles_BL1F.sin()
 
 
 def check_inputs(x_BLHP: Tensor, positions_BL: Tensor, theta: float) -> None:
-    """Refuse what cannot be rotated."""
+    """Refuse an odd head width, and shapes, dtypes, devices or a base that do not fit."""
     if x_BLHP.ndim != 4 or x_BLHP.shape[-1] % 2:
         raise ValueError(f"x_BLHP: got {tuple(x_BLHP.shape)}, expected (B, L, H, P) with P even")
     if positions_BL.shape != x_BLHP.shape[:2]:
