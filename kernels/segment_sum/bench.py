@@ -1,5 +1,6 @@
-"""Sums of rows that share an id, beside index_add_: ``python -m kernels.segment_sum.bench`` sweeps
-on a card.
+"""Sums of rows that share an id, beside index_add_.
+
+``python -m kernels.segment_sum.bench`` sweeps on a card.
 
 On a GPU bound by bytes. W values a row: forward reads 2 W and 8 of its place, and writes 4 W a sum;
 backward reads 4 W a sum and writes 2 W a row. Ids are drawn as n-grams fall: a few of them often,
@@ -18,17 +19,22 @@ from kernels.cases import Case, Size, leaves, of_sizes, sweep_constants
 from kernels.segment_sum import sum_sorted
 from kernels.segment_sum.cpu import sum_sorted_cpu
 
-COLUMNS = 16  # looked up by a token
+# rows that a token looks up
+COLUMNS = 16
+# distinct ids of a batch: as in parallel.bench.engram_table, and one
 SPREADS = {
     "Zipfian": 0.42,
     "all in one": 0.0,
-}  # distinct ids of a batch: as in parallel.bench.engram_table, and one
+}
 
 
 def zipfian(num_ids: int, num_segments: int) -> Tensor:
     """Each id once, and then ids whose frequency falls as 1 / rank; shuffled."""
-    often = (num_segments ** torch.rand(num_ids - num_segments, dtype=torch.float64)).long() - 1
-    return torch.cat([torch.arange(num_segments), often])[torch.randperm(num_ids)]
+    once = torch.arange(num_segments)
+    exponents = torch.rand(num_ids - num_segments, dtype=torch.float64)
+    often = (num_segments**exponents).long() - 1
+    ids = torch.cat([once, often])
+    return ids[torch.randperm(num_ids)]
 
 
 def ours(
@@ -38,20 +44,30 @@ def ours(
     index_M: Tensor,
     backend: Backend | None = None,
 ) -> Tensor:
-    """In the known order."""
+    """The op, which sums in the known order."""
     return sum_sorted(rows_MW, order_M, starts_S, backend)
 
 
-def exact(rows_MW: Tensor, order_M: Tensor, starts_S: Tensor, index_M: Tensor) -> Tensor:
+def exact(
+    rows_MW: Tensor,
+    order_M: Tensor,
+    starts_S: Tensor,
+    index_M: Tensor,
+) -> Tensor:
     """PyTorch's embedding bag, in the known order."""
     return sum_sorted_cpu(rows_MW, order_M, starts_S)
 
 
-def index_add(rows_MW: Tensor, order_M: Tensor, starts_S: Tensor, index_M: Tensor) -> Tensor:
-    """Without the order; on a GPU by float atomics."""
-    return rows_MW.new_zeros((len(starts_S), rows_MW.shape[1]), dtype=torch.float32).index_add(
-        0, index_M, rows_MW.float()
-    )
+def index_add(
+    rows_MW: Tensor,
+    order_M: Tensor,
+    starts_S: Tensor,
+    index_M: Tensor,
+) -> Tensor:
+    """PyTorch's scattered sum, without the order; on a GPU by float atomics."""
+    shape = (len(starts_S), rows_MW.shape[1])
+    zero_SW = rows_MW.new_zeros(shape, dtype=torch.float32)
+    return zero_SW.index_add(0, index_M, rows_MW.float())
 
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
@@ -62,6 +78,7 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
     for spread, distinct in SPREADS.items():
         num_segments = max(1, int(distinct * ids))
         forward = ids * (w * width + 8) + num_segments * (4 * width + 8)
+        backward = 4 * num_segments * width + w * ids * width
         yield Case(
             op="segment_sum",
             shapes=f"{size.name}: {ids} x {width}, {spread}",
@@ -71,7 +88,7 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
             ours=ours,
             exact=exact,
             reference=index_add,
-            bytes_moved=(forward, forward + 4 * num_segments * width + w * ids * width),
+            bytes_moved=(forward, forward + backward),
             flops=(ids * width, ids * width),
             peers={"index_add (atomics)": lambda: index_add},
             dtype=dtype,
@@ -80,7 +97,11 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _gradients(
-    width: int, distinct: float, num_ids: int, dtype: torch.dtype, device: str
+    width: int,
+    distinct: float,
+    num_ids: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Tensor]:
     """Rows, their order and the segments' starts, and the index that these were made of."""
     num_segments = max(1, int(distinct * num_ids))
@@ -96,7 +117,11 @@ def sweep() -> None:
     from kernels.segment_sum import triton
 
     sweep_constants(
-        triton, of_sizes(cases), UNIT=(64, 128, 256), TILE=(1024, 2048, 4096), AHEAD=(2, 4, 8)
+        triton,
+        of_sizes(cases),
+        UNIT=(64, 128, 256),
+        TILE=(1024, 2048, 4096),
+        AHEAD=(2, 4, 8),
     )
 
 

@@ -9,14 +9,21 @@ from torch import Tensor
 
 
 def sum_sorted_cpu(rows_MW: Tensor, order_N: Tensor, starts_S: Tensor) -> Tensor:
-    """(S, W) in fp32 (fp64 for fp64), each segment's rows added in the order of ``order_N``; on any
-    device.
+    """Return (S, W) in fp32 (fp64 for fp64), each segment's rows added in the order of ``order_N``.
 
-    An embedding bag is the fastest segment sum of PyTorch on CPUs (2x index_add_) and has no cliff
-    when all rows are in one segment. It returns its input's dtype, so low precision is cast first.
-    Bitwise reproducible.
+    On any device, bitwise reproducible. An embedding bag is the fastest segment sum of PyTorch on
+    CPUs (2x index_add_) and has no cliff when all rows are in one segment.
     """
-    rows_MW = rows_MW.to(torch.promote_types(rows_MW.dtype, torch.float32))
-    if not (order_N.numel() and starts_S.numel()):
-        return rows_MW[:0].sum(0, keepdim=True).repeat(starts_S.numel(), 1)
-    return F.embedding_bag(order_N, rows_MW, starts_S, mode="sum")
+    # An embedding bag sums in its input's dtype, so low precision is cast first.
+    dtype = torch.promote_types(rows_MW.dtype, torch.float32)
+    rows_MW = rows_MW.to(dtype)
+    num_segments = starts_S.numel()
+    if order_N.numel() == 0 or num_segments == 0:
+        zero_1W = rows_MW[:0].sum(0, keepdim=True)
+        return zero_1W.repeat(num_segments, 1)
+    return F.embedding_bag(
+        order_N,
+        rows_MW,
+        starts_S,
+        mode="sum",
+    )

@@ -15,14 +15,16 @@ from kernels.segment_sum.cpu import sum_sorted_cpu
 
 
 def sum_sorted(
-    rows_MW: Tensor, order_N: Tensor, starts_S: Tensor, backend: Backend | None = None
+    rows_MW: Tensor,
+    order_N: Tensor,
+    starts_S: Tensor,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """out[s] = sum of rows[order[n]] for starts[s] <= n < starts[s + 1], in fp32 (fp64 for fp64
-    rows).
+    """Sum rows[order[n]] for starts[s] <= n < starts[s + 1], for every segment s.
 
-    On a CPU rows are added one after the other. On a GPU each segment is summed in its order, or in
-    parts that depend on its own length only. So a segment's sum depends on its own rows alone, and
-    runs repeat bitwise.
+    In fp32 (fp64 for fp64 rows). On a CPU rows are added one after the other. On a GPU each segment
+    is summed in its order, or in parts that depend on its own length only. So a segment's sum
+    depends on its own rows alone, and runs repeat bitwise.
 
     Args:
         rows_MW: (M, W), any float dtype.
@@ -43,11 +45,8 @@ def sum_sorted(
     if rows_MW.dim() != 2:
         raise ValueError(f"rows_MW: got {tuple(rows_MW.shape)}, expected (M, W)")
     check_floats(rows_MW=rows_MW)
-    for name, tensor in {"order_N": order_N, "starts_S": starts_S}.items():
-        if tensor.dim() != 1 or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected int64 of one dim"
-            )
+    _check_indices("order_N", order_N)
+    _check_indices("starts_S", starts_S)
     check_devices(rows_MW=rows_MW, order_N=order_N, starts_S=starts_S)
     if rows_MW.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_places(order_N, starts_S, len(rows_MW))
@@ -57,25 +56,35 @@ def sum_sorted(
     return out_SW
 
 
+def _check_indices(name: str, indices: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        shape = tuple(indices.shape)
+        raise ValueError(f"{name}: got {indices.dtype} {shape}, expected int64 of one dim")
+
+
 def _check_places(order_N: Tensor, starts_S: Tensor, num_rows: int) -> None:
-    low, high = (int(bound) for bound in order_N.aminmax()) if order_N.numel() else (0, -1)
-    if low < 0 or high >= num_rows:
-        raise ValueError(
-            f"order_N: got positions from {low} to {high}, expected 0 to {num_rows - 1}"
-        )
-    if not starts_S.numel():
-        return
-    first = int(starts_S[0])
-    last = int(starts_S[-1])
-    if first or last > len(order_N) or bool((starts_S[1:] < starts_S[:-1]).any()):
-        raise ValueError(
-            f"starts_S: got {first} to {last}, expected 0, rising, to at most {len(order_N)}"
-        )
+    """Refuse positions that are no row's, and starts that do not rise; on CPUs only."""
+    if order_N.numel():
+        lowest, highest = order_N.aminmax()
+        low = int(lowest)
+        high = int(highest)
+        if low < 0 or high >= num_rows:
+            raise ValueError(
+                f"order_N: got positions from {low} to {high}, expected 0 to {num_rows - 1}"
+            )
+    if starts_S.numel():
+        first = int(starts_S[0])
+        last = int(starts_S[-1])
+        falls = bool((starts_S[1:] < starts_S[:-1]).any())
+        if first or falls or last > len(order_N):
+            raise ValueError(
+                f"starts_S: got {first} to {last}, expected 0, rising, to at most {len(order_N)}"
+            )
 
 
 @torch.library.custom_op("engramba::segment_sum_fwd", mutates_args=())
 def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """(S, W) in fp32 of rows (M, W), order (N,), starts (S,)."""
+    """Sum rows (M, W) in order (N,) from starts (S,): (S, W) in fp32."""
     from kernels.segment_sum import triton
 
     return triton.forward(rows, order, starts)
@@ -83,27 +92,35 @@ def segment_sum_fwd(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
 
 @torch.library.custom_op("engramba::segment_sum_bwd", mutates_args=())
 def segment_sum_bwd(
-    dout: Tensor, order: Tensor, starts: Tensor, num_rows: int, dtype: torch.dtype
+    dout: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(M, W): each row's gradient is that of its segment; zero for rows that are in none."""
+    """Give each row the gradient of its segment, (M, W); zero to rows that are in none."""
     num_segments = starts.numel()
     num_places = order.numel()
     # How many segments have begun at each place, less one; whatever starts are, no number is beyond
     # the segments.
-    begun = starts.new_zeros(num_places + 1).scatter_add_(
-        0, starts.clamp(0, num_places), torch.ones_like(starts)
-    )
-    segments = begun[:num_places].cumsum(0).sub_(1).clamp_min_(0)
+    begun = starts.new_zeros(num_places + 1)
+    inside = starts.clamp(0, num_places)
+    begun.scatter_add_(0, inside, torch.ones_like(starts))
+    segment_of_place = begun[:num_places].cumsum(0).sub_(1).clamp_min_(0)
     dout = dout.to(dtype)
     if num_places < num_rows or not num_segments:
+        # Row num_segments of dout is zero: the gradient of rows in no segment.
         dout = F.pad(dout, (0, 0, 0, 1))
-    segment_of_row = order.new_full((num_rows,), num_segments).scatter_(0, order, segments)
+    segment_of_row = order.new_full((num_rows,), num_segments)
+    segment_of_row.scatter_(0, order, segment_of_place)
     return dout.index_select(0, segment_of_row)
 
 
 @segment_sum_fwd.register_fake
 def _(rows, order, starts):
-    return rows.new_empty((starts.shape[0], rows.shape[1]), dtype=torch.float32)
+    num_segments = starts.shape[0]
+    width = rows.shape[1]
+    return rows.new_empty((num_segments, width), dtype=torch.float32)
 
 
 @segment_sum_bwd.register_fake
@@ -120,25 +137,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     order, starts = ctx.saved_tensors
-    return (
-        segment_sum_bwd(
-            dout,
-            order,
-            starts,
-            ctx.num_rows,
-            ctx.dtype,
-        ),
-        None,
-        None,
+    drows = segment_sum_bwd(
+        dout,
+        order,
+        starts,
+        ctx.num_rows,
+        ctx.dtype,
     )
+    return drows, None, None
 
 
 segment_sum_fwd.register_autograd(_backward, setup_context=_save)
 
 
 class _SumSorted(torch.autograd.Function):
-    """PyTorch's path, with the same gradient: a library op would cost as much again as a
-    small sum.
+    """PyTorch's path, with the same gradient.
+
+    No library op: its call would cost as much again as a small sum.
     """
 
     @staticmethod

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 
-def segment_sum_reference(rows_MW: Tensor, index_M: Tensor, num_segments: int) -> Tensor:
-    """(S, W): out[index[m]] += rows[m] for m = 0, 1, ...; -1 adds nothing. 16-bit rows are summed
-    in fp32.
+def segment_sum_reference(
+    rows_MW: Tensor,
+    index_M: Tensor,
+    num_segments: int,
+) -> Tensor:
+    """Return (S, W): out[index[m]] += rows[m] for m = 0, 1, ...; an index of -1 adds nothing.
+
+    16-bit rows are summed in fp32.
     """
     dtype = torch.promote_types(rows_MW.dtype, torch.float32)
-    sums = [torch.zeros(rows_MW.shape[1], dtype=dtype) for _ in range(num_segments)]
-    for row_W, segment in zip(rows_MW.to(dtype), index_M.tolist(), strict=True):
+    rows_MW = rows_MW.to(dtype)
+    zero_W = rows_MW.new_zeros(rows_MW.shape[1])
+    sums = [zero_W] * num_segments
+    for row_W, segment in zip(rows_MW, index_M.tolist(), strict=True):
         if segment >= 0:
+            # Not in place: autograd follows each addition, and the segments share their zero.
             sums[segment] = sums[segment] + row_W
-    return torch.stack(sums) if sums else rows_MW.new_zeros((0, rows_MW.shape[1]), dtype=dtype)
+    if not sums:
+        return rows_MW[:0]
+    return torch.stack(sums)

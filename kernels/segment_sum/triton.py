@@ -1,5 +1,4 @@
-"""Segment sums of rows in a known order: each row is read once, where it lies, and each sum is
-written once.
+"""Segment sums of rows in a known order: each row is read once, and each sum is written once.
 
 A row of W values takes 2 W bytes and 8 of its place, a sum 4 W: bound by bytes, one addition a
 value. No atomics.
@@ -30,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import dense_rows
+
 # rows; fewer make the programs for short segments wait less for their longest one, and the parts
 # more
 UNIT = 128
@@ -40,16 +41,19 @@ AHEAD = 4  # rows of each short segment that are loaded before one is added
 
 @triton.jit
 def _segment_of(position, starts_ptr, S, WAYS: tl.constexpr):
-    """The last segment that begins at or before ``position``; -1 if none does. Looks at WAYS starts
-    a round.
+    """The last segment that begins at or before ``position``; -1 if none does.
+
+    A search that looks at WAYS starts a round.
     """
     low = tl.zeros((), tl.int64) - 1
     high = low + 1 + S
     while high - low > 1:
         step = tl.cdiv(high - low - 1, WAYS)
         at = low + 1 + tl.arange(0, WAYS) * step
-        starts = tl.load(starts_ptr + at, mask=at < high, other=0)
-        before = tl.sum(((at < high) & (starts <= position)).to(tl.int64), 0)
+        inside = at < high
+        starts = tl.load(starts_ptr + at, mask=inside, other=0)
+        begun = inside & (starts <= position)
+        before = tl.sum(begun.to(tl.int64), 0)
         # `before` starts are not beyond the position: the last of these is the new low, the next
         # one the new high
         high = tl.minimum(high, low + 1 + before * step)
@@ -62,27 +66,48 @@ def _load_rows(rows_ptr, place, summed, w, M, W, stride_m):
     """The rows at the places that are ``summed``, in fp32; NaN for a place that is no row's."""
     exists = (place >= 0) & (place < M)
     mask = (summed & exists)[:, None] & (w < W)[None, :]
-    rows = tl.load(rows_ptr + place[:, None] * stride_m + w[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
-    return rows + tl.where(summed & ~exists, float("nan"), 0.0)[:, None]
+    rows_ptrs = rows_ptr + place[:, None] * stride_m + w[None, :]
+    rows = tl.load(rows_ptrs, mask=mask, other=0.0).to(tl.float32)
+    poison = tl.where(summed & ~exists, float("nan"), 0.0)
+    return rows + poison[:, None]
 
 
 @triton.jit
 def _bounds(starts_ptr, segment, mask, N, S):
     """First position and end of segments, inside the order whatever ``starts`` holds."""
     first = tl.load(starts_ptr + segment, mask=mask, other=0)
-    end = tl.load(starts_ptr + segment + 1, mask=mask & (segment + 1 < S), other=N)
+    has_next = mask & (segment + 1 < S)
+    end = tl.load(starts_ptr + segment + 1, mask=has_next, other=N)
     return tl.maximum(first, 0), tl.minimum(end, N)
 
 
 @triton.jit
-def _sum_rows(acc, rows_ptr, order_ptr, first, end, w, M, W, stride_m, ROWS: tl.constexpr):
+def _sum_rows(
+    acc,
+    rows_ptr,
+    order_ptr,
+    first,
+    end,
+    w,
+    M,
+    W,
+    stride_m,
+    ROWS: tl.constexpr,
+):
     """acc (ROWS, BLOCK_W) plus the rows at positions ``first`` to ``end``."""
     for start in range(first, end, ROWS):
         n = start + tl.arange(0, ROWS)
-        place = tl.load(order_ptr + n, mask=n < end, other=0)
-        acc += _load_rows(rows_ptr, place, n < end, w, M, W, stride_m)
+        summed = n < end
+        place = tl.load(order_ptr + n, mask=summed, other=0)
+        acc += _load_rows(
+            rows_ptr,
+            place,
+            summed,
+            w,
+            M,
+            W,
+            stride_m,
+        )
     return acc
 
 
@@ -104,9 +129,9 @@ def segment_sum_part_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """parts (N / UNIT, W) of long segments; owner (N / UNIT), the segment whose first unit is here,
-    or -1.
+    """Write parts (N / UNIT, W) of long segments, and owner (N / UNIT).
 
+    The owner is the segment whose first unit is here, or -1.
     Grid (N / UNIT, blocks of W).
     """
     unit = tl.program_id(0).to(tl.int64)
@@ -116,15 +141,25 @@ def segment_sum_part_kernel(
     number = unit - (first + UNIT - 1) // UNIT
     units = tl.where(segment >= 0, (end - first) // UNIT, 0)
     if tl.program_id(1) == 0:
-        tl.store(owner_ptr + unit, tl.where((number == 0) & (units > 0), segment, -1))
+        owns = (number == 0) & (units > 0)
+        tl.store(owner_ptr + unit, tl.where(owns, segment, -1))
     units_of_part = (tl.maximum(units, 1) + MAX_PARTS - 1) // MAX_PARTS
     if (number < units) & (number % units_of_part == 0):
-        last = first + tl.minimum(number + units_of_part, units) * UNIT
-        acc = tl.zeros((ROWS, BLOCK_W), tl.float32)
+        last_unit = tl.minimum(number + units_of_part, units)
         acc = _sum_rows(
-            acc, rows_ptr, order_ptr, first + number * UNIT, last, w, M, W, stride_m, ROWS
+            tl.zeros((ROWS, BLOCK_W), tl.float32),
+            rows_ptr,
+            order_ptr,
+            first + number * UNIT,
+            first + last_unit * UNIT,
+            w,
+            M,
+            W,
+            stride_m,
+            ROWS,
         )
-        tl.store(parts_ptr + unit * W + w, tl.sum(acc, 0), mask=w < W)
+        part = tl.sum(acc, 0)
+        tl.store(parts_ptr + unit * W + w, part, mask=w < W)
 
 
 @triton.jit
@@ -145,7 +180,10 @@ def segment_sum_long_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Rows of out (S, W) that have parts: their sum, and the rest. Grid (N / UNIT, blocks of W)."""
+    """Write rows of out (S, W) that have parts: the parts' sum and the rest's.
+
+    Grid (N / UNIT, blocks of W).
+    """
     unit = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
     segment = tl.load(owner_ptr + unit)
@@ -157,13 +195,22 @@ def segment_sum_long_kernel(
         for start in range(0, units, ROWS * units_of_part):
             number = start + tl.arange(0, ROWS) * units_of_part
             mask = (number < units)[:, None] & (w < W)[None, :]
-            acc += tl.load(
-                parts_ptr + (unit + number)[:, None] * W + w[None, :], mask=mask, other=0.0
-            )
+            parts_ptrs = parts_ptr + (unit + number)[:, None] * W + w[None, :]
+            acc += tl.load(parts_ptrs, mask=mask, other=0.0)
         acc = _sum_rows(
-            acc, rows_ptr, order_ptr, first + units * UNIT, end, w, M, W, stride_m, ROWS
+            acc,
+            rows_ptr,
+            order_ptr,
+            first + units * UNIT,
+            end,
+            w,
+            M,
+            W,
+            stride_m,
+            ROWS,
         )
-        tl.store(out_ptr + segment * W + w, tl.sum(acc, 0), mask=w < W)
+        out = tl.sum(acc, 0)
+        tl.store(out_ptr + segment * W + w, out, mask=w < W)
 
 
 @triton.jit
@@ -182,7 +229,7 @@ def segment_sum_fwd_kernel(
     SEGMENTS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Rows of out (S, W) of segments shorter than UNIT; grid (blocks of S, blocks of W)."""
+    """Write rows of out (S, W) of segments shorter than UNIT; grid (blocks of S, blocks of W)."""
     s = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     w = tl.program_id(1).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
     first, end = _bounds(starts_ptr, s, s < S, N, S)
@@ -193,7 +240,8 @@ def segment_sum_fwd_kernel(
         places = ()
         for ahead in tl.static_range(AHEAD):
             at = start + ahead
-            places = places + (tl.load(order_ptr + first + at, mask=at < length, other=0),)
+            place = tl.load(order_ptr + first + at, mask=at < length, other=0)
+            places = places + (place,)
         for ahead in tl.static_range(AHEAD):
             acc += _load_rows(
                 rows_ptr,
@@ -204,41 +252,35 @@ def segment_sum_fwd_kernel(
                 W,
                 stride_m,
             )
-    tl.store(out_ptr + s[:, None] * W + w[None, :], acc, mask=short[:, None] & (w < W)[None, :])
+    out_ptrs = out_ptr + s[:, None] * W + w[None, :]
+    mask = short[:, None] & (w < W)[None, :]
+    tl.store(out_ptrs, acc, mask=mask)
 
 
 def forward(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """(S, W) in fp32 of rows (M, W), order (N,), starts (S,)."""
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    """Sum rows (M, W) in order (N,) from starts (S,): (S, W) in fp32."""
+    rows = dense_rows(rows)
     order = order.contiguous()
     starts = starts.contiguous()
-    (N,) = order.shape
-    (S,) = starts.shape
+    S = len(starts)
     W = rows.shape[1]
-    out = torch.empty((S, W), dtype=torch.float32, device=rows.device)
+    out = rows.new_empty((S, W), dtype=torch.float32)
     if not out.numel():
         return out
     block = max(16, min(triton.next_power_of_2(W), 256))
     tile = min(TILE // block, 32)
     blocks = triton.cdiv(W, block)
-    units = N // UNIT
-    sizes = (rows.shape[0], N, S, W, rows.stride(0))
-    if units:
-        units = triton.cdiv(N, UNIT)
-        parts = torch.empty((units, W), dtype=torch.float32, device=rows.device)
-        owner = torch.empty(units, dtype=torch.int64, device=rows.device)
-        options = {
-            "UNIT": UNIT,
-            "MAX_PARTS": MAX_PARTS,
-            "ROWS": tile,
-            "BLOCK_W": block,
-            "num_warps": 4,
-        }
-        segment_sum_part_kernel[(units, blocks)](
-            rows, order, starts, parts, owner, *sizes, WAYS=256, **options
-        )
-        segment_sum_long_kernel[(units, blocks)](
-            rows, order, starts, parts, owner, out, *sizes, **options
+    sizes = (len(rows), len(order), S, W, rows.stride(0))
+    # Where not even one unit fits into the order, no segment is long.
+    if len(order) >= UNIT:
+        _sum_long_segments(
+            rows,
+            order,
+            starts,
+            out,
+            sizes,
+            tile,
+            block,
         )
     segment_sum_fwd_kernel[(triton.cdiv(S, tile), blocks)](
         rows,
@@ -253,3 +295,47 @@ def forward(rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def _sum_long_segments(
+    rows: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    sizes: tuple[int, ...],
+    tile: int,
+    block: int,
+) -> None:
+    """Write the rows of out whose segments have UNIT rows or more: first parts, then their sums."""
+    W = rows.shape[1]
+    units = triton.cdiv(len(order), UNIT)
+    grid = (units, triton.cdiv(W, block))
+    parts = rows.new_empty((units, W), dtype=torch.float32)
+    owner = order.new_empty(units)
+    options = {
+        "UNIT": UNIT,
+        "MAX_PARTS": MAX_PARTS,
+        "ROWS": tile,
+        "BLOCK_W": block,
+        "num_warps": 4,
+    }
+    segment_sum_part_kernel[grid](
+        rows,
+        order,
+        starts,
+        parts,
+        owner,
+        *sizes,
+        WAYS=256,
+        **options,
+    )
+    segment_sum_long_kernel[grid](
+        rows,
+        order,
+        starts,
+        parts,
+        owner,
+        out,
+        *sizes,
+        **options,
+    )
