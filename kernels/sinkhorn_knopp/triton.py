@@ -1,5 +1,4 @@
-"""Sinkhorn-Knopp of many small matrices at once: a program holds a block of them in registers
-through all iterations.
+"""Sinkhorn-Knopp of many small matrices at once, held in registers through all iterations.
 
 A matrix of N x N logits is read and written once: 8 N^2 bytes forward and 12 N^2 backward, for 2
 N^2 and 5 N^2 FLOPs of each normalisation. What takes the time is their chain (39 of them at 20
@@ -36,9 +35,7 @@ def _start(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Softmax of the rows, softmax + eps, where the values lie in a dense (T, N, N), and which
-    exist.
-    """
+    """Softmax of the rows; softmax + eps; offsets in a dense (T, N, N); which values exist."""
     t = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
     n = tl.arange(0, P)[None, :, None]
     m = tl.arange(0, P)[None, None, :]
@@ -65,7 +62,7 @@ def sinkhorn_knopp_fwd_kernel(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """comb (T, N, N); grid (blocks of T)."""
+    """Write comb (T, N, N); grid (blocks of T)."""
     _, x, flat, inside = _start(
         logits_ptr,
         T,
@@ -99,8 +96,9 @@ def sinkhorn_knopp_bwd_kernel(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dlogits (T, N, N); grid (blocks of T). Even steps normalise columns (sums over dim 1), odd
-    ones rows.
+    """Write dlogits (T, N, N); grid (blocks of T).
+
+    Even steps normalise columns (sums over dim 1), odd ones rows.
     """
     softmax, x, flat, inside = _start(
         logits_ptr,
@@ -126,7 +124,7 @@ def sinkhorn_knopp_bwd_kernel(
 
 
 def forward(logits: Tensor, num_iters: int, eps: float) -> Tensor:
-    """comb (T, N, N) in fp32 of logits (T, N, N)."""
+    """Return comb (T, N, N) in fp32 of logits (T, N, N)."""
     T, N, _ = logits.shape
     comb = torch.empty((T, N, N), dtype=torch.float32, device=logits.device)
     P, block = _tile(N, TILE)
@@ -138,7 +136,7 @@ def forward(logits: Tensor, num_iters: int, eps: float) -> Tensor:
 
 
 def backward(dcomb: Tensor, logits: Tensor, num_iters: int, eps: float) -> Tensor:
-    """dlogits (T, N, N)."""
+    """Return dlogits (T, N, N) from dcomb and the logits."""
     T, N, _ = logits.shape
     dlogits = torch.empty((T, N, N), dtype=logits.dtype, device=logits.device)
     P, block = _tile(N, BACKWARD_TILE)
