@@ -75,7 +75,10 @@ def _remember(context: Context, name: str, new_BLHP: torch.Tensor) -> torch.Tens
 
 
 def _continue(
-    q_BLHP: torch.Tensor, k_BMHP: torch.Tensor, v_BMHP: torch.Tensor, past: int
+    q_BLHP: torch.Tensor,
+    k_BMHP: torch.Tensor,
+    v_BMHP: torch.Tensor,
+    past: int,
 ) -> torch.Tensor:
     """Queries that continue a sequence of ``past`` tokens, and see all of those (M = past + L)."""
     mask_LM = torch.ones(

@@ -37,12 +37,13 @@ class Engram(nn.Module):
         assert config is not None, "a model without Engram has no Engram layer"
         self.config = config
         self.streams = model.num_streams if config.per_stream else 1
-        self._declare(model.d_model, len(config.orders) * config.num_heads * config.head_dim, model)
+        self._declare(model, len(config.orders) * config.num_heads * config.head_dim)
 
-    def _declare(self, width: int, memory: int, model: ModelConfig) -> None:
+    def _declare(self, model: ModelConfig, memory: int) -> None:
         """Each tensor rank sees a share of the tokens: whole weights, whose gradients are
         summed.
         """
+        width = model.d_model
         streams = self.streams
         taps = self.config.conv_width
         weights = weight_init(model)
@@ -59,7 +60,12 @@ class Engram(nn.Module):
         return self._replica((streams, width), constant(1.0), decay=False, fp32=True)
 
     def _replica(
-        self, shape: tuple[int, ...], init: Init, *, decay: bool = True, fp32: bool = False
+        self,
+        shape: tuple[int, ...],
+        init: Init,
+        *,
+        decay: bool = True,
+        fp32: bool = False,
     ) -> nn.Parameter:
         placement = Placement(
             shape=shape,
@@ -100,7 +106,10 @@ class Engram(nn.Module):
         return h_BLSD + give_token_share(u_BLSD, self.mesh)
 
     def gated(
-        self, h_BLSD: torch.Tensor, memory_BLM: torch.Tensor, residual: bool = False
+        self,
+        h_BLSD: torch.Tensor,
+        memory_BLM: torch.Tensor,
+        residual: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each stream's value (B, L, S, D) before the convolution, and gates (B, L, S), detached: 1
         without a gate.
@@ -112,7 +121,8 @@ class Engram(nn.Module):
             u_BLSD = v_BLD[:, :, None].expand(-1, -1, self.streams, -1)
             gates_BLS = v_BLD.new_ones((*h_BLSD.shape[:3],))
             return h_BLSD + u_BLSD if residual else u_BLSD, gates_BLS
-        k_BLSD = F.linear(memory_BLM, self.key).unflatten(-1, (self.streams, -1))
+        k_BLSD = F.linear(memory_BLM, self.key)
+        k_BLSD = k_BLSD.unflatten(-1, (self.streams, -1))
         return engram_gate(
             h_BLSD,
             k_BLSD,
@@ -132,7 +142,8 @@ class Engram(nn.Module):
         normed = rms_norm(u_BLSD, self.conv_norm, self.eps).flatten(-2)
         y = self._conv_rows(gather_tokens(normed, group), context)
         if group is not None and self.mesh.size("tp") > 1:
-            y = y.chunk(self.mesh.size("tp"), dim=1)[self.mesh.rank("tp")]
+            shares = y.chunk(self.mesh.size("tp"), dim=1)
+            y = shares[self.mesh.rank("tp")]
         return y.unflatten(-1, (self.streams, -1))
 
     def _conv_rows(self, rows: torch.Tensor, context: Context) -> torch.Tensor:

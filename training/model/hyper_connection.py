@@ -37,7 +37,11 @@ class HyperConnection(nn.Module):
         self.eps = model.norm_eps
         self.streams = streams
 
-        def replica(*shape: int, init: Init, whole: bool = False) -> nn.Parameter:
+        def replica(
+            *shape: int,
+            init: Init,
+            whole: bool = False,
+        ) -> nn.Parameter:
             placement = Placement(
                 shape=shape,
                 init=init,
@@ -53,7 +57,11 @@ class HyperConnection(nn.Module):
         self.alpha = replica(3, init=constant(ALPHA))
         self.bias = replica(size, init=self._initial_bias, whole=True)
 
-    def _initial_bias(self, _: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+    def _initial_bias(
+        self,
+        _: torch.Generator,
+        shape: tuple[int, ...],
+    ) -> torch.Tensor:
         """Logits of H_pre = 1 / S, of H_post spread about 1, and of nearly the identity."""
         streams = self.streams
         pre_S = torch.full((streams,), -math.log(streams - 1))

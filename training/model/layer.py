@@ -37,7 +37,13 @@ class Layer(nn.Module):
         dtype: compute dtype, in which the mixer is given its input.
     """
 
-    def __init__(self, index: int, model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        index: int,
+        model: ModelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.dtype = dtype
         self.eps = model.norm_eps

@@ -50,7 +50,11 @@ def mamba2_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
     per_head = (mamba.head_dim, mamba.state_dim)
     return (
         _conv_state(mamba.conv_width, convolved),
-        StateTensor(name="ssm", shape=(inner // mamba.head_dim, *per_head), dtype="fp32"),
+        StateTensor(
+            name="ssm",
+            shape=(inner // mamba.head_dim, *per_head),
+            dtype="fp32",
+        ),
     )
 
 
@@ -92,7 +96,11 @@ def mamba1_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
     inner = mamba.expand * model.d_model // tp
     return (
         _conv_state(mamba.conv_width, inner),
-        StateTensor(name="ssm", shape=(inner, mamba.state_dim), dtype="fp32"),
+        StateTensor(
+            name="ssm",
+            shape=(inner, mamba.state_dim),
+            dtype="fp32",
+        ),
     )
 
 
@@ -138,7 +146,7 @@ def s4d_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
 
 
 def attention_parameters(model: ModelConfig) -> LayerParameters:
-    """q, k, v and out."""
+    """Projections to queries, keys and values, and back to the stream."""
     heads = model.attention
     width = 2 * (heads.num_heads + heads.num_kv_heads) * heads.head_dim
     return LayerParameters(mixer=model.d_model * width)
@@ -160,7 +168,7 @@ def attention_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
 
 
 def mlp_parameters(model: ModelConfig) -> LayerParameters:
-    """gate, up and down."""
+    """Projections to gate and up, and down."""
     return LayerParameters(mlp=_swiglu(model, model.mlp_dim))
 
 

@@ -69,7 +69,13 @@ class Mamba1(nn.Module):
         self.A_log = self._of_scan((inner, self.state_dim), _real_decay, whole=True)
         self.D = self._of_scan((inner,), constant(1.0))
 
-    def _channels(self, shape: tuple[int, ...], init: Init, *, decay: bool = True) -> nn.Parameter:
+    def _channels(
+        self,
+        shape: tuple[int, ...],
+        init: Init,
+        *,
+        decay: bool = True,
+    ) -> nn.Parameter:
         """A parameter whose first dim is the inner channels, cut over tp."""
         placement = Placement(
             shape=shape,
@@ -79,7 +85,13 @@ class Mamba1(nn.Module):
         )
         return declare(placement, self.mesh)
 
-    def _of_scan(self, shape: tuple[int, ...], init: Init, *, whole: bool = False) -> nn.Parameter:
+    def _of_scan(
+        self,
+        shape: tuple[int, ...],
+        init: Init,
+        *,
+        whole: bool = False,
+    ) -> nn.Parameter:
         placement = Placement(
             shape=shape,
             init=init,
@@ -105,7 +117,8 @@ class Mamba1(nn.Module):
         # Every tensor rank uses all of dt, B and C with its own channels, so their gradients are
         # summed.
         dt_b_c = copy_to(self.x_proj(x), self.mesh.group("tp"))
-        dt, b, c = dt_b_c.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        sizes = [self.dt_rank, self.state_dim, self.state_dim]
+        dt, b, c = dt_b_c.split(sizes, dim=-1)
         y_BDL, state_BDN = selective_scan(
             x.transpose(1, 2),
             F.linear(dt, self.dt_proj).transpose(1, 2),
@@ -125,6 +138,11 @@ class Mamba1(nn.Module):
         return self.out_proj(y_BDL.transpose(1, 2)), no_auxiliary_loss(x_BLD)
 
 
-def _real_decay(_: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+def _real_decay(
+    _: torch.Generator,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
     """A_log = log(1..N) for every channel (S4D-Real)."""
-    return torch.log(torch.arange(1, shape[1] + 1, dtype=torch.float32)).expand(shape)
+    num_states = shape[1]
+    decay_N = torch.arange(1, num_states + 1, dtype=torch.float32)
+    return torch.log(decay_N).expand(shape)

@@ -46,7 +46,11 @@ class Mamba2(nn.Module):
             mesh,
             weight_init(model),
         )
-        self.conv_weight, self.conv_bias = _convolution((x, b, c), config.conv_width, mesh)
+        self.conv_weight, self.conv_bias = _convolution(
+            (x, b, c),
+            config.conv_width,
+            mesh,
+        )
         self.A_log = _over_heads(heads, heads, _log_uniform_decay, mesh, whole=True)
         self.D = _over_heads(heads, heads, constant(1.0), mesh)
         self.dt_bias = _over_heads(heads, heads, dt_bias_init, mesh, whole=True)
@@ -71,9 +75,11 @@ class Mamba2(nn.Module):
         """
         zxbcdt = self.in_proj(x_BLD)
         inner, _, bc, _, heads = self.in_proj.local_sizes
-        z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, heads], dim=-1)
+        sizes = [inner, inner + 2 * bc, heads]
+        z, xbc, dt = zxbcdt.split(sizes, dim=-1)
         convolved = convolve(xbc, self.conv_weight, self.conv_bias, context)
-        x, b, c = convolved.split([inner, bc, bc], dim=-1)
+        sizes = [inner, bc, bc]
+        x, b, c = convolved.split(sizes, dim=-1)
         y_BLHP, state_BHPN = ssd(
             x.unflatten(-1, (-1, self.head_dim)),
             dt,
@@ -90,8 +96,8 @@ class Mamba2(nn.Module):
         )
         if context.state is not None:
             context.state["ssm"] = state_BHPN
-        y_BLD = self.out_proj(self._gated_norm(y_BLHP.flatten(-2), z))
-        return y_BLD, no_auxiliary_loss(x_BLD)
+        normed = self._gated_norm(y_BLHP.flatten(-2), z)
+        return self.out_proj(normed), no_auxiliary_loss(x_BLD)
 
     def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         tp = self.mesh.size("tp")
@@ -106,8 +112,10 @@ class Mamba2(nn.Module):
         # A group spans several tensor ranks: its sum of squares is reduced over those.
         u = y.float() * F.silu(z.float())
         group = self.mesh.rank("tp") * self.num_groups // tp
-        mine = F.one_hot(torch.tensor(group, device=u.device), self.num_groups)
-        of_groups = sum_over(u.square().sum(-1, keepdim=True) * mine, self.mesh.group("tp"))
+        index = torch.tensor(group, device=u.device)
+        mine = F.one_hot(index, self.num_groups)
+        squares = u.square().sum(-1, keepdim=True) * mine
+        of_groups = sum_over(squares, self.mesh.group("tp"))
         squares = of_groups[..., group : group + 1]
         inverse_rms = torch.rsqrt(squares / self.norm_size + self.eps)
         return (u * inverse_rms * self.norm_weight).to(y.dtype)
@@ -127,7 +135,9 @@ def _parts(config: Mamba2Config, inner: int) -> tuple[Part, Part, Part, Part, Pa
 
 
 def _convolution(
-    parts: tuple[Part, ...], width: int, mesh: Mesh
+    parts: tuple[Part, ...],
+    width: int,
+    mesh: Mesh,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias, with the initial values of ``nn.Conv1d``."""
     bound = 1 / math.sqrt(width)
@@ -147,7 +157,12 @@ def _convolution(
 
 
 def _over_heads(
-    size: int, heads: int, init: Init, mesh: Mesh, *, whole: bool = False
+    size: int,
+    heads: int,
+    init: Init,
+    mesh: Mesh,
+    *,
+    whole: bool = False,
 ) -> nn.Parameter:
     """A vector whose entries belong to heads, in fp32."""
     placement = Placement(
@@ -162,6 +177,10 @@ def _over_heads(
     return declare(placement, mesh)
 
 
-def _log_uniform_decay(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+def _log_uniform_decay(
+    generator: torch.Generator,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
     """log of A, uniform in [1, 16]."""
-    return torch.log(torch.rand(shape, generator=generator) * 15 + 1)
+    drawn = torch.rand(shape, generator=generator)
+    return torch.log(drawn * 15 + 1)

@@ -49,7 +49,9 @@ class MoE(nn.Module):
             weight_init(model),
             output_init(model),
         )
-        self.shared = SwiGLU(model, mesh, model.moe.shared_dim) if model.moe.shared_dim else None
+        self.shared: SwiGLU | None = None
+        if model.moe.shared_dim:
+            self.shared = SwiGLU(model, mesh, model.moe.shared_dim)
         # Selection bias: fp32, the same on all ranks, moved by update_balance and by nothing else.
         self.register_buffer("bias", torch.zeros(num_experts))
         self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
@@ -80,7 +82,10 @@ class MoE(nn.Module):
         return y_BLD, auxiliary
 
     def _routed(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """What the experts make of the tokens; keeps how many rows each expert was wanted for."""
         if not self.config.capacity_factor:
@@ -98,7 +103,10 @@ class MoE(nn.Module):
         return y_TD
 
     def _auxiliary_losses(
-        self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, num_sequences: int
+        self,
+        logits_TE: torch.Tensor,
+        scores_TE: torch.Tensor,
+        num_sequences: int,
     ) -> torch.Tensor:
         tokens = logits_TE.shape[0]
         total = logits_TE.new_zeros(())
@@ -136,11 +144,19 @@ def _router(model: ModelConfig, mesh: Mesh) -> nn.Parameter:
 
 def expert_loads(model: nn.Module) -> torch.Tensor:
     """(layers, E) int64: rows that this rank routed to each expert in the last forward pass."""
-    return torch.stack([layer.counts_E for layer in model.modules() if isinstance(layer, MoE)])
+    return torch.stack([layer.counts_E for layer in _expert_layers(model)])
+
+
+def _expert_layers(model: nn.Module) -> list[MoE]:
+    return [layer for layer in model.modules() if isinstance(layer, MoE)]
 
 
 @torch.no_grad()
-def update_balance(model: nn.Module, loads: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+def update_balance(
+    model: nn.Module,
+    loads: torch.Tensor,
+    mesh: Mesh,
+) -> torch.Tensor:
     """After a step: sum the loads over all ranks (they hold different tokens) and move each layer's
     bias.
 
@@ -152,8 +168,7 @@ def update_balance(model: nn.Module, loads: torch.Tensor, mesh: Mesh) -> torch.T
         Largest load / mean load over the layers: 1 is perfect balance.
     """
     sum_in_place(loads, mesh.group("world"))
-    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
-    for layer, counts_E in zip(layers, loads, strict=True):
+    for layer, counts_E in zip(_expert_layers(model), loads, strict=True):
         if layer.config.bias_rate:
             update_bias(layer.bias, counts_E, layer.config.bias_rate)
     return (loads.amax(1) / loads.float().mean(1)).max()

@@ -106,7 +106,7 @@ class S4D(nn.Module):
         c_DN: torch.Tensor,
         context: Context,
     ) -> torch.Tensor:
-        """Whole rows, by FFT."""
+        """The outputs of whole rows, by FFT."""
         kernel_DL = s4d_kernel(
             dt_D,
             a_DN,
