@@ -46,6 +46,8 @@ def local_logits(
 
 def gather_logits(local_BLV: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """The logits of the whole vocabulary, on every tensor rank. Communicates over ``tp``."""
+    if mesh.size("tp") == 1:
+        return local_BLV  # without the copy that torch.cat makes of one
     return torch.cat(gather_values(local_BLV, mesh.group("tp")), -1)
 
 
