@@ -64,7 +64,7 @@ def train(trainer: Trainer, first: int, num_steps: int) -> list[tuple[float, flo
     mesh = trainer.mesh
     figures = []
     for step in range(first, first + num_steps):
-        batches = made_up_batches(step, trainer.config, mesh.rank("dp"), mesh.size("dp"))
+        batches = made_up_batches(step, trainer.config, mesh.rank("batch"), mesh.size("batch"))
         result = train_step(trainer, batches, 1e-2, step)
         figures.append((result.loss, result.grad_norm))
     return figures
