@@ -80,9 +80,8 @@ def main(argv: list[str]) -> int:
         problems: list[Problem] = []
         request = parse(argv, process.rank, problems)
         problems += find_problems(request, process, RUNS)
-        if (
-            process.rank == 0
-        ):  # nodes may differ in their files: each opens them itself before it trains
+        # Nodes may differ in their files: each opens them itself before it trains.
+        if process.rank == 0:
             from training.data.check import data_problems
 
             vocab_size = known(request.run.model).vocab_size
