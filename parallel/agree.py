@@ -28,7 +28,7 @@ class Comm(Protocol):
 
     @property
     def size(self) -> int:
-        """The number of processes."""
+        """Number of processes that take part."""
 
     def allgather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order of rank."""
@@ -49,7 +49,7 @@ class OneProcess:
         return [value]
 
     def bcast(self, value: Any) -> Any:
-        """The value itself."""
+        """The value as it was given."""
         return value
 
 
@@ -71,7 +71,7 @@ class GroupComm:
 
     @property
     def size(self) -> int:
-        """The number of processes."""
+        """Number of processes that take part."""
         from parallel.collectives import group_size
 
         return group_size(self.group)
@@ -134,7 +134,7 @@ class Shortage:
     needed: int
     """Bytes that its ranks need."""
     available: int
-    """Bytes that it has."""
+    """Bytes that it has free."""
 
 
 def find_shortage(comm: Comm, place: str, needed: int, available: int | None) -> Shortage | None:

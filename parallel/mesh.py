@@ -19,7 +19,7 @@ class Place:
     size: int
     """Number of ranks in its group."""
     rank: int
-    """Its place among them."""
+    """Its place among them, from 0."""
     ranks: tuple[int, ...]
     """Global ranks of the group."""
 

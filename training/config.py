@@ -33,11 +33,11 @@ class OptimizerConfig:
     """AdamW with warm-up and decay."""
 
     learning_rate: Positive = 1e-3
-    """Peak learning rate."""
+    """Learning rate at its peak, after the warm-up."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
-    """Adam's decay rates."""
+    """Decay rates of Adam's two moments."""
     eps: Positive = 1e-8
-    """Adam's epsilon."""
+    """Epsilon in the denominator of Adam's step."""
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; vectors, norms, A_log, D and dt_bias have none."""
     clip_norm: NonNegative = 1.0
@@ -47,7 +47,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine to min_ratio, or warm-up, stable, decay (1 - sqrt) over the last decay_fraction."""
     warmup_steps: Natural = 100
-    """Steps of linear warm-up."""
+    """Steps in which the rate rises linearly to its peak."""
     min_ratio: Share = 0.1
     """Final learning rate / peak."""
     decay_fraction: Share = 0.2
@@ -58,10 +58,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """How long a run trains, on what batches, and what it does now and then."""
 
     steps: Count = 500
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
     global_batch: Count = 32
     """Rows an optimizer step, over all ranks."""
     micro_batch: Count = 4
@@ -81,7 +81,7 @@ class TrainConfig:
     initial ones.
     """
     log_every: Count = 10
-    """Steps between log lines."""
+    """Steps between two printed log lines."""
     eval_every: Natural = 100
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_rows: Count = 64
@@ -112,7 +112,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run."""
+    """A training run, wholly described."""
 
     name: str = "run"
     """The run's directory is runs/<name>."""

@@ -156,7 +156,7 @@ class OwnedRange(NamedTuple):
     start: int
     """Of the range in the flat parameter."""
     size: int
-    """Number of values."""
+    """Number of values in the range."""
     place: int
     """Of the range in this rank's flat partition of the group."""
 

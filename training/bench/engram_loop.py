@@ -44,7 +44,7 @@ class Work:
     """A run of a model with Engram."""
     device: torch.device
     tokens: int
-    """Tokens of a micro-batch."""
+    """Tokens of a micro-batch of one rank."""
     micro_batches: int
     """Micro-batches that a step accumulates."""
     side: int

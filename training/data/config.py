@@ -16,7 +16,7 @@ class DataConfig:
     path: str = "data/stdlib"
     """Directory written by `prepare`: token files, tokenizer and token map."""
     seq_length: Count = 512
-    """L, tokens a row."""
+    """L, tokens of a packed row."""
     seed: Natural = 0
     """Seed of the order of documents and rows."""
 
@@ -38,7 +38,7 @@ class PrepareConfig:
     into objects.
     """
     out: str = "data/stdlib"
-    """Directory that is written."""
+    """Directory that is made and written."""
     tokenizer: str | None = None
     """A tokenizer.json to use; None trains a byte-level BPE on the training documents."""
     vocab_size: Count = 8192

@@ -14,12 +14,12 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
-    """Mamba-2 (SSD, arXiv 2405.21060)."""
+    """Mamba-2: a scalar decay a head (SSD, arXiv 2405.21060)."""
 
     expand: Count = 2
-    """Inner width / d_model."""
+    """Inner width as a multiple of d_model."""
     head_dim: Count = 64
-    """P, channels a head."""
+    """P, channels of a head."""
     state_dim: Count = 128
     """N, state size a channel."""
     num_groups: Count = 1
@@ -32,10 +32,10 @@ class Mamba2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba1Config:
-    """Mamba-1 (S6, arXiv 2312.00752)."""
+    """Mamba-1: a decay a channel and state (S6, arXiv 2312.00752)."""
 
     expand: Count = 2
-    """Inner width / d_model."""
+    """Inner width as a multiple of d_model."""
     state_dim: Count = 16
     """N, state size a channel."""
     conv_width: Count = 4
@@ -49,7 +49,7 @@ class S4DConfig:
     """S4D (arXiv 2206.11893): linear time-invariant, a control layer."""
 
     expand: Count = 1
-    """Inner width / d_model."""
+    """Inner width as a multiple of d_model."""
     state_dim: Count = 64
     """N, complex states come in conjugate pairs: N / 2 are stored."""
     init: Literal["legs", "lin", "inv", "real"] = "lin"
@@ -60,14 +60,14 @@ class S4DConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Grouped-query attention."""
+    """Attention whose key/value heads are shared by groups of query heads."""
 
     num_heads: Count = 8
-    """Query heads."""
+    """Query heads of a layer, all tensor ranks together."""
     num_kv_heads: Count = 2
-    """Key/value heads."""
+    """Key/value heads of a layer, all tensor ranks together."""
     head_dim: Count = 64
-    """Channels a head."""
+    """Channels of a query, key or value head."""
     positions: Literal["none", "rope"] = "none"
     """NoPE (as in Nemotron 3 and Granite 4 hybrids) or rotary positions."""
     rope_theta: Positive = 10_000.0
@@ -79,7 +79,7 @@ class MoEConfig:
     """Mixture of experts: routed SwiGLU experts beside a shared one."""
 
     num_experts: Count = 8
-    """E, routed experts."""
+    """E, routed experts of a layer."""
     top_k: Count = 2
     """K, experts a token goes to."""
     expert_dim: Count = 256
@@ -97,7 +97,7 @@ class MoEConfig:
     aux_loss: NonNegative = 0.0
     """Weight of the sequence auxiliary loss (DeepSeek-V3: 1e-4)."""
     z_loss: NonNegative = 0.0
-    """Weight of mean(logsumexp(router logits)^2)."""
+    """Weight of the z-loss, mean(logsumexp(router logits)^2)."""
     capacity_factor: NonNegative = 0.0
     """0 is dropless; otherwise an expert takes at most factor x K x tokens / E tokens of each
     rank's tokens.
@@ -113,9 +113,9 @@ class EngramConfig:
     layers: tuple[Natural, ...] = (1,)
     """0-based places in the pattern before which memory is added."""
     orders: tuple[Count, ...] = (2, 3)
-    """n-gram orders."""
+    """Lengths of the n-grams that are looked up."""
     num_heads: Count = 8
-    """Hash heads an order."""
+    """Hash heads of each order, a table each."""
     head_dim: Count = 64
     """W, width of one row."""
     table_size: Count = 100_000
@@ -157,7 +157,7 @@ class ModelConfig:
     2512.24880).
     """
     norm_eps: Positive = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon in the denominator of every RMSNorm."""
     init_std: NonNegative = 0.0
     """Standard deviation of the linear weights; 0 means sqrt(0.8 / D). Divided by sqrt(layers) on
     the way out.

@@ -39,7 +39,7 @@ class LayerParameters:
     mlp: int = 0
     """Dense MLPs and shared experts: used by every token."""
     router: int = 0
-    """Expert scores."""
+    """The matrix of expert scores."""
     experts: int = 0
     """Routed experts, all of them."""
     experts_active: int = 0
@@ -53,7 +53,7 @@ class LayerKind:
     """
 
     letter: str
-    """In ``model.pattern``."""
+    """The letter that stands for it in ``model.pattern``."""
     config: str
     """Field of ModelConfig that only layers of this kind read."""
     module: str

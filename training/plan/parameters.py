@@ -20,7 +20,7 @@ class ParameterCount:
     mlp: int
     """Dense MLPs and shared experts."""
     router: int
-    """Expert scores."""
+    """Matrices of expert scores."""
     experts: int
     """Routed experts, all of them."""
     experts_active: int
@@ -30,7 +30,7 @@ class ParameterCount:
     engram_table: int
     """Rows of all Engram tables."""
     streams: int
-    """Hyper-connections."""
+    """Coefficients of the hyper-connections."""
     norms: int
     """Norms of the layers and of the head."""
 
@@ -51,7 +51,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All parameters, tables included."""
+        """All parameters, rows of tables included."""
         return self.dense + self.experts + self.engram_table
 
     @property
