@@ -12,7 +12,8 @@ from typing import Literal
 
 from launch.console import USER_ERROR
 from launch.env import LOCALHOST, Process, discover, free_port, has_cuda
-from launch.machine import cores, free_memory
+from launch.machine import cores
+from parallel.free_memory import free_host_bytes
 from training.run_file import versions
 
 GIB = 2**30
@@ -151,7 +152,7 @@ def check_node(
     space = (
         (
             "memory",
-            free_memory(),
+            free_host_bytes(),
             4 * GIB,
             "ask for more memory, or smaller model.engram.table_size",
         ),
@@ -169,16 +170,17 @@ def check_node(
         ),
     )
     for subject, free, enough, fix in space:
-        found = f"{free / GIB:.1f} GiB free"
-        if free < enough:
-            yield Finding(
-                status="warning",
-                subject=subject,
-                found=found,
-                fix=fix,
-            )
-        else:
-            yield Finding(status="ok", subject=subject, found=found)
+        yield _room(subject, free, enough, fix)
+
+
+def _room(subject: str, free: int | None, enough: int, fix: str) -> Finding:
+    """Whether ``enough`` bytes are free; None is a system that does not say how many are."""
+    if free is None:
+        return Finding(status="ok", subject=subject, found="unknown: this system does not tell it")
+    found = f"{free / GIB:.1f} GiB free"
+    if free < enough:
+        return Finding(status="warning", subject=subject, found=found, fix=fix)
+    return Finding(status="ok", subject=subject, found=found)
 
 
 def check_communication(process: Process, timeout_s: int = TIMEOUT_S) -> Finding:

@@ -1,5 +1,5 @@
-"""What this node has for a run: cores and memory, cut by the control group's limits (version 1 or
-2). No torch.
+"""What this node has for a run: cores, cut by the control group's limits (version 1 or 2), and open
+files. Its memory is told by ``parallel.free_memory``. No torch.
 """
 
 import os
@@ -35,21 +35,3 @@ def allow_open_files() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes may still take: what the kernel calls available, cut by the control
-    group's limit.
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    available = next(
-        int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-    )
-    files = (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    )
-    for limit, used in ((root / CGROUP / limit, root / CGROUP / used) for limit, used in files):
-        if limit.exists() and (text := limit.read_text().strip()) != "max":
-            return min(available, max(0, int(text) - int(used.read_text())))
-    return available

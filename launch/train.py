@@ -13,9 +13,10 @@ import tyro
 
 from launch.console import USER_ERROR, leave_to_rank_0, report
 from launch.env import Process, discover, identify
-from launch.machine import allow_open_files, free_memory
+from launch.machine import allow_open_files
 from launch.option_values import field_types, join_values, read_words
 from parallel.errors import Problem, RunError, nearest
+from parallel.free_memory import free_host_bytes
 from parallel.ranges import known
 from parallel.table_config import row_bytes, state_bytes
 from training.config import RunConfig, validate
@@ -218,7 +219,7 @@ def find_problems(request: Request, process: Process, runs: Path) -> list[Proble
     if not request.mode.continues:
         problems += _start_problems(request.run.train.start_from)
     if not any(problem.field.startswith("model.engram.") for problem in problems):
-        problems += _memory_problems(request.run, process, free_memory())
+        problems += _memory_problems(request.run, process, free_host_bytes())
     return _say_origin(problems, request, runs / request.run.name / "run.json")
 
 
@@ -337,7 +338,7 @@ def _start_problems(source: str) -> list[Problem]:
     ]
 
 
-def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Problem]:
+def _memory_problems(config: RunConfig, process: Process, free: int | None) -> list[Problem]:
     engram = config.model.engram
     if engram is None or config.table.placement not in ("host", "pinned"):
         return []
@@ -347,7 +348,7 @@ def _memory_problems(config: RunConfig, process: Process, free: int) -> list[Pro
     heads = len(engram.layers) * len(engram.orders) * engram.num_heads
     node_share = process.local_world_size / process.world_size
     needed = heads * engram.table_size * size * node_share
-    if needed <= free:
+    if free is None or needed <= free:
         return []
     largest = int(free / (heads * size * node_share))
     rule = (

@@ -1,10 +1,11 @@
-"""Host memory for large tables: is there enough of it on this node, and how it is allocated."""
+"""Host memory for large tables: how it is allocated, and whether what all ranks of a node ask
+for is there.
+"""
 
 import contextlib
 import math
 import mmap
 import socket
-from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import torch
@@ -70,46 +71,6 @@ class _LockedPages(mmap.mmap):
     def __del__(self) -> None:
         if self.address:
             unlock_pages(self.address)
-
-
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still allocate: MemAvailable, and what its control groups (v1 or
-    v2) leave.
-
-    Page cache that can be dropped counts as free. None where the system has no /proc.
-    """
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    cgroup = root / "proc/self/cgroup"
-    for line in cgroup.read_text().splitlines() if cgroup.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            free += _cgroup_free(
-                root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"
-            )
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            free += _cgroup_free(root / "sys/fs/cgroup/memory", path, *names)
-    return max(0, min(free))
-
-
-def _cgroup_free(
-    mount: Path, path: str, limit_name: str, usage_name: str, cache_name: str
-) -> list[int]:
-    """What each group from ``path`` up to the mount leaves; inside a container only the mount
-    itself may exist.
-    """
-    inner = PurePosixPath(path.lstrip("/"))
-    free = []
-    for group in (mount / inner, *(mount / parent for parent in inner.parents)):
-        with contextlib.suppress(OSError, ValueError):  # no such file here, or the limit is "max"
-            limit, usage = (int((group / name).read_text()) for name in (limit_name, usage_name))
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            free.append(limit - usage + int(stat.get(cache_name, 0)))
-    return free
 
 
 def check_memory(

@@ -16,7 +16,8 @@ import torch
 from parallel.agree import GroupComm, raised_alike
 from parallel.engram_table.store import Allocate
 from parallel.errors import Problem, RunError
-from parallel.host_memory import available_host_bytes, check_memory, host_zeros, locked_zeros
+from parallel.free_memory import free_host_bytes
+from parallel.host_memory import check_memory, host_zeros, locked_zeros
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig, hot_bytes, row_bytes, state_bytes
 
@@ -87,14 +88,14 @@ def open_storage(
             fix=fix,
         )
         if hot_host:
-            check_hot(in_host, available_host_bytes(), "host memory")
+            check_hot(in_host, free_host_bytes(), "host memory")
         return torch.device("cpu"), lambda name, shape, dtype: file_zeros(
             directory, name, shape, dtype
         )
     if config.placement in ("host", "pinned"):
         check_memory(
             needed + in_host,
-            available_host_bytes(),
+            free_host_bytes(),
             "host memory",
             what,
             mesh,

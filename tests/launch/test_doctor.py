@@ -62,7 +62,7 @@ def test_only_cards_need_triton(card, status, monkeypatch):
 
 def test_a_crowded_node(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "cores", lambda: 2)
-    monkeypatch.setattr(doctor, "free_memory", lambda: 2**30)
+    monkeypatch.setattr(doctor, "free_host_bytes", lambda: 2**30)
     room = doctor.shutil.disk_usage(tmp_path)._replace(free=2**40)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: room)
     findings = {
@@ -76,6 +76,12 @@ def test_a_crowded_node(monkeypatch, tmp_path, capsys):
     ]
     show(list(findings.values()))
     assert "-> docker run --shm-size=8g" in capsys.readouterr().out
+
+
+def test_memory_that_the_system_does_not_tell_is_no_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "free_host_bytes", lambda: None)
+    (memory,) = (f for f in check_node(Process(), shm=tmp_path) if f.subject == "memory")
+    assert (memory.status, memory.found) == ("ok", "unknown: this system does not tell it")
 
 
 def test_a_peer_that_does_not_come_is_a_problem(monkeypatch):

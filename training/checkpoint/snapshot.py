@@ -9,7 +9,8 @@ import torch
 
 from parallel.agree import Comm, find_shortage
 from parallel.errors import Problem, RunError
-from parallel.host_memory import GIB, available_host_bytes, host_zeros
+from parallel.free_memory import free_host_bytes
+from parallel.host_memory import GIB, host_zeros
 from training.checkpoint.format.logical import Chunk, Tensors
 from training.checkpoint.format.planners import stored_chunks
 
@@ -96,7 +97,7 @@ def require_memory(tensors: Tensors, comm: Comm) -> None:
         RunError: on every rank, where one has not.
     """
     host = socket.gethostname()
-    short = find_shortage(comm, host, snapshot_bytes(tensors), available_host_bytes())
+    short = find_shortage(comm, host, snapshot_bytes(tensors), free_host_bytes())
     if short is not None:
         rule = (
             f"copies {short.needed / GIB:.2f} GiB to memory of {short.place}, where "

@@ -386,14 +386,14 @@ def test_they_are_counted_before_anything_is_allocated(tmp_path):
         hot_rows=16,
     )
     for free in (needed, needed - 1):
-        with mock.patch.object(storage, "available_host_bytes", return_value=free):
+        with mock.patch.object(storage, "free_host_bytes", return_value=free):
             if free < needed:
                 with pytest.raises(RunError, match=r"table\.hot_rows.*host memory.* for hot rows"):
                     make_tables(config)
             else:
                 make_tables(config)
     table = rows * (3 * 4 * WIDTH + 4)
-    with mock.patch.object(storage, "available_host_bytes", return_value=table + needed - 1):
+    with mock.patch.object(storage, "free_host_bytes", return_value=table + needed - 1):
         make_tables(TableConfig(prefetch=0))
         with pytest.raises(RunError, match=r"table_size"):
             make_tables(TableConfig(prefetch=0, hot_rows=16))

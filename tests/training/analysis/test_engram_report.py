@@ -191,7 +191,7 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
     ):
         trained.memory.tables.step(1e-3)
 
-    monkeypatch.setattr(storage, "available_host_bytes", lambda: needed)
+    monkeypatch.setattr(storage, "free_host_bytes", lambda: needed)
     load_model(run)
     with pytest.raises(RunError, match=r"of host memory.* for rows and optimizer state"):
         build_memory(
@@ -200,6 +200,6 @@ def test_a_trained_model_holds_rows_and_no_optimizer_state(run, monkeypatch):
             token_map,
             torch.device("cpu"),
         )
-    monkeypatch.setattr(storage, "available_host_bytes", lambda: needed - 1)
+    monkeypatch.setattr(storage, "free_host_bytes", lambda: needed - 1)
     with pytest.raises(RunError, match=r"of host memory.* for rows, and"):
         load_model(run)

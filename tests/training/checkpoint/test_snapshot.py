@@ -59,11 +59,11 @@ def test_the_memory_of_a_snapshot_is_used_again():
 
 
 def test_a_host_without_memory_for_the_copy_is_told(monkeypatch):
-    monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 3999)
+    monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 3999)
     with pytest.raises(
         RunError,
         match=r"train.async_save=True copies .* GiB are available; .*--train.async_save False",
     ):
         snapshot.require_memory(tensors_of(x=torch.zeros(1000)), ONE_PROCESS)
-    monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 4100)
+    monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 4100)
     snapshot.require_memory(tensors_of(x=torch.zeros(1000)), ONE_PROCESS)
