@@ -25,6 +25,7 @@ from parallel.placement import PlacedParameter, placed_parameters
 from tests.helpers.compare import relative_rmse, rounding_limit
 from tests.helpers.exact import NUM_DRAWS, train_plainly
 from tests.helpers.ranks import run_ranks
+from tests.helpers.table_use import touched_gradients
 from tests.helpers.tiny import layout, made_up_batches, make_trainer, tiny_config
 from training.config import RunConfig
 from training.model import engram as engram_layer
@@ -251,7 +252,7 @@ def gradients(trainer: Trainer) -> dict[str, Piece]:
         pieces[name] = parameter_piece(parameter, flat.view(parameter.shape), mesh)
     if trainer.memory is not None:
         tables = trainer.memory.tables
-        for layer, (rows_U, grad_UW) in tables.gradients().items():
+        for layer, (rows_U, grad_UW) in touched_gradients(tables).items():
             owned = tables.owned(layer)
             num_rows = tables.shapes[layer].num_rows
             mine = torch.zeros(len(owned), tables.width).index_copy_(

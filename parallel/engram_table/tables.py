@@ -73,8 +73,8 @@ class EngramTables:
     rows owned here.
 
     A step: ``fetch`` each micro-batch, ``Rows.embed`` in the forward, ``accumulate`` after its
-    backward; then ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``, or
-    ``discard``. Any number of fetches may be in flight. All sums run in one fixed order: the same
+    backward; then ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``. Any
+    number of fetches may be in flight. All sums run in one fixed order: the same
     run gives the same bits.
 
     With ``config.prefetch`` all of that is queued for one thread and runs while the model computes;
@@ -243,13 +243,6 @@ class EngramTables:
         )
 
     @torch.no_grad()
-    def lookup(self, ids: Ids) -> dict[int, torch.Tensor]:
-        """(…, O * W) a layer, outside the graph: for evaluation and generation. Collective over
-        ``engram``.
-        """
-        return {layer: rows.embed() for layer, rows in self.fetch(ids).items()}
-
-    @torch.no_grad()
     def accumulate(self, rows: Mapping[int, Rows], scale: float = 1.0) -> None:
         """After backward: the gradients of one fetch, times ``scale``, to the owners. Collective
         over ``engram``.
@@ -312,21 +305,6 @@ class EngramTables:
         )  # fp64 only over rows: 5x faster, as exact
         return to_device(norm_U.double().square().sum(), self.device)
 
-    def gradients(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """layer -> global rows owned here that were touched since the last step (U,), and their
-        gradients (U, W).
-        """
-        rows_U, grad_UW = self.worker.wait(self.worker.submit(self._merged))
-        gradients = {}
-        for layer in self.layout.layers:
-            local = self.layout.local(layer, self.mesh.rank("engram"))
-            low, high = torch.searchsorted(rows_U, torch.tensor([local.start, local.stop])).tolist()
-            gradients[layer] = (
-                rows_U[low:high] - local.start + self.owned(layer).start,
-                grad_UW[low:high],
-            )
-        return gradients
-
     def step(self, learning_rate: float, grad_scale: float = 1.0, step: int = 0) -> None:
         """Update the touched rows by the accumulated gradients times ``grad_scale``, and clear
         those.
@@ -368,11 +346,6 @@ class EngramTables:
             places, rows = resend(changed_U, self._read, arrival.route, self.mesh)
             arrival.values.index_copy_(0, to_device(places, self.device), rows)
         self._clear()
-
-    def discard(self) -> None:
-        """Drop the accumulated gradients: the step is skipped."""
-        self.hot_use = 0, 0
-        self.worker.submit(self._clear)
 
     def _clear(self) -> None:
         self._pending.clear()
@@ -427,22 +400,3 @@ class EngramTables:
             rows_U.split(ASSIGNED_ROWS), values_UW.split(ASSIGNED_ROWS), strict=True
         ):
             self._store.write(rows, values.to(self._memory), torch.full_like(rows, -1))
-
-    def load_state(self, pieces: Mapping[str, Piece]) -> None:
-        """Copy in what ``state`` gave on the same layout. (Another layout loads in place into
-        ``state``'s tensors.)
-
-        Raises:
-            ValueError: names, shapes or ranges are not those of this rank.
-        """
-        mine = self.state()
-        if set(pieces) != set(mine):
-            raise ValueError(f"Engram state: expected {sorted(mine)}, got {sorted(pieces)}")
-        for name, (tensor, start, num_rows) in mine.items():
-            other = pieces[name]
-            expected = (tuple(tensor.shape), start, num_rows)
-            got = (tuple(other[0].shape), other[1], other[2])
-            if got != expected:
-                raise ValueError(f"{name}: expected (shape, first row, rows) {expected}, got {got}")
-            tensor.copy_(other[0])
-        self.loaded()

@@ -19,6 +19,7 @@ from torch import nn
 from parallel.engram_table import Rows
 from parallel.mesh import single_mesh
 from parallel.placement import placed_parameters
+from tests.helpers.table_use import touched_gradients
 from tests.helpers.tiny import made_up_batches, made_up_token_map
 from training.config import RunConfig
 from training.engram.memory import EngramMemory, build_memory
@@ -136,7 +137,7 @@ def gradients_of(model: HybridModel, memory: EngramMemory) -> dict[str, torch.Te
     """Copies of all gradients, those of whole tables included."""
     found = {name: parameter.grad.clone() for name, parameter in placed_parameters(model)}
     tables = memory.tables
-    for layer, (rows_U, grad_UW) in tables.gradients().items():
+    for layer, (rows_U, grad_UW) in touched_gradients(tables).items():
         whole = torch.zeros(tables.shapes[layer].num_rows, tables.width)
         found[f"engram.{layer}.weight"] = whole.index_copy_(0, rows_U, grad_UW)
     return found

@@ -22,6 +22,7 @@ from parallel.host_memory import GIB, check_memory, host_zeros, locked_zeros
 from parallel.mesh import Mesh, single_mesh
 from parallel.mesh_plan import ParallelConfig, plan_mesh
 from tests.helpers.ranks import run_ranks
+from tests.helpers.table_use import look_up
 from tests.parallel.engram_table import test_hot_rows as hot
 
 
@@ -211,9 +212,8 @@ def test_pages_are_locked_for_a_card_only():
         'use "host"',
     )
     assert "needs a CUDA device" in problem.rule
-    rows = pinned_tables(torch.device("cpu"), trainable=False).lookup(
-        {1: torch.zeros(3, 1, dtype=torch.int64)}
-    )
+    tables = pinned_tables(torch.device("cpu"), trainable=False)
+    rows = look_up(tables, {1: torch.zeros(3, 1, dtype=torch.int64)})
     assert torch.equal(rows[1], torch.zeros(3, 8))
 
 

@@ -10,6 +10,7 @@ from parallel.engram_table import TableConfig, TableShape
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
 from tests.helpers.table_rows import make_tables, train
+from tests.helpers.table_use import load
 
 
 class DenseSinkhorn:
@@ -128,7 +129,7 @@ def test_only_a_load_makes_momentum_sinkhorn_ask_the_whole_table():
     train(tables, sinkhorn_ids(0), sinkhorn_grad(0), 0)
     tables.state()
     assert tables._optimizer._candidates is not None
-    tables.load_state(tables.state())
+    load(tables, tables.state())
     assert tables._optimizer._candidates is None
 
 
@@ -147,7 +148,7 @@ def test_momentum_sinkhorn_goes_on_bitwise_from_its_state():
     used = make_tables(TableShape(61, 8), SINKHORN)
     train(used, torch.tensor([60]), torch.ones(1, 8), 0)  # what it thinks of moving must go, too
     for tables in (resumed, used):
-        tables.load_state(stopped.state())
+        load(tables, stopped.state())
     for step in range(40, 60):
         for tables in (whole, resumed, used):
             train(

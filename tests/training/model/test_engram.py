@@ -17,6 +17,7 @@ from parallel.mesh import build_mesh, single_mesh
 from parallel.placement import initialize_parameters
 from tests.helpers.compare import assert_close
 from tests.helpers.ranks import run_ranks
+from tests.helpers.table_use import touched_gradients
 from tests.helpers.tiny import layout, made_up_rows, made_up_token_map, tiny_config
 from tests.training.engram.memories import real_memory
 from training.engram.memory import build_memory, memory_of
@@ -425,7 +426,8 @@ def model_without_convolution(fields: dict, streams: int, per_stream: bool, apar
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     if not fields:
         gradients |= {
-            f"rows {layer}": found[1].numpy() for layer, found in memory.tables.gradients().items()
+            f"rows {layer}": found[1].numpy()
+            for layer, found in touched_gradients(memory.tables).items()
         }
     squared = memory.tables.squared_grad_norm()
     if fields:
@@ -543,7 +545,7 @@ def test_masked_positions_give_nothing_and_receive_nothing(streams, fields):
         masked_BL=nothing_BL,
     ).backward(upstream)
     memory.tables.accumulate(rows)
-    touched, gradient = memory.tables.gradients()[3]
+    touched, gradient = touched_gradients(memory.tables)[3]
     assert touched.tolist() == sorted(set(expected_ids[alive_BLO].tolist()))
     assert_close(
         "row gradients",
