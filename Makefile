@@ -9,9 +9,7 @@ PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1
 # Of a process: together as many as there are cores. (torchrun alone would say 1, with a warning.)
 THREADS ?= $(or $(OMP_NUM_THREADS),$(shell cores=$$(nproc); echo $$((cores > $(PROCESSES) ? cores / $(PROCESSES) : 1))))
 # Keep freed memory: fresh pages cost more than the work on them (docs/benchmarks.md).
-export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
-export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
-export MALLOC_TOP_PAD_ ?= 268435456
+$(foreach setting,$(shell . launch/malloc.sh; env | grep '^MALLOC_'),$(eval export $(setting)))
 # As launch/env.py has it: Triton may fuse multiplies and adds.
 export TRITON_DEFAULT_FP_FUSION ?= 1
 

@@ -18,10 +18,7 @@ MPIRUN=${MPIRUN:-$([ -x "${bin:-/}mpirun" ] && echo "${bin}mpirun" || echo mpiru
 cards=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$((cards > 0 ? cards : 2))}
 
-# Why these: see launch/torchrun.sh. malloc reads them when a process starts.
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
-export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+. launch/malloc.sh
 
 options=(-n "$NPROC")
 # mpirun would bind each process to one core; ours compute with several threads.
@@ -29,7 +26,7 @@ options+=(--bind-to none)
 if [ -n "${HOSTFILE:-}" ]; then options+=(--hostfile "$HOSTFILE"); else options+=(--oversubscribe); fi
 if [ "$(id -u)" = 0 ]; then options+=(--allow-run-as-root); fi  # as in a container
 # Variables that other machines would not inherit. -x NAME passes a value of the user's, too.
-for name in MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ MALLOC_TOP_PAD_ OMP_NUM_THREADS MASTER_ADDR MASTER_PORT; do
+for name in "${!MALLOC_@}" OMP_NUM_THREADS MASTER_ADDR MASTER_PORT; do
   if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi
 done
 

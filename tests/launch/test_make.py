@@ -69,6 +69,24 @@ def test_a_python_that_cannot_is_told_in_one_line(case, tmp_path):
     assert not made.exists()
 
 
+@pytest.mark.parametrize("own", ["", "7"])
+def test_malloc_is_set_as_in_the_scripts_unless_the_environment_says_otherwise(own):
+    """The Makefile's commands see what ``launch/malloc.sh`` exports."""
+    names = ("MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    rule = "show:\n\t@env\n"
+    done = subprocess.run(
+        ["make", "--file", "Makefile", "--file", "-", "show"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"} | ({"MALLOC_TOP_PAD_": own} if own else {}),
+        input=rule,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert [shown[name] for name in names] == [own or "268435456", "4294967296", "4294967296"]
+
+
 def test_training_needs_neither_tests_nor_kernels_for_cards():
     """All that a run imports is there without them, and nothing asks for them by its metadata."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -24,7 +24,8 @@ os.write(1, f"{line}\\n".encode())
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
 def test_script(script, tmp_path):
     (tmp_path / "launch").mkdir()
-    shutil.copy(ROOT / "launch" / script, tmp_path / "launch" / script)
+    for name in (script, "malloc.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch" / name)
     (tmp_path / "launch/__main__.py").write_text(PROGRAM)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv") if (ROOT / ".venv").exists() else None
     done = run(
@@ -47,7 +48,7 @@ def test_script(script, tmp_path):
 
 
 def test_shell_scripts_parse():
-    for script in ("torchrun.sh", "mpirun.sh", "slurm/train.sbatch"):
+    for script in ("malloc.sh", "torchrun.sh", "mpirun.sh", "slurm/train.sbatch"):
         assert run("bash", "-n", str(ROOT / "launch" / script)).returncode == 0
 
 

@@ -25,6 +25,7 @@ def job_directory(tmp_path):
     """A directory in which ``python -m launch`` is the smoke program."""
     (tmp_path / "launch").mkdir()
     shutil.copy(Path(__file__).parent / "smoke.py", tmp_path / "launch/__main__.py")
+    shutil.copy(ROOT / "launch/malloc.sh", tmp_path / "launch/malloc.sh")
     return tmp_path
 
 
