@@ -24,9 +24,8 @@ from training.model.config import EngramConfig
 from training.presets import PRESETS
 from training.run.start_mode import StartMode, directory_problems
 from training.run.stop_signals import stop_signals
-from training.run_file import flat_fields, load_run_json
+from training.run_file import RUNS, flat_fields, load_run_json
 
-RUNS = Path("runs")
 # Of a run's name: file systems take 255, and an overwritten run's gets a number.
 NAME_BYTES = 240
 # A process of two holds 114; each further peer asks for a few more.

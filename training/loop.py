@@ -19,8 +19,9 @@ from training.run.ending import finish, resume_command
 from training.run.ownership import own_run
 from training.run.preemption import asked_to_stop
 from training.run.run_data import open_data
-from training.run.session import RUNS, End, Session, begin
+from training.run.session import End, Session, begin
 from training.run.start_mode import StartMode
+from training.run_file import RUNS
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
 

@@ -30,6 +30,8 @@ PACKAGES = (
     "datasets",
 )
 PARTS = {"config", "commit", "versions", "hardware", "history"}
+# Where all runs are, from the directory that a command is started in.
+RUNS = Path("runs")
 # Field -> its value before and after.
 Changes = dict[str, tuple[Any, Any]]
 

@@ -45,6 +45,7 @@ from training.config import RunConfig, TrainConfig
 from training.data.dataset import Batch
 from training.data.token_map import TokenMap
 from training.model.config import AttentionConfig, Mamba2Config, ModelConfig
+from training.run_file import RUNS
 from training.step import train_step
 from training.trainer import Trainer, build_trainer
 
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument(
         "--directory",
         type=Path,
-        default=Path("runs"),
+        default=RUNS,
         help="where to write: the disk to be measured",
     )
     parser.add_argument(

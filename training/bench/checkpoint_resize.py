@@ -41,6 +41,7 @@ from training.bench.checkpoint import (
 )
 from training.checkpoint import load, save
 from training.checkpoint.format.logical import trainer_tensors
+from training.run_file import RUNS
 from training.trainer import Trainer
 
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--directory",
         type=Path,
-        default=Path("runs"),
+        default=RUNS,
         help="where to write: the disk to be measured",
     )
     parser.add_argument(

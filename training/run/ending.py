@@ -18,6 +18,7 @@ from training.run.metrics_file import read_metrics
 from training.run.plot import plot_loss
 from training.run.preemption import asked_to_stop
 from training.run.sample import PROMPT, sample_text
+from training.run_file import RUNS
 from training.trainer import Trainer
 
 
@@ -135,7 +136,7 @@ def resume_command(config: RunConfig, world_size: int, num_steps: int) -> str:
     if steps and config.optimizer.schedule_steps is None:
         steps += ["--optimizer.schedule_steps", str(config.train.steps)]
     return launch_command(
-        world_size, ["--config", f"runs/{config.name}/run.json", "--resume", *steps]
+        world_size, ["--config", str(RUNS / config.name / "run.json"), "--resume", *steps]
     )
 
 

@@ -26,10 +26,9 @@ from training.run.resume import Origin, find_origin, restore_metrics
 from training.run.run_data import RunData
 from training.run.speedometer import Speedometer
 from training.run.start_mode import StartMode
+from training.run_file import RUNS
 from training.schedule import warm_up_notice
 from training.trainer import Trainer, build_trainer
-
-RUNS = Path("runs")
 
 
 class End(Enum):
