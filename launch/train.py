@@ -12,15 +12,16 @@ from typing import Annotated
 import tyro
 
 from launch.console import USER_ERROR, leave_to_rank_0, report
-from launch.env import Process, discover, identify
+from launch.env import Process, discover, has_cuda, identify
 from launch.machine import allow_open_files
 from launch.option_values import field_types, join_values, read_words
 from parallel.errors import Problem, RunError, nearest
 from parallel.free_memory import free_host_bytes
 from parallel.ranges import known
-from parallel.table_config import row_bytes, state_bytes
+from parallel.table_bytes import rows_of_rank, table_bytes
 from training.config import RunConfig, validate
 from training.model.config import EngramConfig
+from training.plan.tables import compute_bytes, rows_of_layers
 from training.presets import PRESETS
 from training.run.start_mode import StartMode, directory_problems
 from training.run.stop_signals import stop_signals
@@ -338,23 +339,20 @@ def _start_problems(source: str) -> list[Problem]:
 
 
 def _memory_problems(config: RunConfig, process: Process, free: int | None) -> list[Problem]:
+    """Of tables that this node's memory cannot hold, told before anything is built; what else a
+    node lacks (a disk, a card's memory) the tables find when they are made.
+    """
     engram = config.model.engram
-    if engram is None or config.table.placement not in ("host", "pinned"):
+    if engram is None or free is None or config.table.placement not in ("host", "pinned"):
         return []
-    size = row_bytes(config.table.rows, engram.head_dim) + state_bytes(
-        config.table.optimizer, engram.head_dim
-    )
-    heads = len(engram.layers) * len(engram.orders) * engram.num_heads
-    node_share = process.local_world_size / process.world_size
-    needed = heads * engram.table_size * size * node_share
-    if free is None or needed <= free:
+    needed = _node_bytes(config, engram, process)
+    if needed <= free:
         return []
-    largest = int(free / (heads * size * node_share))
     rule = (
         f"needs {needed / 2**30:.1f} GiB a node for rows and optimizer state; "
         f"{free / 2**30:.1f} GiB are free"
     )
-    fix = f"use at most {largest}, or more nodes"
+    fix = f"use at most {_largest_table(config, engram, process, free)}, or more nodes"
     return [
         Problem(
             field="model.engram.table_size",
@@ -363,6 +361,36 @@ def _memory_problems(config: RunConfig, process: Process, free: int | None) -> l
             fix=fix,
         )
     ]
+
+
+def _node_bytes(config: RunConfig, engram: EngramConfig, process: Process) -> int:
+    """Host memory that the tables of this node's ranks take."""
+    layer_rows = rows_of_layers(engram)
+    first = process.rank - process.local_rank
+    total = 0
+    for rank in range(first, first + process.local_world_size):
+        num_rows = rows_of_rank(layer_rows, rank, process.world_size)
+        total += table_bytes(
+            config.table,
+            num_rows,
+            engram.head_dim,
+            value_bytes=compute_bytes(config),
+            on_card=has_cuda(),
+        ).host
+    return total
+
+
+def _largest_table(config: RunConfig, engram: EngramConfig, process: Process, free: int) -> int:
+    """The ``table_size`` that fits, below one that does not. Bytes follow it all but evenly: heads
+    have primes of rows.
+    """
+    size = engram.table_size
+    while size > 0:
+        needed = _node_bytes(config, replace(engram, table_size=size), process)
+        if needed <= free:
+            break
+        size = size * free // needed
+    return size
 
 
 def _preset(name: str, words: list[str]) -> RunConfig:

@@ -79,9 +79,9 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
             paths[VERSION_2] = PurePosixPath(path.lstrip("/"))
         elif "memory" in controllers.split(","):
             paths[VERSION_1] = PurePosixPath(path.lstrip("/"))
-    for files, path in paths.items():
-        for inner in (path, *path.parents):
-            yield root / files.mount / inner, files
+    for files, innermost in paths.items():
+        for group in (innermost, *innermost.parents):
+            yield root / files.mount / group, files
 
 
 def _left(group: Path, files: _Files) -> int | None:

@@ -16,7 +16,6 @@ from parallel.ranges import (
 
 RowFormat = Literal["fp32", "bf16", "fp8"]
 RowOptimizer = Literal["adam", "rowwise_adam", "momentum_sinkhorn"]
-HOT_WAYS = 8  # places where a hot row may be kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,32 +113,3 @@ def table_problems(config: TableConfig, width: int) -> list[Problem]:
             "use 0, or adam",
         )
     return problems
-
-
-def row_bytes(form: RowFormat, width: int) -> int:
-    """Bytes of a row of ``width`` values."""
-    return {"fp32": 4 * width, "bf16": 2 * width, "fp8": width + width // 32}[form]
-
-
-def state_bytes(optimizer: RowOptimizer, width: int) -> int:
-    """Bytes of optimizer state a row: fp32 moments, and 4 B for its count of steps."""
-    return {
-        "adam": 8 * width + 4,
-        "rowwise_adam": 4 * width + 8,
-        "momentum_sinkhorn": 4 * width + 8,
-    }[optimizer]
-
-
-def hot_sets(hot_rows: int, num_rows: int) -> int:
-    """Sets of ``HOT_WAYS`` places that hold so many hot rows of a rank's ``num_rows``."""
-    return max(1, -(-min(hot_rows, num_rows) // HOT_WAYS))
-
-
-def hot_bytes(hot_rows: int, num_rows: int, width: int, value_bytes: int) -> tuple[int, int]:
-    """Bytes of host memory and of the device that a rank's hot rows take, rows travelling in
-    ``value_bytes`` a value.
-
-    On the host 4 B for each row of the rank, how hot it is, and 12 B for each place.
-    """
-    places = hot_sets(hot_rows, num_rows) * HOT_WAYS
-    return (4 * num_rows + 12 * places, places * width * value_bytes) if hot_rows else (0, 0)

@@ -30,7 +30,8 @@ from parallel.engram_table.grouping import group_rows
 from parallel.engram_table.layout import TableShape
 from parallel.engram_table.tables import EngramTables
 from parallel.mesh import single_mesh
-from parallel.table_config import TableConfig, row_bytes, state_bytes
+from parallel.table_bytes import row_bytes, state_bytes
+from parallel.table_config import TableConfig
 
 LEARNING_RATE = 1e-3
 # SparseAdam adds epsilon before bias correction, we add it after: kept out of the comparison

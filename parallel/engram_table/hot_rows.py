@@ -22,7 +22,7 @@ import torch
 from kernels.table_rows import hot_loops
 from parallel.device import to_device
 from parallel.host_memory import host_zeros
-from parallel.table_config import HOT_WAYS, hot_sets
+from parallel.table_bytes import HOT_WAYS, hot_sets
 
 HALF_LIFE = 256
 _BEGIN = 64.0  # a row that nobody asked for has heat 0: as after one use 64 half-lives ago

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from parallel.table_bytes import first_row
+
 
 @dataclass(frozen=True)
 class TableShape:
@@ -39,7 +41,9 @@ class RowLayout:
         used = torch.zeros(num_ranks, dtype=torch.int64)
         for layer in self.layers:
             num_rows = shapes[layer].num_rows
-            bounds = torch.tensor([rank * num_rows // num_ranks for rank in range(num_ranks + 1)])
+            bounds = torch.tensor(
+                [first_row(num_rows, rank, num_ranks) for rank in range(num_ranks + 1)]
+            )
             self.bounds[layer] = bounds
             self.shift[layer] = used - bounds[:-1]
             used = used + bounds.diff()

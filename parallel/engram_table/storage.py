@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from parallel.errors import Problem, RunError
 from parallel.free_memory import free_host_bytes
 from parallel.host_memory import check_memory, host_zeros, locked_zeros
 from parallel.mesh import Mesh
-from parallel.table_config import TableConfig, hot_bytes, row_bytes, state_bytes
+from parallel.table_bytes import TableBytes, table_bytes
+from parallel.table_config import TableConfig
 
 
 def open_storage(
@@ -46,72 +48,75 @@ def open_storage(
         RunError: on every rank, when a node has too little memory or disk, or the directory is not
             there on one.
     """
-    pinned = config.placement == "pinned"
-    card = device.type != "cpu"
-    if pinned and trainable and device.type != "cuda":
+    if config.placement == "pinned" and trainable and device.type != "cuda":
         rule = (
-            f"needs a CUDA device, and this process computes on {device}: pages are locked "
-            "for "
+            f"needs a CUDA device, and this process computes on {device}: pages are locked for "
             "a card's copies"
         )
         raise RunError(_placement_problem(rule))
-    state = state_bytes(config.optimizer, width) if trainable else 0
-    needed = num_rows * (row_bytes(config.rows, width) + state)
-    kept = "rows and optimizer state" if state else "rows"
-    hot_host, hot_card = hot_bytes(
-        config.hot_rows if trainable else 0, num_rows, width, dtype.itemsize
+    needs = table_bytes(
+        config,
+        num_rows,
+        width,
+        value_bytes=dtype.itemsize,
+        on_card=device.type != "cpu",
+        trainable=trainable,
     )
-    in_host = hot_host if card else hot_host + hot_card
-
-    def check_hot(size: int, available: int | None, where: str) -> None:
-        value = f"{config.hot_rows:,}"
-        fix = "keep fewer, or 0"
-        check_memory(
-            size, available, where, value, mesh, "hot rows", field="table.hot_rows", fix=fix
-        )
-
-    if hot_card and card:
-        check_hot(hot_card, _free_memory(device), f"memory of {device}")
+    kept = "rows and optimizer state" if trainable else "rows"
+    if trainable and config.hot_rows:
+        _check_hot_rows(config, needs, device, mesh)
     if config.placement == "file":
         directory = Path(config.directory)
-        with raised_alike(GroupComm(mesh.group("engram"))):
-            _check_directory(directory)
-        free = shutil.disk_usage(directory).free
-        fix = "use a smaller table, another table.directory, or more nodes"
-        check_memory(
-            needed,
-            free,
-            f"disk at {directory}",
-            what,
-            mesh,
-            kept,
-            fix=fix,
-        )
-        if hot_host:
-            check_hot(in_host, free_host_bytes(), "host memory")
-        return torch.device("cpu"), lambda name, shape, dtype: file_zeros(
-            directory, name, shape, dtype
-        )
-    if config.placement in ("host", "pinned"):
-        check_memory(
-            needed + in_host,
-            free_host_bytes(),
-            "host memory",
-            what,
-            mesh,
-            kept,
-        )
-        zeros = pinned_zeros if pinned and device.type == "cuda" else host_zeros
-        return torch.device("cpu"), _or_told(zeros, what)
+        _check_disk(needs.disk, directory, what, kept, mesh)
+        return torch.device("cpu"), partial(file_zeros, directory)
+    if config.placement == "device":
+        place = f"memory of {device}"
+        check_memory(needs.device, _free_bytes(device), place, what, mesh, kept)
+        return device, partial(_device_zeros, device)
+    check_memory(needs.host, free_host_bytes(), "host memory", what, mesh, kept)
+    locked = config.placement == "pinned" and device.type == "cuda"
+    return torch.device("cpu"), _or_told(pinned_zeros if locked else host_zeros, what)
+
+
+def _check_hot_rows(
+    config: TableConfig, needs: TableBytes, device: torch.device, mesh: Mesh
+) -> None:
+    """Hot rows beside a file, and on a card; in host memory beside rows they are counted with them.
+    Collective over ``engram``, as what is asked follows from the configuration.
+    """
+    check = partial(
+        check_memory,
+        what=f"{config.hot_rows:,}",
+        mesh=mesh,
+        kept="hot rows",
+        field="table.hot_rows",
+        fix="keep fewer, or 0",
+    )
+    if device.type != "cpu":
+        check(needs.hot_on_device, _free_bytes(device), f"memory of {device}")
+    if config.placement == "file":
+        check(needs.hot_on_host, free_host_bytes(), "host memory")
+
+
+def _check_disk(needed: int, directory: Path, what: str, kept: str, mesh: Mesh) -> None:
+    """That the files' directory is there, and its disk has room. Collective over ``engram``."""
+    with raised_alike(GroupComm(mesh.group("engram"))):
+        _check_directory(directory)
     check_memory(
         needed,
-        _free_memory(device),
-        f"memory of {device}",
+        shutil.disk_usage(directory).free,
+        f"disk at {directory}",
         what,
         mesh,
         kept,
+        fix="use a smaller table, another table.directory, or more nodes",
     )
-    return device, lambda name, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _device_zeros(
+    device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what: str) -> Allocate:
@@ -136,8 +141,12 @@ def _or_told(zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], what
     return allocate
 
 
-def _free_memory(device: torch.device) -> int | None:
-    return None if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+def _free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory, which is the host's on a CPU."""
+    if device.type == "cpu":
+        return free_host_bytes()
+    free, _ = torch.accelerator.get_memory_info(device)
+    return free
 
 
 def pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

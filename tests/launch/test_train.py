@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import train
 from launch.env import Process
 from launch.train import Request, field_names, find_problems, main, parse
 from parallel.errors import RunError
@@ -112,6 +113,29 @@ def test_layout_directory_and_memory_are_told_together(tmp_path):
     assert "add --resume to continue it, --overwrite to start anew" in problems[1]
     assert "model.engram.table_size=1000000000000 needs" in problems[2]
     assert "use at most" in problems[2]
+
+
+def test_the_largest_table_that_is_told_fits_and_is_what_the_tables_take(tmp_path, monkeypatch):
+    """Refused with a gibibyte free; the size that is told is accepted, a hundredth more is not."""
+    monkeypatch.setattr(train, "free_host_bytes", lambda: 2**30)
+    run = PRESETS["hybrid-27b"]()
+    run = replace(run, table=replace(run.table, hot_rows=1000))
+
+    def sized(table_size: int) -> list[str]:
+        engram = replace(run.model.engram, table_size=table_size)
+        return said(Request(run=replace(run, model=replace(run.model, engram=engram))), tmp_path)
+
+    (problem,) = sized(10**6)
+    assert "1.0 GiB are free; use at most" in problem
+    largest = int(problem.partition("use at most ")[2].partition(",")[0])
+    assert sized(largest) == []
+    assert len(sized(largest + largest // 100)) == 1
+
+
+@pytest.mark.parametrize("free", [None, 2**60])
+def test_memory_that_the_system_does_not_tell_refuses_no_table(free, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "free_host_bytes", lambda: free)
+    assert said(Request(run=PRESETS["hybrid-27b"]()), tmp_path) == []
 
 
 def test_tables_are_shared_by_nodes(tmp_path):

@@ -7,9 +7,11 @@ W values a row, R rows of a table, U distinct ids.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kernels.primes import table_primes
-from parallel.table_config import RowFormat, RowOptimizer, TableConfig, row_bytes, state_bytes
+from parallel.table_bytes import row_bytes, rows_of_rank, state_bytes, table_bytes
+from parallel.table_config import RowFormat, RowOptimizer, TableConfig
 from training.config import RunConfig
 from training.model.config import EngramConfig
 
@@ -61,17 +63,25 @@ class TableShape:
         return sum(len(heads) for layer in self.primes for heads in layer)
 
 
+def layer_primes(engram: EngramConfig) -> list[tuple[tuple[int, ...], ...]]:
+    """[layer][order][head] rows of the tables of a configuration."""
+    sizes = [engram.table_size] * len(engram.orders)
+    return table_primes(len(engram.layers), sizes, engram.num_heads)
+
+
+def rows_of_layers(engram: EngramConfig) -> list[int]:
+    """Rows of each layer's table."""
+    return [sum(map(sum, layer)) for layer in layer_primes(engram)]
+
+
 def shape_of(
     name: str, engram: EngramConfig, step_tokens: int, micro_tokens: int, value_bytes: int = 2
 ) -> TableShape:
     """The tables of a configuration."""
-    primes = table_primes(
-        len(engram.layers), [engram.table_size] * len(engram.orders), engram.num_heads
-    )
     return TableShape(
         name=name,
         orders=engram.orders,
-        primes=tuple(primes),
+        primes=tuple(layer_primes(engram)),
         width=engram.head_dim,
         step_tokens=step_tokens,
         micro_tokens=micro_tokens,
@@ -84,14 +94,18 @@ def shape_of_run(config: RunConfig, engram: EngramConfig) -> TableShape:
     length = config.data.seq_length
     train = config.train
     micro_tokens = max(1, train.micro_batch * length // config.parallel.tp)
-    value_bytes = 4 if train.dtype == "fp32" else 2  # not chosen yet: bf16, as on cards
     return shape_of(
         config.name,
         engram,
         train.global_batch * length,
         micro_tokens,
-        value_bytes,
+        compute_bytes(config),
     )
+
+
+def compute_bytes(config: RunConfig) -> int:
+    """Bytes of a value in the compute dtype; one that is not chosen yet is bf16, as on cards."""
+    return 4 if config.train.dtype == "fp32" else 2
 
 
 def published(micro_tokens: int) -> list[TableShape]:
@@ -241,15 +255,17 @@ def plan_tables(
         updated = 2 * rows_of_steps(1) * state + moving * (
             2 * row + TableConfig().sinkhorn_iterations * 4 * width
         )
-    rows = sum(-(-layer // ranks) for layer in shape.layer_rows)
-    node = rows * (row + state) * min(ranks, assumed.ranks_per_node)
+    rows = _most_rows(tuple(shape.layer_rows), ranks)
+    table = TableConfig(rows=format, optimizer=optimizer)
+    memory = table_bytes(table, rows, width, value_bytes=shape.value_bytes, on_card=True).host
+    node = memory * min(ranks, assumed.ranks_per_node)
     return TablePlan(
         name=shape.name,
         ranks=ranks,
         format=format,
         optimizer=optimizer,
         rows=rows,
-        memory=rows * (row + state),
+        memory=memory,
         node_memory=node,
         fits=node <= assumed.host_gib * 2**30,
         micro_batches=micro_batches,
@@ -260,6 +276,12 @@ def plan_tables(
         host_traffic=fetched + updated,
         step_s=assumed.step_s or shape.step_tokens / (ranks * assumed.tokens_per_s),
     )
+
+
+@lru_cache
+def _most_rows(layer_rows: tuple[int, ...], ranks: int) -> int:
+    """Rows of the fullest rank: asked for each format and optimizer, at thousands of ranks."""
+    return max(rows_of_rank(layer_rows, rank, ranks) for rank in range(ranks))
 
 
 def moving_steps() -> float:

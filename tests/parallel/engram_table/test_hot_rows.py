@@ -15,7 +15,8 @@ from parallel.engram_table import EngramTables, TableConfig, TableShape, hot_row
 from parallel.engram_table.hot_rows import HotRows
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
-from parallel.table_config import hot_bytes, hot_sets, table_problems
+from parallel.table_bytes import hot_bytes, hot_sets
+from parallel.table_config import table_problems
 from tests.helpers.ranks import run_ranks
 from tests.helpers.table_rows import make_mesh
 from tests.helpers.table_use import load, look_up

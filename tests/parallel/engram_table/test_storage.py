@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parallel.engram_table import TableConfig, TableShape
 from parallel.errors import RunError
 from parallel.mesh import single_mesh
-from parallel.table_config import row_bytes, state_bytes
+from parallel.table_bytes import row_bytes, state_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.table_rows import FORMATS, make_tables, train
 

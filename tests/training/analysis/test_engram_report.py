@@ -15,7 +15,7 @@ from parallel.engram_table import storage
 from parallel.errors import RunError
 from parallel.host_memory import host_zeros
 from parallel.mesh import single_mesh
-from parallel.table_config import row_bytes
+from parallel.table_bytes import row_bytes
 from tests.helpers.runs import run_forked, words
 from tests.training.analysis.pages import Spans
 from training.analysis.engram_report import analyze_engram, lines
