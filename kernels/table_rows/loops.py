@@ -1,7 +1,7 @@
 """Loops over rows in host memory, compiled by numba: decode, Adam, encode, one row after the other.
 
-``host_kernels`` and ``grouping`` call them. The arithmetic is that of ``LazyAdam.update_block`` to
-the last bit; equal values are stored as the same bits as by ``formats.py``. All of it runs without
+``host`` and the grouping of ids call them. The arithmetic is that of ``reference.adam`` to the
+last bit; equal values are stored as the same bits as by ``formats.py``. All of it runs without
 the interpreter lock.
 """
 

@@ -3,11 +3,10 @@
 Shape suffixes: R rows of this rank, U touched rows, W row width.
 """
 
-import math
-
 import torch
 
-from parallel.engram_table import host_kernels
+from kernels.table_rows import host
+from kernels.table_rows.reference import AdamStep, adam, bias_corrections
 from parallel.engram_table.store import Allocate, RowStore, write_rows
 from parallel.table_config import TableConfig
 
@@ -59,56 +58,46 @@ class LazyAdam:
         Returns:
             The rows that changed: ``rows_U``.
         """
-        rate = learning_rate * self.config.learning_rate_multiple
+        numbers = self.step_at(learning_rate, grad_scale)
         if rows_U.device.type == "cpu":
-            host_kernels.adam(
-                self.store,
-                self.state(),
+            host.adam(
+                self.store.host_rows(),
+                list(self.state().values()),
                 rows_U,
+                self.store.rounding_ids(rows_U),
                 grad_UW,
                 self._corrections,
-                rate,
-                grad_scale,
-                self.config,
+                numbers,
+                self.store.seed,
             )
             return rows_U
         block = max(1, BLOCK_VALUES // self.store.width)
         for rows, grad in zip(rows_U.split(block), grad_UW.split(block), strict=True):
-            self.update_block(rows, grad * grad_scale, rate)
+            self.update_block(rows, grad * grad_scale, numbers)
         return rows_U
 
-    def update_block(self, rows_U: torch.Tensor, grad_UW: torch.Tensor, rate: float) -> None:
-        """The update in tensor operations, on any device; what the host kernel is compared with."""
-        (beta1, beta2) = self.config.betas
-        row_wise = self.exp_avg_sq.shape[1] == 1
-        weight, mean, square = (
-            self.store.read(rows_U),
-            *(state.index_select(0, rows_U) for state in (self.exp_avg, self.exp_avg_sq)),
-        )
-        step_U = self.step.index_select(0, rows_U).add_(1)
-        squares = grad_UW.square().mean(1, keepdim=True) if row_wise else grad_UW.square()
-        mean.add_((grad_UW - mean) * (1 - beta1))
-        square.mul_(beta2).add_(squares * (1 - beta2))
-        # weight -= rate * (mean / c1) / (sqrt(square / c2) + eps) with c = 1 - beta ** step, in
-        # fp64 a row, rearranged so that the corrections are products
+    def update_block(self, rows_U: torch.Tensor, grad_UW: torch.Tensor, step: AdamStep) -> None:
+        """The update in tensor operations, on any device, by gradients that have been scaled; what
+        the host kernel is compared with.
+        """
+        weight = self.store.read(rows_U)
+        mean = self.exp_avg.index_select(0, rows_U)
+        square = self.exp_avg_sq.index_select(0, rows_U)
+        count_U = self.step.index_select(0, rows_U)
         corrections = self._corrections.to(rows_U.device)
-        first_U, root_U = corrections[:, step_U.long().clamp_max(corrections.shape[1] - 1)]
-        rate_U1 = (rate * root_U / first_U).float()[:, None]
-        floor_U1 = (self.config.eps * root_U).float()[:, None]
-        weight.mul_(1 - rate * self.config.weight_decay).sub_(
-            mean * rate_U1 / (square.sqrt() + floor_U1)
-        )
+        adam(weight, mean, square, count_U, grad_UW, corrections, step)
         write_rows(self.exp_avg, rows_U, mean)
         write_rows(self.exp_avg_sq, rows_U, square)
-        self.step.index_copy_(0, rows_U, step_U)
-        self.store.write(rows_U, weight, step_U)
+        self.step.index_copy_(0, rows_U, count_U)
+        self.store.write(rows_U, weight, count_U)
 
-
-def bias_corrections(betas: tuple[float, float]) -> torch.Tensor:
-    """(2, T) fp64: 1 - beta1^t and sqrt(1 - beta2^t) by t,
-    up to where both are 1 to the last bit.
-    """
-    slowest = max(*betas, 0.5)
-    last = min(math.ceil(54 * math.log(2) / -math.log(slowest)), 2**22)
-    t = torch.arange(last + 1, dtype=torch.float64)
-    return torch.stack([1 - betas[0] ** t, (1 - betas[1] ** t).sqrt()])
+    def step_at(self, learning_rate: float, grad_scale: float = 1.0) -> AdamStep:
+        """The numbers of a step at the run's learning rate."""
+        return AdamStep(
+            rate=learning_rate * self.config.learning_rate_multiple,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            row_wise=self.config.optimizer == "rowwise_adam",
+            grad_scale=grad_scale,
+        )

@@ -22,8 +22,9 @@ import math
 import torch
 
 from kernels.gather_rows import gather_rows
+from kernels.table_rows import host
+from kernels.table_rows.reference import sinkhorn_sums
 from parallel.collectives import sum_in_place
-from parallel.engram_table import host_kernels
 from parallel.engram_table.store import Allocate, RowStore, write_rows
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig
@@ -154,13 +155,15 @@ class MomentumSinkhorn:
         r_A, c_W = self._scalings(g_AW)
         step_size = rate * math.sqrt(self.store.width)
         if g_AW.device.type == "cpu":
-            host_kernels.move(
-                self.store,
+            host.move(
+                self.store.host_rows(),
                 rows_A,
+                self.store.rounding_ids(rows_A),
                 g_AW,
                 r_A,
                 c_W * step_size,
                 now,
+                self.store.seed,
             )
             return rows_A
         for block in range(0, len(rows_A), BLOCK_ROWS):
@@ -193,10 +196,8 @@ class MomentumSinkhorn:
         / norm).
         """
         if g_AW.device.type == "cpu":
-            return host_kernels.sinkhorn_sums(g_AW, norm_A, c2_W)
-        squares = (g_AW / norm_A[:, None]).square()
-        r2_A = 1 / (squares @ c2_W)
-        return r2_A, r2_A @ squares
+            return host.sinkhorn_sums(g_AW, norm_A, c2_W)
+        return sinkhorn_sums(g_AW, norm_A, c2_W)
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the owners of the table, in fp64."""

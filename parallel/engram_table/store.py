@@ -4,15 +4,12 @@ Shape suffixes: R rows of this rank, U rows asked for, W row width, K blocks of 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from kernels.gather_rows import gather_rows
-from kernels.table_rows import loops as row_loops
 from kernels.table_rows.formats import FP8_BLOCK, from_fp8, row_keys, to_bf16, to_fp8
-from kernels.threads import for_ranges
+from kernels.table_rows.host import HostRows, host_rows, read_fp8
 from parallel.table_config import RowFormat
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
@@ -60,15 +57,18 @@ class RowStore:
         part_U = torch.searchsorted(self._starts, rows_U.cpu(), right=True) - 1
         return rows_U + self._shifts[part_U].to(rows_U.device)
 
+    def rounding_ids(self, rows_U: torch.Tensor) -> torch.Tensor:
+        """(U,) int64: numbers by which rows are rounded; fp32 is not, so any will do."""
+        return rows_U if self.form == "fp32" else self.global_ids(rows_U)
+
     def read(self, rows_U: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(U, W) in ``dtype``, a copy."""
         if self.form != "fp8":
             return gather_rows(self.weight, rows_U).to(dtype)
         if rows_U.device.type == "cpu":
-            return self._read_fp8(rows_U).to(dtype)
-        codes_UW, exponents_UK = (
-            tensor.index_select(0, rows_U) for tensor in self.tensors.values()
-        )
+            return read_fp8(self.host_rows(), rows_U).to(dtype)
+        codes_UW = self.weight.index_select(0, rows_U)
+        exponents_UK = self.tensors["weight_scale"].index_select(0, rows_U)
         return from_fp8(codes_UW, exponents_UK, dtype)
 
     def write(self, rows_U: torch.Tensor, values_UW: torch.Tensor, updates_U: torch.Tensor) -> None:
@@ -86,41 +86,9 @@ class RowStore:
         write_rows(self.weight, rows_U, codes_UW)
         write_rows(self.tensors["weight_scale"], rows_U, exponents_UK)
 
-    def arrays(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """For loops in host memory: the format's number; the weight (R, W), of bf16 the bits, of
-        fp8 (R, K, 32); fp8's exponents (R, K); and 2^(i - 127) for i of 0 to 255 (0 and infinity at
-        the ends)."""
-        none = np.empty((0, 0), np.uint8)
-        weight = self.weight
-        if self.form == "fp32":
-            return row_loops.FP32, weight.numpy(), none, _powers()
-        if self.form == "bf16":  # numpy has no bf16
-            return row_loops.BF16, weight.view(torch.int16).numpy().view(np.uint16), none, _powers()
-        blocks = weight.unflatten(1, (-1, FP8_BLOCK))
-        return row_loops.FP8, blocks.numpy(), self.tensors["weight_scale"].numpy(), _powers()
-
-    def _read_fp8(self, rows_U: torch.Tensor) -> torch.Tensor:
-        """(U, W) fp32: ``from_fp8`` of rows in host memory."""
-        _, codes, exponents, powers = self.arrays()
-        out_UKX = torch.empty((len(rows_U), *codes.shape[1:]))
-        rows = rows_U.numpy()
-        out = out_UKX.numpy()
-        for_ranges(
-            lambda part: row_loops.read_fp8(
-                codes,
-                exponents,
-                powers,
-                rows[part],
-                out[part],
-            ),
-            len(rows),
-        )
-        return out_UKX.flatten(1)
-
-
-@lru_cache(maxsize=1)
-def _powers() -> np.ndarray:
-    return (np.arange(256, dtype=np.uint32) << 23).view(np.float32)
+    def host_rows(self) -> HostRows:
+        """The rows for loops in host memory; live."""
+        return host_rows(self.form, self.tensors)
 
 
 def write_rows(table_RW: torch.Tensor, rows_U: torch.Tensor, values_UW: torch.Tensor) -> None:

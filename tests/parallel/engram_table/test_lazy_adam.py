@@ -21,7 +21,7 @@ def test_host_kernel_is_the_tensor_operations(form, optimizer):
     for step in range(4):
         grad = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)) * 10.0**-step
         adams[0].update(rows, grad, 1e-2, 0.5, step)
-        adams[1].update_block(rows, grad * 0.5, 1e-2 * config.learning_rate_multiple)
+        adams[1].update_block(rows, grad * 0.5, adams[1].step_at(1e-2))
     for name in adams[0].state():
         assert_close(
             name,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.engram_table import host_kernels
+from kernels.table_rows import host
 from tests.helpers.compare import assert_close
 from tests.helpers.table_rows import FORMATS, make_store
 
@@ -18,7 +18,16 @@ def test_host_kernel_moves_rows_as_tensor_operations_do(form):
     g_AW = torch.randn(4, 64)
     r_A = torch.rand(4)
     c_W = torch.rand(64) / 10
-    host_kernels.move(stores[0], rows, g_AW, r_A, c_W, 7)
+    host.move(
+        stores[0].host_rows(),
+        rows,
+        stores[0].rounding_ids(rows),
+        g_AW,
+        r_A,
+        c_W,
+        7,
+        stores[0].seed,
+    )
     changed = stores[1].read(rows) - g_AW * r_A[:, None] * c_W
     stores[1].write(rows, changed, torch.full((4,), 7))
     for name, tensor in stores[0].tensors.items():
@@ -32,7 +41,7 @@ def test_host_kernel_sums_of_normalised_rows():
     )
     norm_A = torch.linalg.vector_norm(g_AW, dim=1)
     c2_W = torch.tensor([0.5, 1, 2, 1e-3, 1])
-    r2_A, sums_W = host_kernels.sinkhorn_sums(g_AW, norm_A, c2_W)
+    r2_A, sums_W = host.sinkhorn_sums(g_AW, norm_A, c2_W)
     squares = (g_AW.double() / norm_A.double()[:, None]).square()
     expected_A = 1 / (squares @ c2_W.double())
     assert_close("r2", r2_A, expected_A.float(), 1e-6)
