@@ -49,7 +49,7 @@ class LoopCache(FunctionCache):
 
     def __init__(self, function):
         super().__init__(function)
-        stamp = self._impl.locator.get_source_stamp()
+        stamp = (self._impl.locator.get_source_stamp(), neighbours_stamp(function))
         self._cache_file = LoopFiles(Path(self._cache_path), self._impl.filename_base, stamp)
 
     def load_overload(self, sig, target_context):
@@ -70,6 +70,16 @@ class LoopCache(FunctionCache):
             tell_once(
                 f"{self._cache_path} keeps no compiled loops ({error.strerror}): {EACH_START}"
             )
+
+
+def neighbours_stamp(function):
+    """SHA-256 of the sources that a function may inline from: those of its folder, and prefetching.
+
+    numba's own stamp is of the function's file: what it inlines from another could change unseen.
+    """
+    folder = Path(function.__code__.co_filename).parent
+    paths = [*sorted(folder.glob("*.py")), Path(__file__).with_name("prefetch.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 class Uncached(NullCache):

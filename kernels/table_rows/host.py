@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.table_rows import loops
+from kernels.table_rows import codes, loops
 from kernels.table_rows.formats import FP8_BLOCK
 from kernels.table_rows.reference import AdamStep
 from kernels.threads import for_each, for_ranges
@@ -27,7 +27,7 @@ class HostRows(NamedTuple):
     """Rows in host memory as the loops take them; live views."""
 
     form: int
-    """The format's number: ``loops.FP32``, ``BF16`` or ``FP8``."""
+    """The format's number: ``codes.FP32``, ``BF16`` or ``FP8``."""
     weight: np.ndarray
     """(R, W) fp32; (R, W) bits of bf16, which numpy has not; (R, K, 32) bits of fp8."""
     exponents: np.ndarray
@@ -41,12 +41,12 @@ def host_rows(form: str, tensors: Mapping[str, Tensor]) -> HostRows:
     weight = tensors["weight"]
     no_exponents = np.empty((0, 0), np.uint8)
     if form == "fp32":
-        return HostRows(loops.FP32, weight.numpy(), no_exponents, _powers())
+        return HostRows(codes.FP32, weight.numpy(), no_exponents, _powers())
     if form == "bf16":
         bits = weight.view(torch.int16).numpy().view(np.uint16)
-        return HostRows(loops.BF16, bits, no_exponents, _powers())
+        return HostRows(codes.BF16, bits, no_exponents, _powers())
     blocks = weight.unflatten(1, (-1, FP8_BLOCK)).numpy()
-    return HostRows(loops.FP8, blocks, tensors["weight_scale"].numpy(), _powers())
+    return HostRows(codes.FP8, blocks, tensors["weight_scale"].numpy(), _powers())
 
 
 @lru_cache(maxsize=1)

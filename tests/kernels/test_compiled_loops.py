@@ -82,6 +82,16 @@ def test_a_form_is_compiled_once(source, tmp_path, monkeypatch, capfd):
     assert FIRST in capfd.readouterr().err
 
 
+def test_a_form_is_compiled_again_once_a_neighbour_has_changed(source, tmp_path, monkeypatch):
+    """A loop may inline from there, which numba's stamp of its own file does not show."""
+    neighbour = source.with_name("parts.py")
+    neighbour.write_text("ONE = 1")
+    run(source, tmp_path / "cache", 3.0, monkeypatch)
+    assert num_read(run(source, tmp_path / "cache", 3.0, monkeypatch)) == 1
+    neighbour.write_text("ONE = 2")
+    assert num_read(run(source, tmp_path / "cache", 3.0, monkeypatch)) == 0
+
+
 DAMAGE = {
     "empty": lambda content: b"",
     "cut off": lambda content: content[:-1],

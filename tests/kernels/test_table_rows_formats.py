@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.table_rows import loops as row_loops
+from kernels.table_rows import codes as row_codes
 from kernels.table_rows.formats import from_fp8, random_bits, row_keys, to_bf16, to_fp8
 from tests.helpers.table_rows import FORMATS, make_store
 
@@ -103,7 +103,7 @@ def test_host_kernels_store_the_same_bits():
     keys = row_keys(rows, torch.arange(30), seed=11)
     short = to_bf16(values, keys).view(torch.int16)
     (codes, exponents) = to_fp8(values, keys)
-    scratch = row_loops.scratch_of(64, 2)
+    scratch = row_codes.scratch_of(64, 2)
     w = scratch[0]
     w_bits = scratch[1]
     noise = scratch[-1]
@@ -112,11 +112,11 @@ def test_host_kernels_store_the_same_bits():
     fp8 = np.empty((1, 2, 32), np.uint8)
     scale = np.empty((1, 2), np.uint8)
     for i in range(30):
-        key = row_loops.row_key(int(rows[i]), i, 11)
+        key = row_codes.row_key(int(rows[i]), i, 11)
         assert int(key) == int(keys[i])
         w[0] = values[i].numpy()
-        row_loops.encode_bf16(w_bits, key, bf16, 0, noise)
-        row_loops.encode_fp8(scratch, key, fp8, scale, powers, 0)
+        row_codes.encode_bf16(w_bits, key, bf16, 0, noise)
+        row_codes.encode_fp8(scratch, key, fp8, scale, powers, 0)
         assert np.array_equal(bf16.view(np.int16)[0], short[i].numpy())
         assert np.array_equal(fp8.reshape(64), codes[i].numpy())
         assert np.array_equal(scale[0], exponents[i].numpy())
