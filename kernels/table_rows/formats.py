@@ -15,6 +15,10 @@ FP8_BLOCK = 32
 FP8_MAX = 448.0
 _MASK = 0xFFFFFFFF
 _BF16_MAX_BITS = 0x7F7FFFFF
+_SIGN = 0x80000000
+_MAGNITUDE = 0x7FFFFFFF
+_FRACTION = 0x7FFFFF
+_QUIET_NAN = 0x400000
 
 
 def random_bits(keys_U: Tensor, width: int) -> Tensor:
@@ -25,19 +29,25 @@ def random_bits(keys_U: Tensor, width: int) -> Tensor:
         keys_U: (U,) int64 in 0 .. 2^32 - 1, from ``row_keys``.
     """
     columns_W = torch.arange(width, device=keys_U.device) * 0x9E3779B9
-    return _mix32((keys_U[:, None] + columns_W) & _MASK) & 0xFFFF
+    places_UW = (keys_U[:, None] + columns_W) & _MASK
+    return _mix32(places_UW) & 0xFFFF
 
 
 def row_keys(rows_U: Tensor, updates_U: Tensor, seed: int) -> Tensor:
     """(U,) int64 in 0 .. 2^32 - 1: one key for each (global row, number of its update, seed)."""
     low = rows_U & _MASK
     high = rows_U >> 32
-    return _mix32(_mix32(_mix32((low + seed) & _MASK) ^ high) ^ (updates_U.long() & _MASK))
+    updates = updates_U.long() & _MASK
+    key = _mix32((low + seed) & _MASK)
+    key = _mix32(key ^ high)
+    return _mix32(key ^ updates)
 
 
 def _mix32(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
 
 
@@ -46,9 +56,13 @@ def to_bf16(values_UW: Tensor, keys_U: Tensor) -> Tensor:
     what they are.
     """
     bits = values_UW.view(torch.int32).long() & _MASK
-    magnitude = (bits & 0x7FFFFFFF) + random_bits(keys_U, values_UW.shape[1])
-    rounded = (bits & 0x80000000) | magnitude.clamp_max(_BF16_MAX_BITS)
-    kept = torch.where(values_UW.isfinite(), rounded, bits | ((bits & 0x7FFFFF) != 0) * 0x400000)
+    magnitude = bits & _MAGNITUDE
+    magnitude = magnitude + random_bits(keys_U, values_UW.shape[1])
+    rounded = (bits & _SIGN) | magnitude.clamp_max(_BF16_MAX_BITS)
+    # a NaN whose fraction is cut off would be an infinity
+    is_nan = (bits & _FRACTION) != 0
+    special = bits | is_nan * _QUIET_NAN
+    kept = torch.where(values_UW.isfinite(), rounded, special)
     return (kept >> 16).to(torch.int16).view(torch.bfloat16)
 
 
@@ -60,20 +74,32 @@ def to_fp8(values_UW: Tensor, keys_U: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks_UKX = values_UW.unflatten(1, (-1, FP8_BLOCK))
     limit_UK = blocks_UKX.abs().amax(-1).div_(FP8_MAX).clamp_(1e-30)
-    exponent_UK = ((limit_UK.view(torch.int32).long() + 0x7FFFFF) >> 23).clamp_(1, 253)
-    y = (blocks_UKX * _power(127 - exponent_UK)[..., None]).flatten(1)
-    unit = _power(((y.abs().view(torch.int32).long() >> 23) - 127).clamp_min(-6) - 3)
-    steps = torch.floor(y.abs() / unit + random_bits(keys_U, values_UW.shape[1]).float() / 65536)
-    rounded = torch.copysign(steps * unit, y).to(torch.float8_e4m3fn)
-    return rounded.view(torch.uint8), exponent_UK.to(torch.uint8)
+    limit_bits = limit_UK.view(torch.int32).long()
+    exponent_UK = (limit_bits + _FRACTION) >> 23  # of the power of two above
+    exponent_UK = exponent_UK.clamp_(1, 253)
+    scale_UK = _power(127 - exponent_UK)
+    y = (blocks_UKX * scale_UK[..., None]).flatten(1)
+    magnitude = y.abs()
+    power = (magnitude.view(torch.int32).long() >> 23) - 127
+    # e4m3 has three bits below a value's power of two, and no power below 2^-6
+    unit = _power(power.clamp_min(-6) - 3)
+    random = random_bits(keys_U, values_UW.shape[1]).float() / 65536
+    steps = torch.floor(magnitude / unit + random)
+    rounded = torch.copysign(steps * unit, y)
+    codes_UW = rounded.to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes_UW, exponent_UK.to(torch.uint8)
 
 
 def from_fp8(codes_UW: Tensor, exponents_UK: Tensor, dtype: torch.dtype) -> Tensor:
     """(U, W) in ``dtype``; exact in bf16 and fp32."""
-    values = codes_UW.view(torch.float8_e4m3fn).float().unflatten(1, (-1, FP8_BLOCK))
-    return (values * _power(exponents_UK.long() - 127)[..., None]).flatten(1).to(dtype)
+    values = codes_UW.view(torch.float8_e4m3fn).float()
+    blocks_UKX = values.unflatten(1, (-1, FP8_BLOCK))
+    scale_UK = _power(exponents_UK.long() - 127)
+    values = (blocks_UKX * scale_UK[..., None]).flatten(1)
+    return values.to(dtype)
 
 
 def _power(exponent: Tensor) -> Tensor:
     """2^exponent in fp32, for normal numbers, from its bits."""
-    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
+    bits = (exponent + 127) << 23
+    return bits.to(torch.int32).view(torch.float32)

@@ -59,16 +59,19 @@ def adam(
     squares = grad_UW.square()
     if step.row_wise:
         squares = squares.mean(1, keepdim=True)
-    mean_UW.add_((grad_UW - mean_UW) * (1 - beta1))
-    square_UW.mul_(beta2).add_(squares * (1 - beta2))
+    moved = grad_UW - mean_UW
+    mean_UW.add_(moved * (1 - beta1))
+    square_UW.mul_(beta2)
+    square_UW.add_(squares * (1 - beta2))
     # weight -= rate * (mean / c1) / (sqrt(square / c2) + eps) with c = 1 - beta ** count, in fp64 a
     # row, rearranged so that the corrections are products
     last = corrections.shape[1] - 1
     first_U, root_U = corrections[:, count_U.long().clamp_max(last)]
     rate_U1 = (step.rate * root_U / first_U).float()[:, None]
     floor_U1 = (step.eps * root_U).float()[:, None]
-    change_UW = mean_UW * rate_U1 / (square_UW.sqrt() + floor_U1)
-    weight_UW.mul_(1 - step.rate * step.weight_decay).sub_(change_UW)
+    root_UW = square_UW.sqrt() + floor_U1
+    weight_UW.mul_(1 - step.rate * step.weight_decay)
+    weight_UW.sub_(mean_UW * rate_U1 / root_UW)
 
 
 def sinkhorn_sums(g_AW: Tensor, norm_A: Tensor, c2_W: Tensor) -> tuple[Tensor, Tensor]:

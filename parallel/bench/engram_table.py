@@ -66,7 +66,7 @@ def zipf_ids(num_rows: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
 
 
 class Ours:
-    """Steps of the table."""
+    """Steps of our table, on the CPU and on one rank."""
 
     def __init__(self, num_rows: int, width: int, config: TableConfig) -> None:
         shapes = {0: TableShape(num_rows, width)}
@@ -81,7 +81,7 @@ class Ours:
         )
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """One whole step."""
+        """Look up, backward and update: one whole step."""
         rows = self.tables.fetch({0: ids})
         rows[0].embed().backward(grad)
         self.tables.accumulate(rows)
@@ -90,7 +90,7 @@ class Ours:
 
     @property
     def weight(self) -> torch.Tensor:
-        """(R, W)."""
+        """The rows (R, W), live."""
         return self.tables.state()["engram.0.weight"].tensor
 
 
@@ -104,7 +104,7 @@ class Peer:
         self.adam = torch.optim.SparseAdam(self.bag.parameters(), lr=LEARNING_RATE, eps=EPS)
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """One whole step."""
+        """Look up, backward and update: one whole step."""
         self.bag(ids.view(-1, 1)).view(grad.shape).backward(grad)
         self.adam.step()
         self.adam.zero_grad()
@@ -131,7 +131,7 @@ class Fbgemm:
         self.bag.split_embedding_weights()[0].copy_(weight)
 
     def step(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """One whole step."""
+        """Look up, backward and update: one whole step."""
         self.bag(ids.view(-1), torch.arange(ids.numel() + 1)).view(grad.shape).backward(grad)
 
 
@@ -246,7 +246,7 @@ def beside_memory(sizes: list[int], width: int, config: TableConfig, rounds: int
 
 
 def _figures(num_rows: int, width: int, config: TableConfig, rounds: int) -> list[str]:
-    """A row of ``beside_memory``."""
+    """The figures of one size, a row of what ``beside_memory`` prints."""
     probe = Probe(num_rows, width, config)
     calls = {name: getattr(probe, name) for name in ("step", "gather", "read", "update", "write")}
     ms = {name: statistics.median(values) for name, values in rounds_of(calls, rounds).items()}
@@ -274,7 +274,7 @@ class Probe:
         ]
 
     def step(self, i: int) -> None:
-        """All of a step."""
+        """A whole step of the table, with id set ``i``."""
         self.ours.step(self.ids[i], self.whole)
 
     def gather(self, i: int) -> None:
@@ -282,11 +282,11 @@ class Probe:
         self.store.read(self.rows[i], self.store.weight.dtype)
 
     def read(self, i: int) -> None:
-        """What a gather reads."""
+        """Read the very bytes that a gather reads, and no more."""
         read_only(self.words[0], self.rows[i].numpy())
 
     def update(self, i: int) -> None:
-        """The optimizer's step."""
+        """The optimizer's step on the rows of id set ``i``."""
         self.optimizer.update(
             self.rows[i],
             self.grads[i],
@@ -307,7 +307,7 @@ def words_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the table beside SparseAdam and that beside memory."""
     parser = argparse.ArgumentParser(prog="python -m parallel.bench.engram_table")
     parser.add_argument(
         "--rounds",

@@ -48,11 +48,12 @@ def open_route(
     counts = []
     local_ids = []
     for layer, asked in zip(layout.layers, groups, strict=True):
-        counts.append(torch.searchsorted(asked.rows_U, layout.bounds[layer]).diff())
+        of_owners = torch.searchsorted(asked.rows_U, layout.bounds[layer]).diff()
+        counts.append(of_owners)
         shift = layout.shift[layer]
-        local_ids.append(
-            asked.rows_U + (shift if len(shift) == 1 else shift.repeat_interleave(counts[-1]))
-        )
+        if len(shift) > 1:  # one owner's is broadcast
+            shift = shift.repeat_interleave(of_owners)
+        local_ids.append(asked.rows_U + shift)
     table = torch.stack(counts, 1)
     pieces = table.tolist()
     sent = table.sum(1)
@@ -65,17 +66,31 @@ def open_route(
         received,
         group,
     )
-    places = torch.arange(int(table.sum())).split([count for owner in pieces for count in owner])
-    slots = [torch.cat(places[index :: len(groups)]) for index in range(len(groups))]
-    return Route(pieces, sent.tolist(), received, local_rows), slots
+    in_order = [count for owner in pieces for count in owner]
+    places = torch.arange(int(table.sum())).split(in_order)
+    num_layers = len(groups)
+    slots = [torch.cat(places[index::num_layers]) for index in range(num_layers)]
+    route = Route(
+        pieces=pieces,
+        sent=sent.tolist(),
+        received=received,
+        local_rows=local_rows,
+    )
+    return route, slots
 
 
 def by_owner(layers: Sequence[torch.Tensor], pieces: list[list[int]]) -> torch.Tensor:
     """One tensor for the wire, owner after owner, from one a layer; ``pieces`` as in Route."""
     if len(layers) == 1:
         return layers[0]
-    split = [layer.split([owner[index] for owner in pieces]) for index, layer in enumerate(layers)]
-    return torch.cat([piece for owner in zip(*split, strict=True) for piece in owner])
+    split = []
+    for index, layer in enumerate(layers):
+        of_owners = [owner[index] for owner in pieces]
+        split.append(layer.split(of_owners))
+    in_order = []
+    for owner in zip(*split, strict=True):
+        in_order.extend(owner)
+    return torch.cat(in_order)
 
 
 def return_rows(rows_MW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:
@@ -101,16 +116,16 @@ def resend(
     Returns:
         Places among the rows that came back, and those rows' new values.
     """
-    places_M = torch.searchsorted(changed_U, route.local_rows)
-    hit_M = (
-        changed_U[places_M.clamp_max(len(changed_U) - 1)] == route.local_rows
-        if len(changed_U)
-        else places_M < 0
-    )
+    asked_M = route.local_rows
+    hit_M = torch.zeros(len(asked_M), dtype=torch.bool)
+    if len(changed_U):
+        places_M = torch.searchsorted(changed_U, asked_M)
+        nearest_M = changed_U[places_M.clamp_max(len(changed_U) - 1)]
+        hit_M = nearest_M == asked_M
     size = mesh.size("engram")
     group = mesh.group("engram")
     hits = [part.nonzero().flatten() for part in hit_M.split(route.received)]
-    rows = read(route.local_rows[hit_M])
+    rows = read(asked_M[hit_M])
     if size == 1:
         return hits[0], rows
     counts = torch.tensor([len(hit) for hit in hits])
@@ -118,8 +133,10 @@ def resend(
     given = counts.tolist()
     taken = coming.tolist()
     places = all_to_all_rows(torch.cat(hits), given, taken, group)
-    begins = torch.tensor(route.sent).cumsum(0) - torch.tensor(route.sent)
-    return places + begins.repeat_interleave(coming), all_to_all_rows(rows, given, taken, group)
+    new_rows = all_to_all_rows(rows, given, taken, group)
+    sent = torch.tensor(route.sent)
+    begins = sent.cumsum(0) - sent
+    return places + begins.repeat_interleave(coming), new_rows
 
 
 def send_gradients(grad_UW: torch.Tensor, route: Route, mesh: Mesh) -> torch.Tensor:

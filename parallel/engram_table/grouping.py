@@ -15,7 +15,7 @@ from parallel.device import to_device
 
 @dataclass(frozen=True)
 class Groups:
-    """Positions of equal ids.
+    """Where equal ids stand in a flat input, which is sorted by them.
 
     Attributes:
         rows_U: (U,) int64, the distinct ids, ascending, without masked ones.
@@ -32,17 +32,22 @@ class Groups:
 
     @property
     def num_ids(self) -> int:
-        """N, masked ids included."""
+        """Ids of the input, masked ones included: N."""
         return self.inverse_N.numel()
 
     def positions(self, slot_U: torch.Tensor, masked: int) -> torch.Tensor:
         """(N,) int64: for each id the slot of its row, ``masked`` for masked ids."""
-        return torch.cat([slot_U, slot_U.new_tensor([masked])]).index_select(0, self.inverse_N)
+        slots = torch.cat([slot_U, slot_U.new_tensor([masked])])
+        return slots.index_select(0, self.inverse_N)
 
     def to(self, device: torch.device) -> "Groups":
-        """The same on ``device``."""
-        tensors = self.rows_U, self.order, self.starts_U, self.inverse_N
-        return Groups(*(to_device(tensor, device) for tensor in tensors))
+        """The same groups, with their tensors on ``device``."""
+        return Groups(
+            rows_U=to_device(self.rows_U, device),
+            order=to_device(self.order, device),
+            starts_U=to_device(self.starts_U, device),
+            inverse_N=to_device(self.inverse_N, device),
+        )
 
 
 def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:
@@ -66,25 +71,28 @@ def group_rows(ids: torch.Tensor, num_rows: int, name: str) -> Groups:
         raise ValueError(
             f"{name}: {num_rows} rows and {flat_N.size} ids do not fit one 64-bit sort key"
         )
-    low, high = (int(flat_N.min()), int(flat_N.max())) if flat_N.size else (0, -1)
+    low = int(flat_N.min()) if flat_N.size else 0
+    high = int(flat_N.max()) if flat_N.size else -1
     if low < -1 or high >= num_rows:
         raise ValueError(
             f"{name}: ids must be -1 (masked) or rows 0 to {num_rows - 1}, got {low} to {high}"
         )
     keys = (flat_N << bits) | np.arange(flat_N.size)
     keys.sort()
-    keys = keys[np.searchsorted(keys, 0) :] if low < 0 else keys  # masked ids come first
-    rows, order, starts = (np.empty(keys.size, np.int64) for _ in range(3))
+    if low < 0:  # masked ids come first
+        keys = keys[np.searchsorted(keys, 0) :]
+    rows = np.empty(keys.size, np.int64)
+    order = np.empty(keys.size, np.int64)
+    starts = np.empty(keys.size, np.int64)
     inverse_N = np.empty(flat_N.size, np.int64)
     num_distinct = split_keys(keys, bits, rows, order, starts, inverse_N)
     if low < 0:
         inverse_N[flat_N < 0] = num_distinct
-    rows_U, starts_U = (torch.from_numpy(values[:num_distinct]) for values in (rows, starts))
     return Groups(
-        rows_U,
-        torch.from_numpy(order),
-        starts_U,
-        torch.from_numpy(inverse_N),
+        rows_U=torch.from_numpy(rows[:num_distinct]),
+        order=torch.from_numpy(order),
+        starts_U=torch.from_numpy(starts[:num_distinct]),
+        inverse_N=torch.from_numpy(inverse_N),
     )
 
 

@@ -48,10 +48,15 @@ class HotRows:
             read: rows of the table by local number, as they travel: (U, W) ``dtype`` on ``device``.
         """
         self._read_table = read
-        self._kept_SV = np.full((hot_sets(hot_rows, num_rows), HOT_WAYS), -1)
-        self._heat_SV = np.zeros(self._kept_SV.shape, np.float32)
+        places = (hot_sets(hot_rows, num_rows), HOT_WAYS)
+        self._kept_SV = np.full(places, -1)
+        self._heat_SV = np.zeros(places, np.float32)
         self._heat_R = host_zeros((num_rows,), torch.float32).numpy()
-        self._values = torch.zeros((self._kept_SV.size, width), dtype=dtype, device=device)
+        self._values = torch.zeros(
+            (self._kept_SV.size, width),
+            dtype=dtype,
+            device=device,
+        )
         self._fetches = 0
         self._stale = False
 
@@ -79,14 +84,17 @@ class HotRows:
         )
         after_U = self._find(rows_U)
         (came,) = np.nonzero((after_U >= 0) & (after_U != places_U))
-        self._write(after_U[came], values_UW.index_select(0, self._index(came)))
-        return values_UW, int((places_U >= 0).sum())
+        came_UW = values_UW.index_select(0, self._index(came))
+        self._write(after_U[came], came_UW)
+        num_hot = int((places_U >= 0).sum())
+        return values_UW, num_hot
 
     def write_through(self, changed_U: torch.Tensor) -> None:
         """These local rows of the table have changed."""
         places_U = self._find(changed_U)
         (kept,) = np.nonzero(places_U >= 0)
-        self._write(places_U[kept], self._read_table(changed_U[torch.from_numpy(kept)]))
+        rows = changed_U[torch.from_numpy(kept)]
+        self._write(places_U[kept], self._read_table(rows))
 
     def forget_values(self) -> None:
         """Anything in the table may have changed until the next read: that reads all that is kept
@@ -101,22 +109,24 @@ class HotRows:
 
     def _read(self, rows_U: torch.Tensor, places_U: np.ndarray) -> torch.Tensor:
         if self._stale:
-            kept = self._kept_SV.reshape(-1)
-            (places,) = np.nonzero(kept >= 0)
-            self._write(places, self._read_table(torch.from_numpy(kept[places])))
-            self._stale = False
+            self._read_anew()
         (hot,) = np.nonzero(places_U >= 0)
         (cold,) = np.nonzero(places_U < 0)
         if not len(hot):
             return self._read_table(rows_U)
+        hot_values = self._values.index_select(0, self._index(places_U[hot]))
+        cold_values = self._read_table(rows_U[torch.from_numpy(cold)])
         values_UW = self._values.new_empty((len(rows_U), self._values.shape[1]))
-        values_UW.index_copy_(
-            0, self._index(hot), self._values.index_select(0, self._index(places_U[hot]))
-        )
-        values_UW.index_copy_(
-            0, self._index(cold), self._read_table(rows_U[torch.from_numpy(cold)])
-        )
+        values_UW.index_copy_(0, self._index(hot), hot_values)
+        values_UW.index_copy_(0, self._index(cold), cold_values)
         return values_UW
+
+    def _read_anew(self) -> None:
+        kept = self._kept_SV.reshape(-1)
+        (places,) = np.nonzero(kept >= 0)
+        rows = torch.from_numpy(kept[places])
+        self._write(places, self._read_table(rows))
+        self._stale = False
 
     def _write(self, places: np.ndarray, values: torch.Tensor) -> None:
         self._values.index_copy_(0, self._index(places), values)

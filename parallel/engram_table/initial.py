@@ -30,18 +30,21 @@ def fill_initial_rows(
 
     @torch.no_grad()
     def fill(block: int) -> None:
-        generator = np.random.Generator(
-            np.random.SFC64(np.random.SeedSequence((seed, layer, block)))
-        )
+        sequence = np.random.SeedSequence((seed, layer, block))
+        generator = np.random.Generator(np.random.SFC64(sequence))
+        # a whole block, even where only some of its rows are owned here: any owner draws the same
         values = generator.standard_normal((BLOCK_ROWS, store.width), dtype=np.float32)
         values *= np.float32(std)
         first = block * BLOCK_ROWS
         low = max(start, first)
         high = min(stop, first + BLOCK_ROWS)
-        rows = torch.arange(low - start + local.start, high - start + local.start, device=device)
-        drawn = torch.from_numpy(values[low - first : high - first]).to(device)
-        store.write(rows, drawn, torch.zeros_like(rows))
+        shift = local.start - start
+        rows = torch.arange(low + shift, high + shift, device=device)
+        drawn = torch.from_numpy(values[low - first : high - first])
+        store.write(rows, drawn.to(device), torch.zeros_like(rows))
 
+    first_block = start // BLOCK_ROWS
+    end_block = -(-stop // BLOCK_ROWS)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(fill, range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS))):
+        for _ in pool.map(fill, range(first_block, end_block)):
             pass  # raises what a thread raised

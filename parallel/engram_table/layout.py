@@ -51,7 +51,10 @@ class RowLayout:
 
     def owned(self, layer: int, rank: int) -> range:
         """Global rows of ``layer`` that ``rank`` owns."""
-        return range(int(self.bounds[layer][rank]), int(self.bounds[layer][rank + 1]))
+        bounds = self.bounds[layer]
+        start = int(bounds[rank])
+        stop = int(bounds[rank + 1])
+        return range(start, stop)
 
     def local(self, layer: int, rank: int) -> slice:
         """The local rows of ``rank`` that hold its part of ``layer``."""
@@ -62,6 +65,10 @@ class RowLayout:
     def numbering(self, rank: int) -> torch.Tensor:
         """(2, layers) int64: where each layer's local rows begin on ``rank``, and what to add to
         them for a number that no other row of the model has, on any layout."""
-        starts = [self.local(layer, rank).start for layer in self.layers]
-        shifts = [(layer << 40) - int(self.shift[layer][rank]) for layer in self.layers]
+        starts = []
+        shifts = []
+        for layer in self.layers:
+            starts.append(self.local(layer, rank).start)
+            # 2^40 rows a layer: numbers of different layers never meet
+            shifts.append((layer << 40) - int(self.shift[layer][rank]))
         return torch.tensor([starts, shifts])

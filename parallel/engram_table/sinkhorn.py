@@ -94,7 +94,9 @@ class MomentumSinkhorn:
         self._touch(rows_U, grad_UW, grad_scale, step + 1)
         candidates_C = self._recent(rows_U, step + 1)
         rate = learning_rate * self.config.learning_rate_multiple * self.config.sinkhorn_scale
-        moved = [self._move(part, rows, candidates_C, rate, step + 1) for part, rows in self.parts]
+        moved = []
+        for part, num_rows in self.parts:
+            moved.append(self._move(part, num_rows, candidates_C, rate, step + 1))
         return torch.cat(moved)
 
     def _touch(
@@ -104,14 +106,17 @@ class MomentumSinkhorn:
         this step.
         """
         beta = self.config.momentum
-        since_U1 = (now - self.step.index_select(0, rows_U))[:, None].double()
-        momentum = gather_rows(self.momentum, rows_U) * (beta**since_U1).float()
+        since_U = (now - self.step.index_select(0, rows_U)).double()
+        decay_U1 = (beta ** since_U[:, None]).float()
+        momentum = gather_rows(self.momentum, rows_U) * decay_U1
         fresh = grad_UW * (grad_scale * (1 - beta))
         momentum += fresh
         self._nesterov_UW = momentum * beta + fresh
         write_rows(self.momentum, rows_U, momentum)
-        self.norm.index_copy_(0, rows_U, torch.linalg.vector_norm(momentum, dim=1))
-        self.step.index_copy_(0, rows_U, torch.full_like(rows_U, now, dtype=torch.int32))
+        norm_U = torch.linalg.vector_norm(momentum, dim=1)
+        now_U = torch.full_like(rows_U, now, dtype=torch.int32)
+        self.norm.index_copy_(0, rows_U, norm_U)
+        self.step.index_copy_(0, rows_U, now_U)
         self._touched_U = rows_U
 
     def _recent(self, rows_U: torch.Tensor, now: int) -> torch.Tensor:
@@ -119,41 +124,42 @@ class MomentumSinkhorn:
         have been loaded.
         """
         if self._candidates is None:
-            since = now - self.step
-            self._candidates = ((self.step > 0) & (since <= self.horizon)).nonzero().flatten()
+            touched = self.step > 0
+            recent = now - self.step <= self.horizon
+            self._candidates = (touched & recent).nonzero().flatten()
             return self._candidates
         joined = torch.cat([self._candidates, rows_U]).unique()
-        self._candidates = joined[now - self.step.index_select(0, joined) <= self.horizon]
+        since = now - self.step.index_select(0, joined)
+        self._candidates = joined[since <= self.horizon]
         return self._candidates
 
     def _move(
         self, part: slice, num_rows: int, candidates_C: torch.Tensor, rate: float, now: int
     ) -> torch.Tensor:
         """The step of one layer's rows: those that moved."""
-        low, high = torch.searchsorted(
-            candidates_C, torch.tensor([part.start, part.stop], device=candidates_C.device)
-        )
-        rows_C = candidates_C[low:high]
-        beta = self.config.momentum
-        first, last = torch.searchsorted(
-            self._touched_U, torch.tensor([part.start, part.stop]).to(rows_C.device)
-        )
-        touched = self._touched_U[first:last]
-        nesterov = self._nesterov_UW[first:last]
-        place_U = torch.searchsorted(rows_C, touched)
+        rows_C = candidates_C[_span(candidates_C, part)]
+        touched = _span(self._touched_U, part)
+        touched_U = self._touched_U[touched]
+        nesterov_UW = self._nesterov_UW[touched]
+        place_U = torch.searchsorted(rows_C, touched_U)
         since_C = (now - self.step.index_select(0, rows_C)).double()
-        norm_C = self.norm.index_select(0, rows_C).double() * beta ** (since_C + 1)
-        norm_C[place_U] = torch.linalg.vector_norm(nesterov, dim=1).double()
+        decay_C = self.config.momentum ** (since_C + 1)
+        norm_C = self.norm.index_select(0, rows_C).double() * decay_C
+        norm_C[place_U] = torch.linalg.vector_norm(nesterov_UW, dim=1).double()
         mean = self._sum(norm_C.sum()) / num_rows
         moves_C = norm_C > self.config.sinkhorn_threshold * mean
         rows_A = rows_C[moves_C]
-        g_AW = gather_rows(
-            self.momentum, rows_A
-        )  # of an untouched row: g up to a factor, which its norm takes out
+        # of an untouched row: g up to a factor, which its norm takes out
+        g_AW = gather_rows(self.momentum, rows_A)
         kept_U = moves_C[place_U]
-        g_AW[torch.searchsorted(rows_A, touched[kept_U])] = nesterov[kept_U]
+        g_AW[torch.searchsorted(rows_A, touched_U[kept_U])] = nesterov_UW[kept_U]
+        self._write(rows_A, g_AW, rate * math.sqrt(self.store.width), now)
+        return rows_A
+
+    def _write(self, rows_A: torch.Tensor, g_AW: torch.Tensor, size: float, now: int) -> None:
+        """The rows less ``size`` diag(r) g diag(c). Collective: columns are those of all owners."""
         r_A, c_W = self._scalings(g_AW)
-        step_size = rate * math.sqrt(self.store.width)
+        c_W = c_W * size
         if g_AW.device.type == "cpu":
             host.move(
                 self.store.host_rows(),
@@ -161,20 +167,17 @@ class MomentumSinkhorn:
                 self.store.rounding_ids(rows_A),
                 g_AW,
                 r_A,
-                c_W * step_size,
+                c_W,
                 now,
                 self.store.seed,
             )
-            return rows_A
+            return
         for block in range(0, len(rows_A), BLOCK_ROWS):
             some = slice(block, block + BLOCK_ROWS)
-            change = g_AW[some] * r_A[some, None] * (c_W * step_size)
-            self.store.write(
-                rows_A[some],
-                self.store.read(rows_A[some]) - change,
-                torch.full_like(rows_A[some], now),
-            )
-        return rows_A
+            rows = rows_A[some]
+            change = g_AW[some] * r_A[some, None] * c_W
+            values = self.store.read(rows) - change
+            self.store.write(rows, values, torch.full_like(rows, now))
 
     def _scalings(self, g_AW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """r and c of diag(r) g diag(c): the alternation needs only products of g's squares with a
@@ -204,3 +207,10 @@ class MomentumSinkhorn:
         value = value.double().clone()
         sum_in_place(value, self.mesh.group("engram"))
         return value
+
+
+def _span(rows_U: torch.Tensor, part: slice) -> slice:
+    """The places in ``rows_U`` (ascending) of the rows of ``part``."""
+    ends = torch.tensor([part.start, part.stop], device=rows_U.device)
+    low, high = torch.searchsorted(rows_U, ends).tolist()
+    return slice(low, high)

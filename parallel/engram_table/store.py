@@ -16,6 +16,13 @@ Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 """Zeros of a name, shape and dtype in the table's memory."""
 
 
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.uint8,  # the bits of e4m3
+}
+
+
 class RowStore:
     """R rows of width W. Reading decodes, writing encodes; both cost by the rows touched."""
 
@@ -40,12 +47,11 @@ class RowStore:
         self.seed = seed
         self.num_rows = num_rows
         self._starts, self._shifts = global_rows
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}[form]
-        self.tensors = {"weight": allocate("weight", (num_rows, width), dtype)}
+        weight = allocate("weight", (num_rows, width), DTYPES[form])
+        self.tensors = {"weight": weight}
         if form == "fp8":
-            self.tensors["weight_scale"] = allocate(
-                "weight_scale", (num_rows, width // FP8_BLOCK), torch.uint8
-            )
+            shape = (num_rows, width // FP8_BLOCK)
+            self.tensors["weight_scale"] = allocate("weight_scale", shape, torch.uint8)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -54,8 +60,9 @@ class RowStore:
 
     def global_ids(self, rows_U: torch.Tensor) -> torch.Tensor:
         """(U,) int64: numbers of local rows that do not depend on the layout."""
-        part_U = torch.searchsorted(self._starts, rows_U.cpu(), right=True) - 1
-        return rows_U + self._shifts[part_U].to(rows_U.device)
+        part_U = torch.searchsorted(self._starts, rows_U.cpu(), right=True)
+        shift_U = self._shifts[part_U - 1]
+        return rows_U + shift_U.to(rows_U.device)
 
     def rounding_ids(self, rows_U: torch.Tensor) -> torch.Tensor:
         """(U,) int64: numbers by which rows are rounded; fp32 is not, so any will do."""
@@ -98,9 +105,11 @@ def write_rows(table_RW: torch.Tensor, rows_U: torch.Tensor, values_UW: torch.Te
     fraction of the moves (64 wide fp32 rows: 1.2 ms against 1.6 ms for 27,000; advanced indexing
     2.0 ms).
     """
-    for wide in (torch.complex128, torch.int64, torch.int32):
-        if table_RW.ndim == 2 and table_RW.shape[1] * table_RW.dtype.itemsize % wide.itemsize == 0:
-            table_RW = table_RW.view(wide)
-            values_UW = values_UW.contiguous().view(wide)
-            break
+    if table_RW.ndim == 2:
+        num_bytes = table_RW.shape[1] * table_RW.dtype.itemsize
+        for wide in (torch.complex128, torch.int64, torch.int32):
+            if num_bytes % wide.itemsize == 0:
+                table_RW = table_RW.view(wide)
+                values_UW = values_UW.contiguous().view(wide)
+                break
     table_RW.index_copy_(0, rows_U, values_UW)
