@@ -428,8 +428,3 @@ def _switch_engram(config: RunConfig, words: list[str]) -> tuple[RunConfig, list
     if config.model.engram is None and any(word.startswith("--model.engram.") for word in words):
         return replace(config, model=replace(config.model, engram=EngramConfig())), words
     return config, words
-
-
-def field_names(kind: type) -> list[str]:
-    """Dotted names of all fields of a dataclass, nested ones included."""
-    return list(field_types(kind))

@@ -11,7 +11,8 @@ import pytest
 
 from launch import train
 from launch.env import Process
-from launch.train import Request, field_names, find_problems, main, parse
+from launch.option_values import field_types
+from launch.train import Request, find_problems, main, parse
 from parallel.errors import RunError
 from tests.launch.commands import launch
 from training.config import RunConfig
@@ -63,7 +64,7 @@ def test_engram_in_and_out():
 
 
 def test_every_field_has_a_name_on_the_command_line():
-    names = field_names(RunConfig)
+    names = list(field_types(RunConfig))
     assert {
         "name",
         "model.mamba2.chunk_size",
