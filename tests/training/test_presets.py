@@ -17,7 +17,7 @@ def test_docstring_tells_the_counts(name):
     and in tables where there are some.
     """
     count = count_parameters(PRESETS[name]().model)
-    told = PRESETS[name].__doc__.split("\n\n")[0]
+    told = " ".join(PRESETS[name].__doc__.split("\n\n")[0].split())
     sizes = re.findall(r"([\d.]+)([MB]) (parameters|active|in tables)", told)
     expected = {
         "parameters": count.total - count.engram_table,
