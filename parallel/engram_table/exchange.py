@@ -87,7 +87,7 @@ def by_owner(layers: Sequence[torch.Tensor], pieces: list[list[int]]) -> torch.T
     for index, layer in enumerate(layers):
         of_owners = [owner[index] for owner in pieces]
         split.append(layer.split(of_owners))
-    in_order = []
+    in_order: list[torch.Tensor] = []
     for owner in zip(*split, strict=True):
         in_order.extend(owner)
     return torch.cat(in_order)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parallel.engram_table import EngramTables, RowLayout, TableConfig, TableShape
 from parallel.table_bytes import TableBytes, rows_of_rank, table_bytes
 from tests.helpers.ranks import run_ranks
-from tests.parallel.engram_table.test_tables import make_mesh
+from tests.helpers.table_rows import make_mesh
 
 SHAPES = {1: TableShape(211, 32), 4: TableShape(103, 32)}
 LAYER_ROWS = [shape.num_rows for shape in SHAPES.values()]
