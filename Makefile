@@ -48,7 +48,8 @@ test-all: $(VENV)/tested
 # Without features numba takes those of the name.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
-AVX2_TESTS := tests/kernels tests/parallel/engram_table tests/training/model tests/test_parity.py tests/training/test_loop.py
+AVX2_TESTS := tests/kernels tests/parallel/engram_table tests/training/model tests/training/engram \
+	tests/test_parity.py tests/training/test_loop.py
 
 test-avx2: $(VENV)/tested
 	$(AVX2) $(PYTEST) -m "not slow" $(AVX2_TESTS) $(ARGS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.train import parse
+from launch.train_request import parse
 from parallel.errors import RunError
 
 

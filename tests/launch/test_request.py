@@ -120,7 +120,7 @@ def test_a_saved_number_outside_of_its_range_may_be_typed_over(tmp_path):
     config["train"]["keep"] = 0
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"config": config}))
-    from launch.train import parse
+    from launch.train_request import parse
 
     assert [problem.field for problem in range_problems(parse(["--config", str(path)]).run)] == [
         "train.keep"

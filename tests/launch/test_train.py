@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import train
+from launch import train_problems
 from launch.env import Process
 from launch.option_values import field_types
-from launch.train import Request, find_problems, main, parse
+from launch.train import main
+from launch.train_problems import find_problems
+from launch.train_request import Request, parse
 from parallel.errors import RunError
 from tests.launch.commands import launch
 from training.config import RunConfig
@@ -118,7 +120,7 @@ def test_layout_directory_and_memory_are_told_together(tmp_path):
 
 def test_the_largest_table_that_is_told_fits_and_is_what_the_tables_take(tmp_path, monkeypatch):
     """Refused with a gibibyte free; the size that is told is accepted, a hundredth more is not."""
-    monkeypatch.setattr(train, "free_host_bytes", lambda: 2**30)
+    monkeypatch.setattr(train_problems, "free_host_bytes", lambda: 2**30)
     run = PRESETS["hybrid-27b"]()
     run = replace(run, table=replace(run.table, hot_rows=1000))
 
@@ -135,7 +137,7 @@ def test_the_largest_table_that_is_told_fits_and_is_what_the_tables_take(tmp_pat
 
 @pytest.mark.parametrize("free", [None, 2**60])
 def test_memory_that_the_system_does_not_tell_refuses_no_table(free, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(train_problems, "free_host_bytes", lambda: free)
     assert said(Request(run=PRESETS["hybrid-27b"]()), tmp_path) == []
 
 
@@ -274,7 +276,7 @@ def test_where_this_user_may_not_write(mode):
 
 
 def test_too_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.train.allow_open_files", lambda: 64)
+    monkeypatch.setattr("launch.train_problems.allow_open_files", lambda: 64)
     (problem,) = said(Request(run=PRESETS["tiny"]()), tmp_path)
     assert (
         problem == "ulimit -n=64 is below the 192 open files that a process needs; ulimit -n 4096"

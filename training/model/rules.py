@@ -10,6 +10,9 @@ from parallel.ranges import known, range_problems
 from training.model.config import ModelConfig, Rules, model_problem
 from training.model.layer_table import LAYERS
 
+# Sizes that are named as a way out; a mistyped number of experts has divisors for years.
+MOST_RANKS = 2**16
+
 
 def model_problems(model: ModelConfig, tp: int, ep: int) -> list[Problem]:
     """Every number outside of its range, and every rule inside the model, and between it and the
@@ -66,7 +69,8 @@ def _expert_parallel_rules(model: ModelConfig, ep: int, has_experts: bool) -> Ru
 
 
 def _divisors(number: int) -> Iterator[int]:
-    return (size for size in range(1, number + 1) if number % size == 0)
+    """The divisors of a number that may be a layout's sizes."""
+    return (size for size in range(1, min(number, MOST_RANKS) + 1) if number % size == 0)
 
 
 def _engram_rules(model: ModelConfig) -> Rules:
