@@ -59,31 +59,21 @@ def train_step(
     Raises:
         RunError: a loss or gradient is not finite; nothing has been updated.
     """
-    engine = trainer.engine
-    mesh = trainer.mesh
     memory = trainer.memory
     num_targets = _global_targets(trainer, batches)
     # The engine divides gradients by micro-batches and by the ranks that it sums them over.
-    scale = len(batches) * mesh.size("grad") / max(1, num_targets)
+    scale = len(batches) * trainer.mesh.size("grad") / max(1, num_targets)
     loss_sum = torch.zeros((), device=trainer.device)
     loads = None
     waited, worked = engram_seconds(trainer)
     for index, batch in enumerate(batches):
-        rows = trainer.rows_for_training(batch, partial(following, batches[index + 1 :], upcoming))
-        ids_BL, targets_BL, seq_idx_BL = (
-            part.to(trainer.device, non_blocking=True)
-            for part in (batch.input_ids_BL, batch.targets_BL, batch.seq_idx_BL)
-        )
-        cross_entropy, auxiliary = engine.forward(ids_BL, targets_BL, seq_idx_BL, memory_of(rows))
-        engine.backward((cross_entropy + auxiliary) * scale)
-        loss_sum += cross_entropy.detach()
+        coming = partial(following, batches[index + 1 :], upcoming)
+        loss_sum += _add_gradients(trainer, batch, scale, coming)
         if "E" in trainer.config.model.pattern:
             counted = expert_loads(trainer.model)
             loads = counted if loads is None else loads + counted
-        if memory is not None:
-            memory.tables.accumulate(rows, scale=1 / mesh.size("grad"))
         if index < len(batches) - 1:
-            engine.end_micro_batch()
+            trainer.engine.end_micro_batch()
     grad_norm, hot_hits = global_grad_norm(trainer)
     loss = _mean_loss(trainer, loss_sum, scale / len(batches))
     _require_finite(trainer, loss, grad_norm, step)
@@ -91,8 +81,10 @@ def train_step(
     factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
     if memory is not None:
         memory.tables.step(learning_rate, factor, step)
-    engine.finish_step(factor, learning_rate)
-    expert_max = None if loads is None else float(update_balance(trainer.model, loads, mesh))
+    trainer.engine.finish_step(factor, learning_rate)
+    expert_max = None
+    if loads is not None:
+        expert_max = float(update_balance(trainer.model, loads, trainer.mesh))
     now_waited, now_worked = engram_seconds(trainer)
     return StepResult(
         loss=loss,
@@ -104,6 +96,33 @@ def train_step(
         num_targets=num_targets,
         engram_hot_hits=hot_hits,
     )
+
+
+def _add_gradients(
+    trainer: Trainer,
+    batch: Batch,
+    scale: float,
+    coming: Callable[[int], list[Batch]],
+) -> torch.Tensor:
+    """Forward and backward of one micro-batch, table rows included; its sum of cross-entropies.
+
+    Args:
+        scale: what the loss is multiplied by before the backward.
+        coming: the next n micro-batches, whose table rows begin to move.
+    """
+    rows = trainer.rows_for_training(batch, coming)
+    moved = batch.to(trainer.device)
+    cross_entropy, auxiliary = trainer.engine.forward(
+        moved.input_ids_BL,
+        moved.targets_BL,
+        moved.seq_idx_BL,
+        memory_of(rows),
+    )
+    trainer.engine.backward((cross_entropy + auxiliary) * scale)
+    if trainer.memory is not None:
+        share = 1 / trainer.mesh.size("grad")
+        trainer.memory.tables.accumulate(rows, scale=share)
+    return cross_entropy.detach()
 
 
 def following(rest: list[Batch], upcoming: Callable[[], list[Batch]], n: int) -> list[Batch]:

@@ -24,8 +24,10 @@ class OptimizerState:
 
     def zeros(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state before a first step, for flat fp32 values."""
-        values = {name: torch.zeros_like(master) for name in self.per_value}
-        return {name: zero.clone() for name, zero in self.scalars.items()} | values
+        state = {name: zero.clone() for name, zero in self.scalars.items()}
+        for name in self.per_value:
+            state[name] = torch.zeros_like(master)
+        return state
 
 
 def probe_state(make_optimizer: MakeOptimizer, device: torch.device) -> OptimizerState:
@@ -41,16 +43,19 @@ def probe_state(make_optimizer: MakeOptimizer, device: torch.device) -> Optimize
     again, other = _first_step(make_optimizer, device, found)
     if not torch.equal(parameter, other):
         name = type(again).__name__
-        raise RuntimeError(f"{name} begins with a state that is not zeros: it cannot be restored")
+        raise RuntimeError(f"{name} begins with a state that is not zeros: no checkpoint holds it")
     return found
 
 
 def _first_step(
-    make_optimizer: MakeOptimizer, device: torch.device, state: OptimizerState | None
+    make_optimizer: MakeOptimizer,
+    device: torch.device,
+    state: OptimizerState | None,
 ) -> tuple[torch.optim.Optimizer, torch.Tensor]:
     """An optimizer, and its parameter after one step from ``state``; None is its own beginning."""
     parameter = torch.tensor(PROBE, device=device, requires_grad=True)
-    optimizer = make_optimizer([{"params": [parameter]}])
+    group = {"params": [parameter]}
+    optimizer = make_optimizer([group])
     if state is not None and not optimizer.state[parameter]:
         optimizer.state[parameter] = state.zeros(parameter.detach())
     parameter.grad = torch.tensor(PROBE_GRADIENT, device=device)
@@ -64,12 +69,13 @@ def _state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Opti
     for name, value in optimizer.state[parameter].items():
         if value is None:  # a state that these settings do not use
             continue
-        if not isinstance(value, torch.Tensor) or value.numel() not in (1, parameter.numel()):
+        size = value.numel() if isinstance(value, torch.Tensor) else 0
+        if size not in (1, parameter.numel()):
             raise RuntimeError(
                 f"state {name} of {type(optimizer).__name__} is neither a tensor of the "
                 f"parameter's shape nor of one element: {value!r}"
             )
-        if value.numel() == 1:
+        if size == 1:
             scalars[name] = torch.zeros_like(value)
         else:
             per_value.append(name)

@@ -6,6 +6,7 @@ rows of weight_VD, in order.
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from parallel.collectives import gather_values, split_tokens, sum_to_replica
 from parallel.mesh import Mesh
@@ -13,7 +14,11 @@ from parallel.mesh import Mesh
 LOSS_CHUNK = 2048  # tokens whose logits exist at once
 
 
-def look_up(ids_BL: torch.Tensor, weight_VD: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+def look_up(
+    ids_BL: torch.Tensor,
+    weight_VD: torch.Tensor,
+    mesh: Mesh,
+) -> torch.Tensor:
     """x_BLD, the rows of all tokens, on every tensor rank; cut along L under sequence parallelism.
 
     Communicates over ``tp``: a sum, in which one rank's row meets zeros.
@@ -23,10 +28,13 @@ def look_up(ids_BL: torch.Tensor, weight_VD: torch.Tensor, mesh: Mesh) -> torch.
     group = mesh.group("tp")
     local_BL = ids_BL - first_row(weight_VD, mesh)
     is_elsewhere_BL = (local_BL < 0) | (local_BL >= weight_VD.shape[0])
-    x_BLD = F.embedding(local_BL.masked_fill(is_elsewhere_BL, 0), weight_VD)
+    local_BL = local_BL.masked_fill(is_elsewhere_BL, 0)
+    x_BLD = F.embedding(local_BL, weight_VD)
     x_BLD = x_BLD.masked_fill(is_elsewhere_BL[..., None], 0)
     x_BLD = sum_to_replica(x_BLD, group)
-    return split_tokens(x_BLD, group) if mesh.sequence_parallel else x_BLD
+    if mesh.sequence_parallel:
+        x_BLD = split_tokens(x_BLD, group)
+    return x_BLD
 
 
 def first_row(weight_VD: torch.Tensor, mesh: Mesh) -> int:
@@ -35,13 +43,19 @@ def first_row(weight_VD: torch.Tensor, mesh: Mesh) -> int:
 
 
 def local_logits(
-    h_TD: torch.Tensor, weight_VD: torch.Tensor, mesh: Mesh, vocab_size: int
+    h_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    mesh: Mesh,
+    vocab_size: int,
 ) -> torch.Tensor:
     """Logits of this rank's tokens of the vocabulary, fp32; of padding the lowest number."""
     logits_TV = F.linear(h_TD, weight_VD).float()
     first = first_row(weight_VD, mesh)
-    ids_V = torch.arange(first, first + weight_VD.shape[0], device=h_TD.device)
-    return logits_TV.masked_fill(ids_V >= vocab_size, torch.finfo(torch.float32).min)
+    stop = first + weight_VD.shape[0]
+    ids_V = torch.arange(first, stop, device=h_TD.device)
+    is_padding_V = ids_V >= vocab_size
+    lowest = torch.finfo(torch.float32).min
+    return logits_TV.masked_fill(is_padding_V, lowest)
 
 
 def gather_logits(local_BLV: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -69,18 +83,30 @@ def cross_entropy(
         logits = local_logits(h, weight_VD, mesh, vocab_size)
         return _sum_of_losses(logits, targets, ignore)
 
+    hidden_chunks = h_TD.split(LOSS_CHUNK)
+    target_chunks = targets_T.split(LOSS_CHUNK)
     total = h_TD.new_zeros((), dtype=torch.float32)
-    for h, targets in zip(h_TD.split(LOSS_CHUNK), targets_T.split(LOSS_CHUNK), strict=True):
-        loss = torch.utils.checkpoint.checkpoint(chunk_loss, h, targets, use_reentrant=False)
+    for h, targets in zip(hidden_chunks, target_chunks, strict=True):
+        loss = checkpoint(
+            chunk_loss,
+            h,
+            targets,
+            use_reentrant=False,
+        )
         total = total + loss
     return total
 
 
-def _sum_of_losses(logits_TV: torch.Tensor, targets_T: torch.Tensor, ignore: int) -> torch.Tensor:
+def _sum_of_losses(
+    logits_TV: torch.Tensor,
+    targets_T: torch.Tensor,
+    ignore: int,
+) -> torch.Tensor:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     is_valid_T = targets_T != ignore
-    losses_T = vocab_parallel_cross_entropy(logits_TV, targets_T.where(is_valid_T, 0))
+    any_target_T = targets_T.where(is_valid_T, 0)
+    losses_T = vocab_parallel_cross_entropy(logits_TV, any_target_T)
     return (losses_T * is_valid_T).sum()
 
 
@@ -91,4 +117,6 @@ def merge_log_sums(stats_2T: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """
     parts = gather_values(stats_2T, mesh.group("tp"))
     log_sums, logits = torch.stack(parts, 1)
-    return torch.stack((log_sums.logsumexp(0), logits.sum(0)))
+    log_sum = log_sums.logsumexp(0)
+    logit = logits.sum(0)
+    return torch.stack((log_sum, logit))

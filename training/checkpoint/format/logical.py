@@ -41,11 +41,11 @@ class Chunk:
     def split(self, max_bytes: int) -> "Iterator[Chunk]":
         """The chunk in parts of at most ``max_bytes``, views of its values."""
         for box in self.box.split(max_bytes // self.values.itemsize):
-            starts = (a - b for a, b in zip(box.offset, self.box.offset, strict=True))
-            place = tuple(
-                slice(start, start + n) for start, n in zip(starts, box.sizes, strict=True)
-            )
-            yield Chunk(box, self.values[place], self.writes)
+            place = []
+            for mine, theirs, size in zip(self.box.offset, box.offset, box.sizes, strict=True):
+                start = theirs - mine
+                place.append(slice(start, start + size))
+            yield Chunk(box, self.values[tuple(place)], self.writes)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def weight_tensors(model: HybridModel, mesh: Mesh, memory: EngramMemory | None) 
 
 def is_weight(name: str) -> bool:
     """Whether a logical tensor is one that ``weight_tensors`` names."""
-    rows = name.startswith("engram.") and name.endswith((".weight", ".weight_scale"))
-    return rows or name.startswith((f"{MASTER}/", "buffer/"))
+    if name.startswith("engram."):
+        return name.endswith((".weight", ".weight_scale"))
+    return name.startswith((f"{MASTER}/", "buffer/"))
 
 
 def _group_tag(placement: Placement) -> str:
@@ -107,7 +108,8 @@ def _group_tag(placement: Placement) -> str:
     groups depends on EP).
     """
     kind = "experts" if placement.axis == "ep" else "dense"
-    return f"{kind}-{'decay' if placement.decay else 'plain'}"
+    decay = "decay" if placement.decay else "plain"
+    return f"{kind}-{decay}"
 
 
 def _suffix(part_name: str) -> str:
@@ -120,16 +122,16 @@ def _declare_parameters(tensors: Tensors, state: str, model: nn.Module) -> None:
         for piece in placement.cut(1, 0):
             shape = list(placement.shape)
             shape[placement.dim] = piece.part.size
-            tensors[f"{state}/{name}{_suffix(piece.part.name)}"] = LogicalTensor(
-                tuple(shape), torch.float32
-            )
+            suffix = _suffix(piece.part.name)
+            tensors[f"{state}/{name}{suffix}"] = LogicalTensor(tuple(shape), torch.float32)
 
 
 def _add_parameter_states(tensors: Tensors, trainer: Trainer) -> None:
     names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
     for fragment in trainer.engine.state_fragments():
         name = names[id(fragment.parameter)]
-        for state, values in ({MASTER: fragment.master} | dict(fragment.states)).items():
+        states = {MASTER: fragment.master, **fragment.states}
+        for state, values in states.items():
             _add_fragment(
                 tensors,
                 f"{state}/{name}",
@@ -145,9 +147,15 @@ def _add_group_states(tensors: Tensors, engine: Engine, writes: bool) -> None:
     for parameters, scalars in engine.group_states():
         tag = _group_tag(parameters[0].placement)
         for state, value in scalars.items():
-            tensor = tensors.setdefault(f"{state}/{tag}", LogicalTensor((1,), value.dtype))
+            declared = LogicalTensor((1,), value.dtype)
+            tensor = tensors.setdefault(f"{state}/{tag}", declared)
             is_saved = writes and not tensor.chunks
-            tensor.chunks.append(Chunk(Box((0,), (1,)), value.view(1), is_saved))
+            chunk = Chunk(
+                Box((0,), (1,)),
+                value.view(1),
+                is_saved,
+            )
+            tensor.chunks.append(chunk)
 
 
 def _add_fragment(
@@ -170,12 +178,14 @@ def _add_fragment(
         place += box.numel
         for piece in placement.slices(mesh):
             inside = box.clip(dim, piece.offset, piece.offset + piece.size)
-            if inside is not None:
-                mine = block.narrow(dim, inside.offset[dim] - box.offset[dim], inside.sizes[dim])
-                moved = inside.shift(dim, piece.start - piece.offset)
-                tensors[name + _suffix(piece.part.name)].chunks.append(
-                    Chunk(moved, mine, rank % piece.copies == 0)
-                )
+            if inside is None:
+                continue
+            first = inside.offset[dim] - box.offset[dim]
+            mine = block.narrow(dim, first, inside.sizes[dim])
+            moved = inside.shift(dim, piece.start - piece.offset)
+            is_saved = rank % piece.copies == 0
+            tensor = tensors[name + _suffix(piece.part.name)]
+            tensor.chunks.append(Chunk(moved, mine, is_saved))
 
 
 def _add_buffers(tensors: Tensors, model: nn.Module, writes: bool) -> None:
@@ -188,11 +198,12 @@ def _add_buffers(tensors: Tensors, model: nn.Module, writes: bool) -> None:
 
 
 def _add_tables(tensors: Tensors, memory: EngramMemory | None, weights_only: bool) -> None:
-    for name, (values, start, num_rows) in (
-        {} if memory is None else memory.tables.state()
-    ).items():
-        if is_weight(name) or not weights_only:
-            inner = tuple(values.shape[1:])
-            box = Box((start, *[0] * len(inner)), tuple(values.shape))
-            chunks = [Chunk(box, values)] if values.numel() else []
-            tensors[name] = LogicalTensor((num_rows, *inner), values.dtype, chunks)
+    if memory is None:
+        return
+    for name, (values, start, num_rows) in memory.tables.state().items():
+        if weights_only and not is_weight(name):
+            continue
+        inner = tuple(values.shape[1:])
+        box = Box((start, *[0] * len(inner)), tuple(values.shape))
+        chunks = [Chunk(box, values)] if values.numel() else []
+        tensors[name] = LogicalTensor((num_rows, *inner), values.dtype, chunks)
