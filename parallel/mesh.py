@@ -62,7 +62,11 @@ class Mesh:
         """The process group along ``axis``; None where the axis has one rank in a run without
         processes.
         """
-        return self._groups.get(axis)
+        group = self._groups.get(axis)
+        # None makes collectives free: of an axis that is not there, or that others are on, it would
+        # train something else in silence.
+        assert group is not None or self.size(axis) == 1, f"{axis} has ranks and no group"
+        return group
 
 
 def start_world(

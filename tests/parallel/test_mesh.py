@@ -133,6 +133,16 @@ def test_single_mesh_has_every_axis_and_no_group():
     } == dict.fromkeys(NAMES, (1, 0, None))
 
 
+def test_no_group_is_no_answer_where_there_are_others():
+    """Collectives over None are free: it must mean one rank."""
+    mesh = Mesh(plan_mesh(ParallelConfig(tp=2), 4), 0, MappingProxyType({}))
+    with pytest.raises(AssertionError, match="tp has ranks and no group"):
+        mesh.group("tp")
+    assert mesh.group("ep") is None
+    with pytest.raises(KeyError):
+        mesh.group("dp")
+
+
 def test_mesh_is_frozen():
     mesh = Mesh(plan_mesh(ParallelConfig(), 1), 0, MappingProxyType({}))
     with pytest.raises(AttributeError):
