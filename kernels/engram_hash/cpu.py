@@ -21,18 +21,22 @@ def _windows(
     seq_idx: Tensor | None,
     past_BK: Tensor,
 ) -> list[Tensor]:
-    """The ids at distance 0, 1, ... max_order - 1 before each position; ``pad_id`` where another
-    document begins.
+    """The ids (B, L) at distance 0, 1, ... max_order - 1 before each position.
+
+    ``pad_id`` stands where another document begins.
     """
     length = ids_BL.shape[1]
     padded = torch.cat([past_BK, ids_BL], dim=1)
     tokens = [_earlier(padded, distance, length) for distance in range(hash.max_order)]
-    if seq_idx is not None and length:
-        documents = torch.cat([seq_idx[:, :1].expand_as(past_BK), seq_idx], dim=1)
-        inside_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        for distance in range(1, hash.max_order):
-            inside_BL = inside_BL & (_earlier(documents, distance, length) == seq_idx)
-            tokens[distance] = torch.where(inside_BL, tokens[distance], hash.pad_id)
+    if seq_idx is None or not length:
+        return tokens
+    past_documents = seq_idx[:, :1].expand_as(past_BK)  # the past is of the first document
+    documents = torch.cat([past_documents, seq_idx], dim=1)
+    inside_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    for distance in range(1, hash.max_order):
+        same_BL = _earlier(documents, distance, length) == seq_idx
+        inside_BL = inside_BL & same_BL
+        tokens[distance] = torch.where(inside_BL, tokens[distance], hash.pad_id)
     return tokens
 
 
@@ -49,17 +53,23 @@ def hash_rows(
     overwritten.
     """
     tokens = _windows(ids_BL, hash, seq_idx, past_BK)
+    primes_of_order = dict(zip(hash.orders, hash.primes, strict=True))
+    offsets_O = ids_BL.new_tensor(hash.offsets)
+    first_column = 0
     mix_BL = torch.zeros_like(ids_BL)
     masked_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
-    offsets = iter(ids_BL.new_tensor(hash.offsets).split([len(heads) for heads in hash.primes]))
     columns = []
-    for order, (token_BL, multiplier) in enumerate(
-        zip(tokens, hash.multipliers, strict=True), start=1
-    ):
-        mix_BL = mix_BL ^ (token_BL * multiplier)
+    for distance, token_BL in enumerate(tokens):
+        mix_BL = mix_BL ^ (token_BL * hash.multipliers[distance])
         masked_BL = masked_BL | (token_BL < 0)
-        if order in hash.orders:
-            primes = ids_BL.new_tensor(hash.primes[hash.orders.index(order)])
-            rows = (mix_BL[..., None] % primes).add_(next(offsets))
-            columns.append(rows.masked_fill_(masked_BL[..., None], -1))
+        order = distance + 1  # tokens in the window by now
+        if order not in primes_of_order:
+            continue
+        primes = ids_BL.new_tensor(primes_of_order[order])
+        end_column = first_column + len(primes)
+        rows = mix_BL[..., None] % primes
+        rows.add_(offsets_O[first_column:end_column])
+        rows.masked_fill_(masked_BL[..., None], -1)
+        columns.append(rows)
+        first_column = end_column
     return torch.cat(columns, dim=-1)

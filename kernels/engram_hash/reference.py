@@ -1,5 +1,6 @@
-"""The hash as the paper writes it, one position at a time in Python integers, which cannot
-overflow. The oracle.
+"""The hash as the paper writes it, one position at a time: the oracle.
+
+It counts in Python integers, which cannot overflow.
 
 Shapes: B batch, L length, K ids of history, O n-gram orders x hash heads.
 """
@@ -17,9 +18,7 @@ def _window(
     length: int,
     pad_id: int,
 ) -> list[int]:
-    """The ids at ``position``, ``position - 1``, ...; ``pad_id`` from the document's start
-    backwards.
-    """
+    """The ids at ``position``, ``position - 1``, ...; ``pad_id`` before the document's start."""
     window: list[int] = []
     for place in range(position, position - length, -1):
         if place < 0 or documents[place] != documents[position]:
@@ -51,12 +50,7 @@ def engram_hash_reference(
     :func:`kernels.engram_hash.engram_hash`.
     """
     batch, length = ids_BL.shape
-    rows_BLO = torch.zeros(
-        batch,
-        length,
-        hash.num_columns,
-        dtype=torch.int64,
-    )
+    rows_BLO = torch.zeros(batch, length, hash.num_columns, dtype=torch.int64)
     for b in range(batch):
         past = [] if history_BK is None else history_BK[b].tolist()
         ids = past + ids_BL[b].tolist()
