@@ -10,7 +10,6 @@ Legend: M rows sorted by expert, D model width, E experts, F inner width; 2F is 
 """
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,21 +22,21 @@ def padded_counts(counts: list[int], x: torch.Tensor) -> list[int]:
     """The number of rows that each expert is computed with."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return counts
-    return [-(-n // 64) * 64 if n > 64 else -(-n // 16) * 16 for n in counts]
+    padded = []
+    for count in counts:
+        multiple = 64 if count > 64 else 16
+        padded.append(-(-count // multiple) * multiple)
+    return padded
 
 
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     """x with zero rows appended; x itself where nothing is missing."""
     if x.shape[0] == num_rows:
         return x
-    padded = torch.empty(
-        num_rows,
-        x.shape[1],
-        dtype=x.dtype,
-        device=x.device,
-    )
-    padded[: x.shape[0]] = x
-    padded[x.shape[0] :] = 0
+    count, width = x.shape
+    padded = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    padded[:count] = x
+    padded[count:] = 0
     return padded
 
 
@@ -52,14 +51,15 @@ def empty_gradient(weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 def nonempty(counts: list[int], padded: list[int]) -> Iterator[tuple[int, slice, slice]]:
     """(expert, its rows, its rows with padding) of every expert that has any."""
-    ends = zip(accumulate(counts), accumulate(padded), strict=True)
-    for expert, (end, padded_end) in enumerate(ends):
-        if counts[expert]:
-            yield (
-                expert,
-                slice(end - counts[expert], end),
-                slice(padded_end - padded[expert], padded_end),
-            )
+    start = 0
+    padded_start = 0
+    for expert, count in enumerate(counts):
+        rows = slice(start, start + count)
+        padded_rows = slice(padded_start, padded_start + padded[expert])
+        if count:
+            yield expert, rows, padded_rows
+        start = rows.stop
+        padded_start = padded_rows.stop
 
 
 class GroupedMatmul(torch.autograd.Function):
@@ -92,23 +92,21 @@ class GroupedMatmul(torch.autograd.Function):
 
 def product(x_MD: torch.Tensor, weight_EDF: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """The rows of each expert times its weight; in any memory order of the weight."""
-    y_MF = torch.empty(
-        x_MD.shape[0],
-        weight_EDF.shape[2],
-        dtype=x_MD.dtype,
-        device=x_MD.device,
-    )
+    num_rows = x_MD.shape[0]
+    width = weight_EDF.shape[2]
+    y_MF = torch.empty(num_rows, width, dtype=x_MD.dtype, device=x_MD.device)
     padded = padded_counts(counts, x_MD)
     for expert, rows, _ in nonempty(counts, padded):
-        y_MF[rows] = torch.mm(pad_rows(x_MD[rows], padded[expert]), weight_EDF[expert])[
-            : counts[expert]
-        ]
+        x = pad_rows(x_MD[rows], padded[expert])
+        y = torch.mm(x, weight_EDF[expert])
+        y_MF[rows] = y[: counts[expert]]
     return y_MF
 
 
 class GroupedMLP(torch.autograd.Function):
-    """y_MD = swiglu(x gate_up) down. Saves x and the inputs of the activation; the activation is
-    computed again.
+    """y_MD = swiglu(x gate_up) down.
+
+    Saves x and the inputs of the activation; the activation is computed again.
     """
 
     @staticmethod
@@ -120,14 +118,15 @@ class GroupedMLP(torch.autograd.Function):
         counts: list[int],
     ) -> torch.Tensor:
         padded = padded_counts(counts, x_MD)
-        h_P2F = torch.empty(
-            sum(padded), gate_up_ED2F.shape[2], dtype=x_MD.dtype, device=x_MD.device
-        )
+        width = gate_up_ED2F.shape[2]
+        h_P2F = torch.empty(sum(padded), width, dtype=x_MD.dtype, device=x_MD.device)
         y_MD = torch.empty_like(x_MD)
         for expert, rows, padded_rows in nonempty(counts, padded):
+            x = pad_rows(x_MD[rows], padded[expert])
             h = h_P2F[padded_rows]
-            torch.mm(pad_rows(x_MD[rows], padded[expert]), gate_up_ED2F[expert], out=h)
-            y_MD[rows] = torch.mm(swiglu(h), down_EFD[expert])[: counts[expert]]
+            torch.mm(x, gate_up_ED2F[expert], out=h)
+            y = torch.mm(swiglu(h), down_EFD[expert])
+            y_MD[rows] = y[: counts[expert]]
         ctx.save_for_backward(x_MD, h_P2F, gate_up_ED2F, down_EFD)
         ctx.counts = counts
         return y_MD
@@ -139,15 +138,16 @@ class GroupedMLP(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x_MD, h_P2F, gate_up_ED2F, down_EFD = ctx.saved_tensors
         padded = padded_counts(ctx.counts, x_MD)
-        dgate_up_ED2F, ddown_EFD = (
-            empty_gradient(weight, ctx.counts) for weight in (gate_up_ED2F, down_EFD)
-        )
+        dgate_up_ED2F = empty_gradient(gate_up_ED2F, ctx.counts)
+        ddown_EFD = empty_gradient(down_EFD, ctx.counts)
         dx_MD = torch.empty_like(x_MD)
         for expert, rows, padded_rows in nonempty(ctx.counts, padded):
             x = pad_rows(x_MD[rows], padded[expert])
             dy = pad_rows(dy_MD[rows], padded[expert])
-            act, dh = swiglu_backward(h_P2F[padded_rows], torch.mm(dy, down_EFD[expert].t()))
+            dact = torch.mm(dy, down_EFD[expert].t())
+            act, dh = swiglu_backward(h_P2F[padded_rows], dact)
             torch.mm(act.t(), dy, out=ddown_EFD[expert])
             torch.mm(x.t(), dh, out=dgate_up_ED2F[expert])
-            dx_MD[rows] = torch.mm(dh, gate_up_ED2F[expert].t())[: ctx.counts[expert]]
+            dx = torch.mm(dh, gate_up_ED2F[expert].t())
+            dx_MD[rows] = dx[: ctx.counts[expert]]
         return dx_MD, dgate_up_ED2F, ddown_EFD, None

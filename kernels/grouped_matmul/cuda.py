@@ -16,15 +16,20 @@ from kernels.backend import cuda_arch
 
 def takes(x_MD: Tensor, *weights: Tensor) -> bool:
     """Whether `torch._grouped_mm` exists and runs one kernel for these operands."""
-    aligned = all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
-    aligned &= all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights)
-    fits = x_MD.dtype == torch.bfloat16 and x_MD.shape[0] > 0 and weights[0].shape[0] < 1024
-    return (
-        hasattr(torch, "_grouped_mm")
-        and aligned
-        and fits
-        and (not x_MD.is_cuda or cuda_arch() // 10 in (9, 10))
-    )
+    if not hasattr(torch, "_grouped_mm"):
+        return False
+    if x_MD.is_cuda and cuda_arch() // 10 not in (9, 10):
+        return False
+    num_experts = weights[0].shape[0]
+    fits = x_MD.dtype == torch.bfloat16 and x_MD.shape[0] > 0 and num_experts < 1024
+    return fits and all(_serves(weight) for weight in weights)
+
+
+def _serves(weight: Tensor) -> bool:
+    """Whether rows, columns and the first value of a weight start at multiples of 16 bytes."""
+    _, rows, columns = weight.shape
+    wide = rows % 8 == 0 and columns % 8 == 0  # 8 values of bf16
+    return wide and weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def groups(x_MD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
@@ -42,15 +47,19 @@ def weight_gradient(x_MD: Tensor, dy_MF: Tensor, ends_E: Tensor) -> Tensor:
 
     Those are filled here: on sm_100 the kernel leaves them unwritten (pytorch/pytorch#172439).
     """
-    dweight_EDF = torch._grouped_mm(_aligned(x_MD).t(), _aligned(dy_MF), offs=ends_E)
+    x_DM = _aligned(x_MD).t()
+    dweight_EDF = torch._grouped_mm(x_DM, _aligned(dy_MF), offs=ends_E)
     if dweight_EDF.is_cuda:
         from kernels.grouped_matmul import triton
 
         return triton.zero_empty(dweight_EDF, ends_E)
-    empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
-    return dweight_EDF.masked_fill_(empty_E[:, None, None], 0)
+    counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    empty_E11 = (counts_E == 0)[:, None, None]
+    return dweight_EDF.masked_fill_(empty_E11, 0)
 
 
 def _aligned(x_MD: Tensor) -> Tensor:
     x_MD = x_MD.contiguous()
-    return x_MD if x_MD.data_ptr() % 16 == 0 else x_MD.clone()
+    if x_MD.data_ptr() % 16:
+        return x_MD.clone()  # a fresh allocation starts at a multiple of far more
+    return x_MD

@@ -29,10 +29,10 @@ def grouped_matmul(
     counts_E: Tensor,
     backend: Backend | None = None,
 ) -> Tensor:
-    """y_MF: the first counts_E[0] rows times weight_EDF[0], the next counts_E[1] times
-    weight_EDF[1], and so on.
+    """y_MF: the rows of each expert times its weight.
 
-    A card is not waited for: the counts stay there.
+    The first counts_E[0] rows are expert 0's, the next counts_E[1] expert 1's, and so on. A card is
+    not waited for: the counts stay there.
 
     Args:
         x_MD: rows sorted by expert; bf16, fp16, fp32 or fp64.
@@ -47,9 +47,9 @@ def grouped_matmul(
     _check_rows(x_MD, counts_E)
     _check_weights(x_MD, counts_E, ("weight_EDF", weight_EDF, x_MD.shape[1], None))
     if use_triton(backend, x_MD, _unserved(counts_E)):
-        return grouped_matmul_fwd(
-            x_MD, weight_EDF, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda
-        )
+        ends_E = _ends(counts_E, x_MD)
+        library = backend is None and x_MD.is_cuda
+        return grouped_matmul_fwd(x_MD, weight_EDF, ends_E, library)
     return GroupedMatmul.apply(x_MD, weight_EDF, counts_E.tolist())
 
 
@@ -61,11 +61,10 @@ def grouped_mlp(
     activation: Literal["swiglu"] = "swiglu",
     backend: Backend | None = None,
 ) -> Tensor:
-    """y_MD = (silu(x W_gate) * (x W_up)) W_down with the weights of each row's expert (SwiGLU,
-    arXiv 2002.05202 eq. 6).
+    """y_MD = (silu(x W_gate) * (x W_up)) W_down with the weights of each row's expert.
 
-    The backward pass computes the activation again; x and the products with gate and up are kept
-    for it.
+    SwiGLU, arXiv 2002.05202 eq. 6. The backward pass computes the activation again; x and the
+    products with gate and up are kept for it.
 
     Args:
         x_MD: rows sorted by expert; bf16, fp16, fp32 or fp64.
@@ -90,9 +89,10 @@ def grouped_mlp(
         ("down_EFD", down_EFD, inner, width),
     )
     if use_triton(backend, x_MD, _unserved(counts_E)):
-        return grouped_mlp_fwd(
-            x_MD, gate_up_ED2F, down_EFD, _ends(counts_E, x_MD), backend is None and x_MD.is_cuda
-        )[0]
+        ends_E = _ends(counts_E, x_MD)
+        library = backend is None and x_MD.is_cuda
+        y_MD, _ = grouped_mlp_fwd(x_MD, gate_up_ED2F, down_EFD, ends_E, library)
+        return y_MD
     return GroupedMLP.apply(
         x_MD,
         gate_up_ED2F,
@@ -108,11 +108,13 @@ def grouped_matmul_fwd(
     ends_E: Tensor,
     library: bool,
 ) -> Tensor:
-    """y_MF. ends_E: running sum of the counts, int32; ``library``: by `torch._grouped_mm` where it
-    has a kernel.
+    """y_MF of rows that end where ``ends_E`` says, the running sum of the counts in int32.
+
+    With ``library``: by `torch._grouped_mm` where it has a kernel.
     """
     by = _products(library, x_MD, weight_EDF)
-    return by.product(x_MD, weight_EDF, by.groups(x_MD, ends_E, weight_EDF))
+    rows = by.groups(x_MD, ends_E, weight_EDF)
+    return by.product(x_MD, weight_EDF, rows)
 
 
 @torch.library.custom_op("engramba::grouped_matmul_bwd", mutates_args=())
@@ -126,7 +128,9 @@ def grouped_matmul_bwd(
     """Gradients of x and of the weights."""
     by = _products(library, x_MD, weight_EDF)
     rows = by.groups(x_MD, ends_E, weight_EDF)
-    return by.product(dy_MF, weight_EDF.mT, rows), by.weight_gradient(x_MD, dy_MF, rows)
+    dx_MD = by.product(dy_MF, weight_EDF.mT, rows)
+    dweight_EDF = by.weight_gradient(x_MD, dy_MF, rows)
+    return dx_MD, dweight_EDF
 
 
 @torch.library.custom_op("engramba::grouped_mlp_fwd", mutates_args=())
@@ -141,7 +145,9 @@ def grouped_mlp_fwd(
     by = _products(library, x_MD, gate_up_ED2F, down_EFD)
     rows = by.groups(x_MD, ends_E, gate_up_ED2F, down_EFD)
     h_M2F = by.product(x_MD, gate_up_ED2F, rows)
-    return by.product(_swiglu(h_M2F, library), down_EFD, rows), h_M2F
+    act_MF = _swiglu(h_M2F, library)
+    y_MD = by.product(act_MF, down_EFD, rows)
+    return y_MD, h_M2F
 
 
 @torch.library.custom_op("engramba::grouped_mlp_bwd", mutates_args=())
@@ -157,14 +163,14 @@ def grouped_mlp_bwd(
     """Gradients of x, gate_up and down."""
     by = _products(library, x_MD, gate_up_ED2F, down_EFD)
     rows = by.groups(x_MD, ends_E, gate_up_ED2F, down_EFD)
-    dh_M2F, a_MF = _swiglu_backward(h_M2F, by.product(dy_MD, down_EFD.mT, rows), library)
-    ddown_EFD = by.weight_gradient(a_MF, dy_MD, rows)
-    del a_MF
-    return (
-        by.product(dh_M2F, gate_up_ED2F.mT, rows),
-        by.weight_gradient(x_MD, dh_M2F, rows),
-        ddown_EFD,
-    )
+    dact_MF = by.product(dy_MD, down_EFD.mT, rows)
+    dh_M2F, act_MF = _swiglu_backward(h_M2F, dact_MF, library)
+    del dact_MF  # its memory, and the activation's below, are wanted for what comes next
+    ddown_EFD = by.weight_gradient(act_MF, dy_MD, rows)
+    del act_MF
+    dx_MD = by.product(dh_M2F, gate_up_ED2F.mT, rows)
+    dgate_up_ED2F = by.weight_gradient(x_MD, dh_M2F, rows)
+    return dx_MD, dgate_up_ED2F, ddown_EFD
 
 
 @grouped_matmul_fwd.register_fake
@@ -179,7 +185,9 @@ def _(dy_MF, x_MD, weight_EDF, ends_E, library):
 
 @grouped_mlp_fwd.register_fake
 def _(x_MD, gate_up_ED2F, down_EFD, ends_E, library):
-    return x_MD.new_empty(x_MD.shape), x_MD.new_empty(x_MD.shape[0], gate_up_ED2F.shape[2])
+    y_MD = x_MD.new_empty(x_MD.shape)
+    h_M2F = x_MD.new_empty(x_MD.shape[0], gate_up_ED2F.shape[2])
+    return y_MD, h_M2F
 
 
 @grouped_mlp_bwd.register_fake
@@ -193,13 +201,15 @@ def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_matmul(ctx: Any, dy_MF: Tensor) -> tuple[Tensor | None, ...]:
-    return *grouped_matmul_bwd(dy_MF, *ctx.saved_tensors, ctx.library), None, None
+    dx_MD, dweight_EDF = grouped_matmul_bwd(dy_MF, *ctx.saved_tensors, ctx.library)
+    return dx_MD, dweight_EDF, None, None
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_MD, *weights_and_ends, ctx.library = inputs
-    ctx.save_for_backward(x_MD, output[1], *weights_and_ends)
-    ctx.mark_non_differentiable(output[1])
+    _, h_M2F = output
+    ctx.save_for_backward(x_MD, h_M2F, *weights_and_ends)
+    ctx.mark_non_differentiable(h_M2F)
 
 
 def _backward_mlp(ctx: Any, dy_MD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -230,18 +240,19 @@ def _swiglu(h_M2F: Tensor, library: bool) -> Tensor:
     return triton.forward(h_M2F)
 
 
-def _swiglu_backward(h_M2F: Tensor, da_MF: Tensor, library: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(h_M2F: Tensor, dact_MF: Tensor, library: bool) -> tuple[Tensor, Tensor]:
     if library and not h_M2F.is_cuda:
-        a_MF, dh_M2F = swiglu_backward(h_M2F, da_MF)
-        return dh_M2F, a_MF
+        act_MF, dh_M2F = swiglu_backward(h_M2F, dact_MF)
+        return dh_M2F, act_MF
     from kernels.swiglu import triton
 
-    dh_M2F, a_MF = triton.backward(h_M2F, da_MF, write_a=True)
-    return dh_M2F, a_MF
+    dh_M2F, act_MF = triton.backward(h_M2F, dact_MF, write_a=True)
+    return dh_M2F, act_MF
 
 
 def _unserved(counts_E: Tensor) -> str:
-    return f"{counts_E.numel()} experts" if counts_E.numel() > MAX_TRITON_EXPERTS else ""
+    num_experts = counts_E.numel()
+    return f"{num_experts} experts" if num_experts > MAX_TRITON_EXPERTS else ""
 
 
 def _ends(counts_E: Tensor, x_MD: Tensor) -> Tensor:
@@ -260,10 +271,13 @@ def _check_rows(x_MD: Tensor, counts_E: Tensor) -> None:
         raise ValueError(
             f"counts_E: got {counts_E.device}, expected host memory or {x_MD.device} as x_MD"
         )
-    readable = counts_E.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (int(counts_E.sum()) != x_MD.shape[0] or bool((counts_E < 0).any())):
+    if counts_E.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    num_rows = x_MD.shape[0]
+    negative = counts_E < 0
+    if int(counts_E.sum()) != num_rows or bool(negative.any()):
         raise ValueError(
-            f"counts_E: got {counts_E.tolist()}, expected counts that sum to the {x_MD.shape[0]} "
+            f"counts_E: got {counts_E.tolist()}, expected counts that sum to the {num_rows} "
             "rows of x_MD"
         )
 
@@ -273,9 +287,10 @@ def _check_weights(
 ) -> None:
     for name, weight, rows, columns in weights:
         expected = (counts_E.numel(), rows, columns)
-        fits = weight.dim() == 3 and all(
-            want in (None, got) for got, want in zip(weight.shape, expected, strict=True)
-        )
+        fits = weight.dim() == 3
+        if fits:
+            for got, want in zip(weight.shape, expected, strict=True):
+                fits = fits and want in (None, got)
         if not fits or weight.dtype != x_MD.dtype or weight.device != x_MD.device:
             wanted = tuple("any" if size is None else size for size in expected)
             raise ValueError(

@@ -1,11 +1,10 @@
-"""Products over rows sorted by expert: y = x W_e and dx = dy W_e^T by one kernel, dW_e = x_e^T dy_e
-by another.
+"""Products over rows sorted by expert: y = x W_e, dx = dy W_e^T and dW_e = x_e^T dy_e.
 
-Row counts stay on the card. A product's grid has a program for every tile that M rows in E groups
-can need, cdiv(M, m) + E of them, times the blocks of columns; one small kernel looks up each tile's
-expert and rows, and the programs left over end at once. The gradient of the weights has a program
-for each tile of each expert's matrix, which loops over the expert's rows: an expert without rows
-gets zeros.
+The first two are one kernel's. Row counts stay on the card. A product's grid has a program for
+every tile that M rows in E groups can need, cdiv(M, m) + E of them, times the blocks of columns;
+one small kernel looks up each tile's expert and rows, and the programs left over end at once. The
+gradient of the weights has a program for each tile of each expert's matrix, which loops over the
+expert's rows: an expert without rows gets zeros.
 
 Each product reads M x D and E x D x F and writes M x F values for 2 M D F operations: at 1,365 rows
 an expert, D 1,280 and F 1,472 that is 456 FLOPs a byte of 16-bit values, so the tensor cores bound
@@ -26,15 +25,15 @@ from torch import Tensor
 
 from kernels.backend import cuda_arch
 
-FAR = (
-    1 << 22
-)  # a tile's offsets are int32, up to 256 + 64 strides; operands with longer ones are copied
+# A tile's offsets are int32, up to 256 + 64 strides: operands with longer ones are copied.
+FAR = 1 << 22
 TILES_AT_ONCE = tl.constexpr(8)  # row tiles whose programs follow each other over all columns
 
 
 class Tile(NamedTuple):
-    """What a program computes, rows x columns, and in which steps; for dW the rows are of D, the
-    steps run over M.
+    """What a program computes, rows x columns, and in which steps.
+
+    For dW the rows are of D, and the steps run over M.
     """
 
     rows: int
@@ -50,8 +49,9 @@ class Groups(NamedTuple):
     ends_E: Tensor
     """(E,) int32: one past each expert's last row."""
     tiles: Tensor
-    """(3, tiles) int32: expert, first row and end of the expert's rows of each tile; empty rows for
-    a spare tile.
+    """(3, tiles) int32: each tile's expert, its first row and the end of the expert's rows.
+
+    A spare tile has no rows.
     """
     tile: Tile
 
@@ -77,9 +77,13 @@ def grouped_matmul_tiles_kernel(
     mine = (first[None, :] <= t[:, None]) & (t[:, None] < last[None, :])
     begin = begins[None, :] + (t[:, None] - first[None, :]) * ROWS
     mask = t < num_tiles
-    tl.store(tiles_ptr + t, tl.sum(tl.where(mine, e[None, :], 0), 1), mask=mask)
-    tl.store(tiles_ptr + num_tiles + t, tl.sum(tl.where(mine, begin, 0), 1), mask=mask)
-    tl.store(tiles_ptr + 2 * num_tiles + t, tl.sum(tl.where(mine, ends[None, :], 0), 1), mask=mask)
+    # At most one expert owns a tile: each sum picks its value.
+    tile_expert = tl.sum(tl.where(mine, e[None, :], 0), 1)
+    tl.store(tiles_ptr + t, tile_expert, mask=mask)
+    tile_begin = tl.sum(tl.where(mine, begin, 0), 1)
+    tl.store(tiles_ptr + num_tiles + t, tile_begin, mask=mask)
+    tile_end = tl.sum(tl.where(mine, ends[None, :], 0), 1)
+    tl.store(tiles_ptr + 2 * num_tiles + t, tile_end, mask=mask)
 
 
 @triton.jit
@@ -138,8 +142,10 @@ def grouped_matmul_product_kernel(
             total = tl.dot(x, weight, total, input_precision="ieee")
             x_ptr += BLOCK_D
             weight_ptr += BLOCK_D * stride_wd
-        y_ptrs = y_ptr + begin.to(tl.int64) * F + column + m[:, None] * F + f[None, :]
-        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
+        y_ptr += begin.to(tl.int64) * F + column
+        y_at = m[:, None] * F + f[None, :]
+        y = total.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + y_at, y, mask=row_mask & column_mask)
 
 
 @triton.jit
@@ -156,13 +162,15 @@ def grouped_matmul_bwd_weight_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dweight (E, D, F) of x (M, D) and dy (M, F); grid (blocks of D x blocks of F, E): an expert's
-    rows stay in L2.
+    """dweight (E, D, F) of x (M, D) and dy (M, F); grid (blocks of D x blocks of F, E).
+
+    Programs of one expert follow each other: its rows stay in L2.
     """
+    block = tl.program_id(0)
     e = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(F, BLOCK_F)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_D
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F
+    row = (block // blocks).to(tl.int64) * BLOCK_D
+    column = (block % blocks).to(tl.int64) * BLOCK_F
     begin = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
     end = tl.load(ends_ptr + e)
     d = tl.arange(0, BLOCK_D)
@@ -182,8 +190,10 @@ def grouped_matmul_bwd_weight_kernel(
         total = tl.dot(x, dy, total, input_precision="ieee")
         x_ptr += BLOCK_M * stride_xm
         dy_ptr += BLOCK_M * stride_ym
-    dweight_ptrs = dweight_ptr + (e * D + row) * F + column + d[:, None] * F + f[None, :]
-    tl.store(dweight_ptrs, total.to(dweight_ptr.dtype.element_ty), mask=row_mask & column_mask)
+    dweight_ptr += (e * D + row) * F + column
+    dweight_at = d[:, None] * F + f[None, :]
+    dweight = total.to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + dweight_at, dweight, mask=row_mask & column_mask)
 
 
 @triton.jit
@@ -195,7 +205,9 @@ def grouped_matmul_zero_kernel(
 ):
     """Zeros in dweight (E, size) for each expert without rows; grid (programs, E)."""
     e = tl.program_id(1).to(tl.int64)
-    if tl.load(ends_ptr + e - 1, mask=e > 0, other=0) == tl.load(ends_ptr + e):
+    begin = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
+    end = tl.load(ends_ptr + e)
+    if begin == end:
         for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
             at = start + tl.arange(0, BLOCK)
             zeros = tl.zeros((BLOCK,), dweight_ptr.dtype.element_ty)
@@ -208,38 +220,50 @@ def groups(
     *weights: Tensor,
     tile: Tile | None = None,
 ) -> Groups:
-    """The tiles of the rows, for all products with these weights; ends_E is the running sum of the
-    counts, int32.
+    """The tiles of the rows, for all products with these weights.
+
+    ``ends_E`` is the running sum of the counts, int32.
     """
     M = x_MD.shape[0]
     E = ends_E.numel()
-    tile = tile or product_tile(
-        x_MD.dtype, M, E, *(size for weight in weights for size in weight.shape[1:])
-    )
-    tiles = torch.empty(
-        (3, triton.cdiv(M, tile.rows) + min(E, M)), dtype=torch.int32, device=x_MD.device
-    )
+    if tile is None:
+        widths = []
+        for weight in weights:
+            widths += weight.shape[1:]
+        tile = product_tile(x_MD.dtype, M, E, *widths)
+    # Each expert with rows may leave one tile unfilled.
+    num_tiles = triton.cdiv(M, tile.rows) + min(E, M)
+    tiles = torch.empty((3, num_tiles), dtype=torch.int32, device=x_MD.device)
     block_E = triton.next_power_of_2(max(E, 1))
-    block_T = max(1, 4096 // block_E)
+    block_T = max(1, 4096 // block_E)  # pairs of a tile and an expert that a program compares
     if M and E:
-        grouped_matmul_tiles_kernel[(triton.cdiv(tiles.shape[1], block_T),)](
-            ends_E, tiles, E, tiles.shape[1], ROWS=tile.rows, BLOCK_E=block_E, BLOCK_T=block_T
+        grid = (triton.cdiv(num_tiles, block_T),)
+        grouped_matmul_tiles_kernel[grid](
+            ends_E,
+            tiles,
+            E,
+            num_tiles,
+            ROWS=tile.rows,
+            BLOCK_E=block_E,
+            BLOCK_T=block_T,
         )
     return Groups(ends_E, tiles, tile)
 
 
 def product(x_MD: Tensor, weight_EDF: Tensor, rows: Groups) -> Tensor:
     """y_MF: the rows of expert e times weight_EDF[e], in any memory order of the weight."""
-    (M, D) = x_MD.shape
-    (E, _, F) = weight_EDF.shape
+    M, D = x_MD.shape
+    E, _, F = weight_EDF.shape
     tile = rows.tile
     x_MD = _near(x_MD)
-    weight_EDF = weight_EDF if max(weight_EDF.stride()[1:]) < FAR else weight_EDF.contiguous()
+    if max(weight_EDF.stride()[1:]) >= FAR:
+        weight_EDF = weight_EDF.contiguous()
     y_MF = torch.empty((M, F), dtype=x_MD.dtype, device=x_MD.device)
     columns = _fit(tile.columns, F)
     num_tiles = rows.tiles.shape[1]
     if E and y_MF.numel():
-        grouped_matmul_product_kernel[(num_tiles * triton.cdiv(F, columns),)](
+        grid = (num_tiles * triton.cdiv(F, columns),)
+        grouped_matmul_product_kernel[grid](
             x_MD,
             weight_EDF,
             y_MF,
@@ -276,7 +300,8 @@ def weight_gradient(
     block_D = _fit(tile.rows, D)
     block_F = _fit(tile.columns, F)
     if dweight_EDF.numel():
-        grouped_matmul_bwd_weight_kernel[(triton.cdiv(D, block_D) * triton.cdiv(F, block_F), E)](
+        grid = (triton.cdiv(D, block_D) * triton.cdiv(F, block_F), E)
+        grouped_matmul_bwd_weight_kernel[grid](
             x_MD,
             dy_MF,
             rows.ends_E,
@@ -316,7 +341,8 @@ def product_tile(
     *widths: int,
 ) -> Tile:
     """Tiles as high as an expert has rows on average, up to what keeps the sums in registers."""
-    height = max(16, triton.next_power_of_2(max(1, num_rows // max(1, num_experts))))
+    average = max(1, num_rows // max(1, num_experts))
+    height = max(16, triton.next_power_of_2(average))
     largest = weight_tile(dtype, *widths)
     if height >= largest.rows:
         return largest
@@ -324,17 +350,17 @@ def product_tile(
 
 
 def weight_tile(dtype: torch.dtype, *widths: int) -> Tile:
-    """The largest tiles: 128 x 256 for products of warp groups, where two of the half fit an SM of
-    other cards.
-
-    Rows of other than whole 32 bytes are loaded value by value, with an address in registers for
-    each: small tiles.
-    """
+    """The largest tiles that keep their sums in registers."""
     if dtype is torch.float32:
-        return Tile(64, 64, 16, 4, 2)
+        return Tile(rows=64, columns=64, step=16, warps=4, stages=2)
+    # Rows of other than whole 32 bytes are loaded value by value, with an address in registers for
+    # each: small tiles.
     if any(size % 16 for size in widths):
-        return Tile(64, 64, 32, 8, 2)
-    return Tile(128, 256, 64, 8, 3) if cuda_arch() // 10 in (9, 10) else Tile(128, 128, 64, 4, 3)
+        return Tile(rows=64, columns=64, step=32, warps=8, stages=2)
+    # Products of warp groups take 128 x 256; on other cards two tiles of the half fit an SM.
+    if cuda_arch() // 10 in (9, 10):
+        return Tile(rows=128, columns=256, step=64, warps=8, stages=3)
+    return Tile(rows=128, columns=128, step=64, warps=4, stages=3)
 
 
 def _near(x_MD: Tensor) -> Tensor:
