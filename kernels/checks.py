@@ -20,15 +20,14 @@ def check_shape(name: str, x: Tensor | None, expected: tuple[int, ...]) -> None:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Refuse tensors that hold integers, complex numbers, or floats of 8 bits, which nothing is
-    computed in.
+    """Refuse tensors of other dtypes than those computed in: integers, complex, floats of 8 bits.
 
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
     for name, x in tensors.items():
         if x is not None and x.dtype not in FLOATS:
-            wanted = ", ".join(str(dtype)[6:] for dtype in FLOATS)
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
             raise ValueError(f"{name}: got dtype {x.dtype}, expected one of {wanted}")
 
 
@@ -39,7 +38,10 @@ def check_integers(**tensors: Tensor | None) -> None:
         ValueError: names the argument, what it got and what is expected.
     """
     for name, x in tensors.items():
-        if x is not None and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        if x is None:
+            continue
+        real_or_complex = x.is_floating_point() or x.is_complex()
+        if real_or_complex or x.dtype == torch.bool:
             raise ValueError(f"{name}: got dtype {x.dtype}, expected integers")
 
 
@@ -49,10 +51,12 @@ def check_devices(**tensors: Tensor | None) -> None:
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
-    (first, expected), *others = ((name, x.device) for name, x in tensors.items() if x is not None)
-    for name, device in others:
-        if device != expected:
-            raise ValueError(f"{name}: got a tensor on {device}, expected {expected} as {first}")
+    present = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(present))
+    expected = present[first].device
+    for name, x in present.items():
+        if x.device != expected:
+            raise ValueError(f"{name}: got a tensor on {x.device}, expected {expected} as {first}")
 
 
 def check_writable(name: str, x: Tensor) -> None:
@@ -61,10 +65,11 @@ def check_writable(name: str, x: Tensor) -> None:
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(
-            f"{name}: got strides {x.stride()}, expected none of 0: it is changed in place"
-        )
+    for stride, size in zip(x.stride(), x.shape, strict=True):
+        if stride == 0 and size > 1:
+            raise ValueError(
+                f"{name}: got strides {x.stride()}, expected none of 0: it is changed in place"
+            )
 
 
 def check_documents(seq_idx: Tensor | None) -> None:
@@ -77,7 +82,8 @@ def check_documents(seq_idx: Tensor | None) -> None:
         return
     if bool((seq_idx < 0).any()):
         raise ValueError(f"seq_idx: got {int(seq_idx.min())}, expected documents numbered from 0")
-    if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+    falls = seq_idx[:, 1:] < seq_idx[:, :-1]
+    if bool(falls.any()):
         raise ValueError(
             "seq_idx: got an index that falls along a row, expected rows that never decrease"
         )
@@ -89,11 +95,14 @@ def check_states_of_documents(name: str, states: Tensor, seq_idx: Tensor) -> Non
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
-    if _readable(seq_idx) and seq_idx.numel() and int(seq_idx.max()) >= states.shape[1]:
+    if not _readable(seq_idx) or not seq_idx.numel():
+        return
+    last = int(seq_idx.max())
+    num_documents = states.shape[1]
+    if last >= num_documents:
         raise ValueError(
-            f"{name}: got states of {states.shape[1]} documents, expected at least "
-            f"{int(seq_idx.max()) + 1}: "
-            f"seq_idx goes up to {int(seq_idx.max())}"
+            f"{name}: got states of {num_documents} documents, expected at least {last + 1}: "
+            f"seq_idx goes up to {last}"
         )
 
 
@@ -105,8 +114,12 @@ def check_decay(A: Tensor, name: str = "A") -> None:
     Raises:
         ValueError: names the argument, what it got and what is expected.
     """
-    if _readable(A) and bool((A.real >= 0).any()):
-        largest = float(A.detach().real[A.real >= 0].max())
+    if not _readable(A):
+        return
+    real = A.detach().real
+    growing = real >= 0
+    if bool(growing.any()):
+        largest = float(real[growing].max())
         raise ValueError(
             f"{name}: got {largest}, expected negative values: the state would grow without bound"
         )

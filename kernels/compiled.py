@@ -1,5 +1,4 @@
-"""Elementwise pieces that torch.compile may fuse: eager by default, compiled when a run asks for
-it.
+"""Elementwise pieces that torch.compile may fuse: eager, or compiled where a run asks for it.
 
 Whole models are not compiled: routing breaks the graph. The pieces are pure functions of tensors.
 """
@@ -17,26 +16,34 @@ _enabled = False
 
 
 def compile_pieces(enabled: bool) -> None:
-    """Switch compilation of all pieces on or off for this process; it happens at each piece's first
-    call per shape.
+    """Switch compilation of all pieces on or off for this process.
+
+    A piece is compiled at its first call with each shape.
     """
     global _enabled
     _enabled = enabled
 
 
 def compiler_problem() -> str:
-    """Why torch.compile does not work on this CPU; empty where it does. Some seconds at the first
-    start: it compiles.
+    """Why torch.compile does not work on this CPU; empty where it does.
 
-    That a compiler is there says little: it may lack headers, or C++20.
+    It compiles a function, some seconds at the first start: that a compiler is there says little,
+    it may lack headers, or C++20.
     """
     try:
         torch.compile(_twice, dynamic=False)(torch.ones(8))
     except Exception as error:
-        name, _, output = str(error).partition("Output:")
-        first, *_ = [*output.split("\n\n")[0].strip().splitlines(), ""]
-        return ": ".join(part for part in (name.partition("\n")[0], first) if part)
+        return _first_lines(str(error))
     return ""
+
+
+def _first_lines(message: str) -> str:
+    """What failed and the compiler's first line about it, without the pages that follow."""
+    summary, _, output = message.partition("Output:")
+    what, _, _ = summary.partition("\n")
+    paragraph, _, _ = output.partition("\n\n")
+    line, _, _ = paragraph.strip().partition("\n")
+    return ": ".join(part for part in (what, line) if part)
 
 
 def _twice(x: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""What all benchmarks share: candidates are checked, then timed in turn, then shown in one kind of
-table.
+"""What all benchmarks share: how candidates are checked, timed in turn and shown in a table.
 
 A busy neighbour slows whoever runs at that moment. So candidates take turns, and a speed-up is the
 median over rounds of the ratios within a round.
 """
 
+import math
 import platform
 import random
 import statistics
@@ -16,46 +16,57 @@ import torch
 from torch import Tensor
 
 ROUNDS = 15
-WARMUP = 2
+WARMUP = 2  # the first call may compile, the second may still fill caches
 QUANTILES = (0.2, 0.5, 0.8)
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """Median over rounds of the peer's time / ours."""
-    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    return statistics.median(ratios)
 
 
 def spread(values: Sequence[float]) -> str:
     """Median, least and most, with three digits."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    median = statistics.median(values)
+    return f"{median:.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
     """The 20th, 50th and 80th percentiles."""
     at = torch.tensor(QUANTILES, dtype=torch.float64)
-    found: list[float] = torch.tensor(values, dtype=torch.float64).quantile(at).tolist()
+    samples = torch.tensor(values, dtype=torch.float64)
+    found: list[float] = samples.quantile(at).tolist()
     return found
 
 
 def gradients(
-    fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | None = None
+    fn: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    dy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Forward and backward: the output and the gradients of all inputs;
-    ``dy`` is ones by default.
-    """
+    """Forward and backward: the output and the gradients of all inputs; ``dy`` is ones if None."""
     y = fn(*inputs)
-    return y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y) if dy is None else dy)
+    if dy is None:
+        dy = torch.ones_like(y)
+    grads = torch.autograd.grad(y, inputs, dy)
+    return y.detach(), *grads
 
 
 def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """Largest relative RMSE of the pairs; NaN counts as infinite."""
-    errors = (_relative_rmse(a, b) for a, b in zip(got, expected, strict=True))
-    return max(error if error == error else float("inf") for error in errors)
+    errors = []
+    for ours, theirs in zip(got, expected, strict=True):
+        error = _relative_rmse(ours, theirs)
+        errors.append(float("inf") if math.isnan(error) else error)
+    return max(errors)
 
 
 def _relative_rmse(got: Tensor, expected: Tensor) -> float:
     wide = torch.promote_types(expected.dtype, torch.float64)
-    return float((got.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
+    truth = expected.to(wide)
+    difference = got.to(wide) - truth
+    return float(difference.norm() / truth.norm())
 
 
 def times_in_turn(
@@ -64,12 +75,11 @@ def times_in_turn(
     warmup: int = WARMUP,
     limit_s: float = float("inf"),
 ) -> list[list[float]]:
-    """Milliseconds of each candidate in each round, called one after another; the first rounds warm
-    up.
+    """Milliseconds of each candidate in each round, called one after another.
 
-    Each round has an order of its own, the same in every run: whom a candidate follows decides what
-    is in the caches. A candidate that has taken ``limit_s`` seconds sits out the rest, and keeps
-    its last time if it only warmed up.
+    The first ``warmup`` rounds are left out. Each round has an order of its own, the same in every
+    run: whom a candidate follows decides what is in the caches. A candidate that has taken
+    ``limit_s`` seconds sits out the rest, and keeps its last time if it only warmed up.
     """
     times: list[list[float]] = [[] for _ in candidates]
     turns = list(zip(candidates, times, strict=True))
@@ -77,51 +87,61 @@ def times_in_turn(
     for _ in range(warmup + rounds):
         order.shuffle(turns)
         for candidate, taken in turns:
-            if sum(taken) < 1e3 * limit_s:
-                start = time.perf_counter()
-                candidate()
-                taken.append(1e3 * (time.perf_counter() - start))
+            if sum(taken) >= 1e3 * limit_s:
+                continue
+            start = time.perf_counter()
+            candidate()
+            seconds = time.perf_counter() - start
+            taken.append(1e3 * seconds)
     return [taken[warmup:] or taken[-1:] for taken in times]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A Markdown table whose columns align; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_line(row, widths) for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    print("\n".join([lines[0], rule, *lines[1:]]), flush=True)
+    head, *body = [_line(row, widths) for row in rows]
+    lines = [head, _rule(widths), *body]
+    print("\n".join(lines), flush=True)
 
 
 def stream_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A Markdown table whose rows are printed as they come; a column is as wide as what it has held
-    so far.
+    """A Markdown table whose rows are printed as they come.
+
+    A column is as wide as what it has held so far.
     """
     widths = [len(cell) for cell in head]
-    print(
-        _line(head, widths),
-        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
-        sep="\n",
-        flush=True,
-    )
+    print(_line(head, widths))
+    print(_rule(widths), flush=True)
     for row in rows:
-        widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], len(cell))
         print(_line(row, widths), flush=True)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return (
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-    )
+    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(widths: Sequence[int]) -> str:
+    """The line between a table's head and its rows."""
+    dashes = ["-" * (width + 2) for width in widths]
+    return "|" + "|".join(dashes) + "|"
 
 
 def machine() -> str:
     """Processor, cores, threads and versions, for the head of a table."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    names = []  # one a core
+    for line in _cpuinfo():
+        field, _, value = line.partition(":")
+        if field.startswith("model name"):
+            names.append(value.strip())
+    processor = names[0] if names else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"{names[0] if names else platform.machine()} ({capability}), {len(names) or '?'} cores, "
-        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
-        f"{torch.__version__}"
+        f"{processor} ({capability}), {len(names) or '?'} cores, "
+        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
     )
 
 
