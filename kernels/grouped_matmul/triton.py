@@ -227,7 +227,7 @@ def groups(
     M = x_MD.shape[0]
     E = ends_E.numel()
     if tile is None:
-        widths = []
+        widths: list[int] = []
         for weight in weights:
             widths += weight.shape[1:]
         tile = product_tile(x_MD.dtype, M, E, *widths)
