@@ -1,7 +1,7 @@
 """Depthwise causal convolution as its definition says: one shifted product a tap.
 
 Legend: B batch, L length, D channels, K taps; the halo of (K - 1) * dilation inputs before the row
-    is written Z.
+is written Z.
 """
 
 import torch

@@ -4,7 +4,7 @@ once.
 Per token, of S streams and D channels: forward reads h, k (S D each) and v (D), and writes u (S D).
 Backward reads h, k, du and v and writes dh, dk and dv. About 8 FLOPs a value forward and 15
 backward: bound by bytes. What the two passes share is four scalars a token and stream: 16 bytes,
-    where h, k and u have 6 D or more.
+where h, k and u have 6 D or more.
 
 With the residual, forward writes h + u and reads h once more, soon after the first time; the second
 backward kernel reads du too, and adds it to dh. A pass over the streams apart from these kernels

@@ -10,7 +10,7 @@ path, bit for bit; that includes products that wrap and mixes below zero, of ids
 vocabulary, which nothing looks for on a GPU: they still land inside the tables.
 
 Legend: B batch, L length, K ids of history, N n-gram orders' largest, O columns (orders x heads), Y
-    layers.
+layers.
 """
 
 import functools

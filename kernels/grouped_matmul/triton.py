@@ -13,7 +13,7 @@ Sums are fp32, fp32 operands are multiplied in fp32 (no tf32). Every output is w
 program, in an order that shapes decide: no atomics, runs repeat bitwise.
 
 Legend: M rows sorted by expert, E experts, D inner and F outer width of a product; lower case for
-    tiles of them.
+tiles of them.
 """
 
 from typing import NamedTuple

@@ -8,7 +8,7 @@ are padded to a multiple of 64 tokens: oneDNN builds a primitive for every new s
 matmul, which costs several times the call.
 
 Legend: T tokens, D model width, V vocabulary (rows of the weight that are tokens), Q tokens of a
-    chunk.
+chunk.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,7 @@ and target's logit of the rank's own columns, which the caller merges over ranks
 token), then the gradient from the merged sum.
 
 Legend: T tokens, D model width, V vocabulary (rows of the weight that are tokens), Q tokens of a
-    chunk.
+chunk.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Token rows sorted by expert, and the weighted sum of each token's copies.
 
 Legend: T tokens, K chosen experts, D model width, E experts, M routed copies (T x K less the
-    dropped ones).
+dropped ones).
 Determinism: bitwise from run to run.
 """
 

@@ -2,7 +2,7 @@
 it, wants it whole.
 
 Format (github.com/huggingface/safetensors): length of the header in 8 bytes, header in JSON, values
-    one after another.
+one after another.
 """
 
 import json
