@@ -59,10 +59,11 @@ def document_positions(seq_idx_BL: torch.Tensor) -> torch.Tensor:
     place_L = torch.arange(length, device=seq_idx_BL.device)
     place_BL = place_L.expand(seq_idx_BL.shape)
     starts_BL = torch.ones_like(seq_idx_BL, dtype=torch.bool)
-    starts_BL[:, 1:] = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
+    before_BL = seq_idx_BL[:, :-1]
+    starts_BL[:, 1:] = seq_idx_BL[:, 1:] != before_BL
     # The place in the row where a token's document starts is the largest start so far.
-    start_BL = torch.where(starts_BL, place_BL, 0)
-    return place_BL - start_BL.cummax(1).values
+    start_BL = torch.where(starts_BL, place_BL, 0).cummax(1)
+    return place_BL - start_BL.values
 
 
 def no_auxiliary_loss(x: torch.Tensor) -> torch.Tensor:
