@@ -110,9 +110,8 @@ def gpu() -> str:
 
 
 def _dry_run(cases: Sequence[Case]) -> None:
-    if (
-        "TRITON_INTERPRET" not in os.environ
-    ):  # read when triton is imported, which torch has done by now
+    # Read when triton is imported, which torch has done by now.
+    if "TRITON_INTERPRET" not in os.environ:
         os.execve(
             sys.executable,
             [sys.executable, "-m", "kernels.bench_gpu", *sys.argv[1:]],

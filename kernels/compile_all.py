@@ -27,10 +27,11 @@ from kernels.cases import SIZES, SMALL
 from kernels.timing import print_table
 
 ARCHES = (80, 90)
+# Bytes a block may have; CUDA C++ programming guide, table of capabilities.
 SHARED_LIMIT = {
     80: 163 * 1024,
     90: 227 * 1024,
-}  # bytes a block may have; CUDA C++ programming guide, table of capabilities
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,9 +60,8 @@ def main(argv: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 2 what the user asked for cannot run, 130
     interrupted.
     """
-    argv = [
-        word for word in argv if not word.startswith("--local_rank=")
-    ]  # the deepspeed launcher adds it
+    # The deepspeed launcher adds it.
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2

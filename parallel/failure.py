@@ -142,9 +142,8 @@ def _tell(cause: str, rank: int, world_size: int) -> None:
         first, silent = _find_first(cause, world_size)
     except Exception:  # the store died with its host
         first = f"the process that hosts the rendezvous is gone: rank 0, or torchrun ({cause})"
-    sys.stderr.write(
-        f"rank {rank} of {world_size} stops: {first}\n"
-    )  # print writes the line's end apart
+    # Print writes the line's end apart.
+    sys.stderr.write(f"rank {rank} of {world_size} stops: {first}\n")
     sys.stderr.flush()
     try:
         _store().set(f"{KEY}/read/{rank}", "")

@@ -24,9 +24,8 @@ from parallel.mesh import Mesh
 # Fills a block of a parameter: (generator, shape of the block) -> fp32 values.
 Init = Callable[[torch.Generator, tuple[int, ...]], torch.Tensor]
 
-BLOCK_NUMEL = (
-    2**20
-)  # values drawn from one seed; a rank draws only the blocks that it owns a part of
+# Values drawn from one seed; a rank draws only the blocks that it owns a part of.
+BLOCK_NUMEL = 2**20
 
 
 def normal(std: float) -> Init:

@@ -153,9 +153,8 @@ class OwnerFile:
         if not self.is_own():
             return False
         self._beats += 1
-        os.pwrite(
-            self._handle, self._content(), 0
-        )  # into the file that it made, wherever the name leads by now
+        # Into the file that it made, wherever the name leads by now.
+        os.pwrite(self._handle, self._content(), 0)
         os.fdatasync(self._handle)
         return True
 

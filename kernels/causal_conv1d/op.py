@@ -152,9 +152,8 @@ def causal_conv1d_step(
             )
         dtype = torch.promote_types(x_BD.dtype, torch.float32)
         window = torch.cat((conv_state, x_BD[:, None].to(conv_state.dtype)), 1)
-        y_BD = (window[:, ::dilation].to(dtype) * weight.to(dtype).T).sum(
-            1
-        )  # an einsum makes D products of it
+        # An einsum makes D products of it.
+        y_BD = (window[:, ::dilation].to(dtype) * weight.to(dtype).T).sum(1)
         if bias is not None:
             y_BD += bias.to(dtype)
         conv_state.copy_(window[:, 1:])

@@ -85,9 +85,8 @@ def causal_conv1d_age_kernel(
     for back in range(1, halo + 1):
         inside = (t >= back) & (t < L)
         number = tl.load(seq_ptr + (t - back).to(tl.int64) * stride_sl, mask=inside, other=0)
-        same &= (number == later) | (
-            t < back
-        )  # what is before the row belongs to its first document
+        # What is before the row belongs to its first document.
+        same &= (number == later) | (t < back)
         age += same.to(tl.int32)
         later = number
     tl.store(age_ptr + b * L + t, age, mask=t < L)
@@ -114,9 +113,8 @@ def _place(
 
 @triton.jit
 def _if(condition, mask):
-    return tl.where(
-        condition, mask, False
-    )  # what the interpreter makes of `mask & condition` is no mask
+    # What the interpreter makes of `mask & condition` is no mask.
+    return tl.where(condition, mask, False)
 
 
 @triton.jit
@@ -216,9 +214,8 @@ def sigmoid(x):
     """1 / (1 + exp(-x)), to about 3 units in the last place."""
     below = 1 + tl.exp2(x * -1.4426950408889634)
     if APPROX:
-        return tl.math.fdiv(
-            1.0, below, approx=True
-        )  # 8 instructions fewer than a division, of about 40 in backward
+        # 8 instructions fewer than a division, of about 40 in backward.
+        return tl.math.fdiv(1.0, below, approx=True)
     return 1 / below
 
 
@@ -504,9 +501,8 @@ def causal_conv1d_bwd_kernel(
         x_ptr += UNROLL * step_x
         dy_ptr += UNROLL * step_y
         dx_ptr += UNROLL * step_dx
-    for u in tl.static_range(
-        K - 1
-    ):  # tokens after the tile, which read its last inputs; their own rows are not ours
+    # Tokens after the tile, which read its last inputs; their own rows are not ours.
+    for u in tl.static_range(K - 1):
         t = first + (steps + u) * dilation
         row = tl.load(x_ptr + u * step_x, mask=_if(t < L, mask), other=0.0)
         dy = tl.load(dy_ptr + u * step_y, mask=_if(t < L, mask), other=0.0)

@@ -156,6 +156,7 @@ def sweep() -> None:
             None,
             residual,
         )
+        # u has the shape and type of du.
         gradient = (
             u,
             h,
@@ -166,7 +167,7 @@ def sweep() -> None:
             None,
             scalars,
             residual,
-        )  # u of the shape and type of du
+        )
         for values in (512, 1024, 2048, 4096):
             for warps in (2, 4, 8):
                 calls = (

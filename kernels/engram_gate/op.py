@@ -147,9 +147,8 @@ def engram_gate(
             h_BLSD, k_BLSD, v_BLD, query_weight_SD, key_weight_SD, eps, masked_BL, residual
         )
         return (out_BLSD, scalars[0]) if return_gate else out_BLSD
-    if (
-        masked_BL is not None
-    ):  # a zero key scores 0, inside the clamp: nothing flows back through the gate either
+    # A zero key scores 0, inside the clamp: nothing flows back through the gate either.
+    if masked_BL is not None:
         k_BLSD = k_BLSD.masked_fill(masked_BL[..., None, None], 0.0)
         v_BLD = v_BLD.masked_fill(masked_BL[..., None], 0.0)
     flat = (h_BLSD.flatten(0, 1), k_BLSD.flatten(0, 1), v_BLD.flatten(0, 1))

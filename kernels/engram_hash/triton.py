@@ -33,9 +33,8 @@ def _remainder(x, prime, reciprocal):
     bits = x.to(tl.uint64, bitcast=True)
     rest = bits - tl.umulhi(bits, reciprocal) * prime
     rest = tl.where(rest >= prime, rest - prime, rest)
-    wrap = (prime * reciprocal).to(
-        tl.int64, bitcast=True
-    )  # minus 2^64 mod prime, which negative numbers have too much
+    # Minus 2^64 mod prime, which negative numbers have too much.
+    wrap = (prime * reciprocal).to(tl.int64, bitcast=True)
     rest = rest.to(tl.int64, bitcast=True) + tl.where(x < 0, wrap, 0)
     return tl.where(rest < 0, rest + prime.to(tl.int64, bitcast=True), rest)
 

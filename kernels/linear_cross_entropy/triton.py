@@ -86,9 +86,8 @@ def linear_cross_entropy_fwd_kernel(
         picked = tl.load(logits_ptr + tl.where(ours, target, 0), mask=ours, other=0.0).to(
             tl.float32
         )
-        unknown = valid & (
-            (token < 0) | (token >= total)
-        )  # no row of the weight: must not pass for a loss
+        # No row of the weight: must not pass for a loss.
+        unknown = valid & ((token < 0) | (token >= total))
         highest = float("-inf")
         total_exp = 0.0
         for start in range(0, tl.where(valid, width, 0), BLOCK_V):
@@ -98,9 +97,8 @@ def linear_cross_entropy_fwd_kernel(
             above = tl.maximum(highest, tl.max(x, 0))
             total_exp = total_exp * tl.exp(highest - above) + tl.sum(tl.exp(x - above), 0)
             highest = above
-        total_exp = tl.where(
-            total_exp == 0, 1.0, total_exp
-        )  # ignored, or a shard of padding; NaN stays NaN
+        # Ignored, or a shard of padding; NaN stays NaN.
+        total_exp = tl.where(total_exp == 0, 1.0, total_exp)
         log_sum = tl.where(valid, highest + tl.log(total_exp), 0.0)
         tl.store(stats_ptr + q, log_sum)
         tl.store(stats_ptr + stride_s + q, tl.where(unknown, float("nan"), picked))

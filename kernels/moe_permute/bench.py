@@ -130,10 +130,11 @@ def _unpermute(
 
 def _plain_permute(experts: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
     slots_M = torch.argsort(ids_TK.flatten(), stable=True)
+    # Counts and the way back belong to the op.
     (
         torch.bincount(ids_TK.flatten(), minlength=experts),
         slots_M.argsort(),
-    )  # counts and the way back belong to the op
+    )
     return x_TD.index_select(0, slots_M // ids_TK.shape[1])
 
 

@@ -77,9 +77,8 @@ def moe_permute_sort_kernel(
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     expert = _expert_of(ids_ptr, n, N, E)
     chosen = (expert[:, None] == e[None, :]).to(tl.int32)
-    rank = tl.sum(
-        chosen * tl.cumsum(chosen, 0), 1
-    )  # counted from 1; 0 where the expert is another program's
+    # Counted from 1; 0 where the expert is another program's.
+    rank = tl.sum(chosen * tl.cumsum(chosen, 0), 1)
     mine = rank > 0
     at = expert * blocks + block
     row = (
@@ -165,9 +164,8 @@ def moe_permute_sum_kernel(
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for k in tl.range(
-        0, K, loop_unroll_factor=UNROLL
-    ):  # so that the loads of several copies are under way at once
+    # So that the loads of several copies are under way at once.
+    for k in tl.range(0, K, loop_unroll_factor=UNROLL):
         row = tl.load(inverse_ptr + t * K + k, mask=t < T, other=-1)
         mask = (row >= 0)[:, None] & (d < D)[None, :]
         y = tl.load(y_ptr + row[:, None] * stride_ym + d[None, :], mask=mask, other=0.0).to(

@@ -93,9 +93,8 @@ def _by_passes(scores_TE: Tensor, top_k: int) -> Tensor:
     """The largest, then the largest of the others: ``max`` finds the first of equal ones, topk
     leaves open which.
     """
-    left_TE = scores_TE.clamp_min(
-        torch.finfo(torch.float32).min
-    )  # above what is taken, which is -inf
+    # Above what is taken, which is -inf.
+    left_TE = scores_TE.clamp_min(torch.finfo(torch.float32).min)
     chosen: list[Tensor] = []
     for _ in range(top_k):
         if chosen:

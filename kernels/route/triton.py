@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # keys of a tile: 8 int64 a thread
-TINY = tl.constexpr(
-    torch.finfo(torch.float32).tiny
-)  # least sum of chosen scores: all zero, and so are the weights
+# Least sum of chosen scores: all zero, and so are the weights.
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 TAKEN = tl.constexpr(-(2**63))  # below every key
 

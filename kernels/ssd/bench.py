@@ -125,9 +125,8 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
         # bytes a token: x, B, C, dt; y
         inputs = w * (H * P + 2 * G * N + H)
         outputs = w * H * P
-        products = (
-            2 * CHUNK * N + CHUNK * P + 4 * N * P
-        )  # of a head and token: C·Bᵀ, half of W·x, C·h, B·xᵀ
+        # Of a head and token: C·Bᵀ, half of W·x, C·h, B·xᵀ.
+        products = 2 * CHUNK * N + CHUNK * P + 4 * N * P
         yield Case(
             op="ssd",
             shapes=f"{size.name}: B{size.batch} L{size.length} H{H} P{P} N{N} "
@@ -154,10 +153,11 @@ def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
 
 def _layer(size: Size, packing: bool, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     batch, length = size.rows(tokens)
+    # Views of the convolution's output.
     widths = (
         size.heads * size.head_dim,
         *[size.groups * size.state] * 2,
-    )  # views of the convolution's output
+    )
     x, B, C = torch.randn(batch, length, sum(widths), device=device).to(dtype).split(widths, -1)
     x = x.unflatten(-1, (size.heads, -1))
     (B, C) = (t.unflatten(-1, (size.groups, -1)) for t in (B, C))

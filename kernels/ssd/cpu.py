@@ -31,9 +31,8 @@ from torch.autograd.function import once_differentiable
 from kernels.compiled import piece
 from kernels.ssd.reference import step_size
 
-_BLOCK_ELEMENTS = (
-    1 << 17
-)  # of a temporary: 512 KiB in fp32; two of them fit in the L2 cache of one core
+# Of a temporary: 512 KiB in fp32; two of them fit in the L2 cache of one core.
+_BLOCK_ELEMENTS = 1 << 17
 _BY_HEAD = (0, 2, 3, 1, 4)  # T Q G J P -> T G J Q P
 _FROM_HEAD = (0, 3, 1, 2, 4)
 _BY_GROUP = (0, 2, 1, 3, 4)  # T Q G J P <-> T G Q J P
@@ -334,9 +333,8 @@ def _visibility(seq_idx: Tensor | None, chunks: int, chunk: int, x: Tensor) -> t
     tail = seq_idx[:, -1:].expand(-1, chunks * chunk - length)
     seq_BCQ = torch.cat([seq_idx, tail], dim=1).unflatten(1, (chunks, chunk))
     last = seq_BCQ[..., -1:]
-    before = torch.cat(
-        [seq_BCQ[:, :1, :1], last[:, :-1]], dim=1
-    )  # the initial state belongs to the first sequence
+    # The initial state belongs to the first sequence.
+    before = torch.cat([seq_BCQ[:, :1, :1], last[:, :-1]], dim=1)
     visible = past & (seq_BCQ[..., :, None] == seq_BCQ[..., None, :])
     enters = seq_BCQ == before
     leaves = seq_BCQ == last

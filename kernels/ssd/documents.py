@@ -82,9 +82,8 @@ def _products(
     """
     groups, batch, documents, _, heads, width = states_GBSNJP.shape
     C_RLN = C_BLGN.permute(2, 0, 1, 3).flatten(0, 1)
-    states_RSNF = (
-        states_GBSNJP.flatten(0, 1).flatten(-2).contiguous()
-    )  # as `torch._grouped_mm` wants it
+    # As `torch._grouped_mm` wants it.
+    states_RSNF = states_GBSNJP.flatten(0, 1).flatten(-2).contiguous()
     numbers = torch.arange(documents, device=seq_idx.device, dtype=seq_idx.dtype).expand(batch, -1)
     ends_BS = torch.searchsorted(seq_idx.contiguous(), numbers.contiguous(), right=True)
     counts_RS = ends_BS.diff(dim=1, prepend=torch.zeros_like(ends_BS[:, :1])).repeat(groups, 1)

@@ -491,9 +491,8 @@ def ssd_bwd_dx_kernel(
             N,
         )
         dy = _tokens(dy_ptr + t * H * P, i, left, H * P, p, P)
-        scores = tl.dot(
-            B, tl.trans(C), input_precision=PRECISION
-        )  # (j, i): its product with dy needs no transposing
+        # (j, i): its product with dy needs no transposing.
+        scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)
         decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
         weights = tl.where(tl.trans(visible), scores * decay, 0.0)
         dx_dt = tl.dot(weights.to(dy.dtype), dy, input_precision=PRECISION)

@@ -195,9 +195,8 @@ def file_zeros(
         raise RunError(
             _directory_problem(directory, f"cannot hold {num_bytes:,} bytes: {error.strerror}")
         ) from error
-    pages.madvise(
-        mmap.MADV_RANDOM
-    )  # a row is less than a page: reading ahead would fetch its neighbours
+    # A row is less than a page: reading ahead would fetch its neighbours.
+    pages.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -300,9 +300,8 @@ class EngramTables:
     @torch.no_grad()
     def _squared_grad_norm(self) -> torch.Tensor:
         _, grad_UW = self._merged()
-        norm_U = torch.linalg.vector_norm(
-            grad_UW, dim=1
-        )  # fp64 only over rows: 5x faster, as exact
+        # fp64 only over rows: 5x faster, as exact.
+        norm_U = torch.linalg.vector_norm(grad_UW, dim=1)
         return to_device(norm_U.double().square().sum(), self.device)
 
     def step(self, learning_rate: float, grad_scale: float = 1.0, step: int = 0) -> None:

@@ -201,9 +201,8 @@ class Growth:
 def growth(counts: NgramCounts) -> list[Growth]:
     """Of each order, at powers of four tokens."""
     sizes = [4**power for power in range(20) if 4**power <= counts.num_tokens]
-    sizes = (
-        sizes[5:] if len(sizes) > 8 else sizes
-    )  # the first thousand tokens say little where there are many
+    # The first thousand tokens say little where there are many.
+    sizes = sizes[5:] if len(sizes) > 8 else sizes
     result = []
     for order, level in counts.levels.items():
         distinct = [counts.distinct_in(order, size) for size in sizes]

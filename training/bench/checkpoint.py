@@ -283,9 +283,8 @@ def forget(directory: Path) -> None:
 def peak_bytes(work: Callable[[], object]) -> int:
     """Resident memory at the peak of ``work`` above what was resident before. Linux, glibc."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # malloc may have been told to keep what is freed: a peak within that would hide
+    # Malloc may have been told to keep what is freed: a peak within that would hide.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     work()

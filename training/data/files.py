@@ -20,6 +20,7 @@ FORMAT = "engramba-tokens"
 VERSION = 1
 SPLITS = ("train", "val")
 INDEX_HEADER = b"MMIDIDX\x00\x00"  # of megatron-core's .idx
+# What is read of the manifest.
 KEYS = {
     "vocab_size",
     "dtype",
@@ -28,7 +29,7 @@ KEYS = {
     "tokenizer_sha256",
     "files",
     *SPLITS,
-}  # what is read of the manifest
+}
 DTYPES = {"uint16": 2**16, "int32": 2**31}  # name -> number of ids that fit
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from parallel.errors import Problem, RunError
 
 STDLIB = "stdlib"
+# Suffix -> reader.
 KINDS = {
     ".jsonl": "jsonl",
     ".parquet": "parquet",
     ".txt": "text",
     ".py": "text",
-}  # suffix -> reader
+}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 MAX_REASONS = 10  # that are told apart
 # What stands for a data set of the hub where no such path exists; anything else can only be a path.

@@ -155,8 +155,9 @@ def launch_command(world_size: int, words: list[str]) -> str:
             "--nproc-per-node",
             str(world_size),
         ]
+        # Else ranks ask for the host's name, which containers may not know.
         start += [
             "--local-addr",
             "127.0.0.1",
-        ]  # else ranks ask for the host's name, which containers may not know
+        ]
     return shlex.join([*start, "-m", "launch", "train", *words])

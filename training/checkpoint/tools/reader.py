@@ -26,6 +26,7 @@ from training.checkpoint.format.safe_unpickling import read_metadata
 from training.checkpoint.format.storage import COMPLETE, Manifest
 
 CACHED_CHUNKS = 16  # of at most 8 MiB each: boxes that lie across chunks read each of them once
+# Of a manifest.
 NEEDED = {
     "step",
     "format",
@@ -35,7 +36,7 @@ NEEDED = {
     "hashes",
     "files",
     "tensors",
-}  # of a manifest
+}
 
 
 @dataclass(frozen=True)
