@@ -91,7 +91,7 @@ def test_error_ends_all_ranks_with_exit_code_2(source, tmp_path):
 
 
 def test_error_of_one_process_reaches_the_caller(source, tmp_path):
-    with pytest.raises(RunError, match=r"val_fraction=0\.0 is not between 0 and 1"):
+    with pytest.raises(RunError, match=r"val_fraction=0\.0 must be above 0 and below 1"):
         main(["--source", str(source), "--out", str(tmp_path / "out"), "--val-fraction", "0"])
     assert not list(tmp_path.iterdir())
 

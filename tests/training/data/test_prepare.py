@@ -193,8 +193,8 @@ BAD = {
             "max_documents": -1,
             "out": "",
         },
-        r"(?s)source=.*is empty.*out=''.*val_fraction=1\.0.*max_documents=-1.*"
-        r"seed=-1.*vocab_size=200",
+        r"(?s)source=.*is empty.*out=''.*vocab_size=200.*val_fraction=1\.0.*max_documents=-1.*"
+        r"seed=-1",
     ),
 }
 
