@@ -31,7 +31,7 @@ from parallel.engram_table.lazy_adam import LazyAdam
 from parallel.engram_table.rows import Arrival, Fetch, Rows, masked_positions
 from parallel.engram_table.sinkhorn import MomentumSinkhorn
 from parallel.engram_table.storage import open_storage
-from parallel.engram_table.store import RowStore
+from parallel.engram_table.store import Allocate, RowStore
 from parallel.engram_table.worker import Job, Worker
 from parallel.mesh import Mesh
 from parallel.table_config import TableConfig
@@ -74,8 +74,8 @@ class EngramTables:
 
     A step: ``fetch`` each micro-batch, ``Rows.embed`` in the forward, ``accumulate`` after its
     backward; then ``squared_grad_norm`` (summed over ``engram`` by the caller) and ``step``. Any
-    number of fetches may be in flight. All sums run in one fixed order: the same
-    run gives the same bits.
+    number of fetches may be in flight. All sums run in one fixed order: the same run gives the same
+    bits.
 
     With ``config.prefetch`` all of that is queued for one thread and runs while the model computes;
     only ``embed`` and the norm wait. A fetch whose rows have not been taken when a step updates
@@ -130,37 +130,28 @@ class EngramTables:
         self._optimizer: LazyAdam | MomentumSinkhorn | NoOptimizer
         self._hot: HotRows | None = None
         with raised_alike(GroupComm(mesh.group("engram"))):
+            numbering = self.layout.numbering(rank)
             self._store = RowStore(
-                num_rows, self.width, config.rows, seed, self.layout.numbering(rank), allocate
+                num_rows,
+                self.width,
+                config.rows,
+                seed,
+                numbering,
+                allocate,
             )
-            for layer in self.layout.layers if trainable else ():
-                fill_initial_rows(
-                    self._store,
-                    self.layout.local(layer, rank),
-                    self.owned(layer).start,
-                    init_std,
-                    seed,
-                    layer,
-                )
-            if not trainable:
-                self._optimizer = NoOptimizer()
-            elif config.optimizer == "momentum_sinkhorn":
-                parts = [
-                    (self.layout.local(layer, rank), shapes[layer].num_rows)
-                    for layer in self.layout.layers
-                ]
-                self._optimizer = MomentumSinkhorn(
-                    self._store,
-                    config,
-                    allocate,
-                    parts,
-                    mesh,
-                )
+            if trainable:
+                self._fill_rows(init_std, seed)
+                self._optimizer = self._make_optimizer(allocate)
             else:
-                self._optimizer = LazyAdam(self._store, config, allocate)
+                self._optimizer = NoOptimizer()
             if trainable and config.hot_rows:
                 self._hot = HotRows(
-                    config.hot_rows, num_rows, self.width, dtype, device, self._read_table
+                    config.hot_rows,
+                    num_rows,
+                    self.width,
+                    dtype,
+                    device,
+                    self._read_table,
                 )
         self.hot_use = 0, 0
         """Of the fetches accumulated since the last step: rows asked of this rank that were hot,
@@ -170,6 +161,33 @@ class EngramTables:
         self._ahead: list[Fetch] = []  # whose rows nobody has taken yet
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # (local rows, their gradients)
         self._distinct = True  # no row occurs twice in there
+
+    def _fill_rows(self, init_std: float, seed: int) -> None:
+        rank = self.mesh.rank("engram")
+        for layer in self.layout.layers:
+            fill_initial_rows(
+                self._store,
+                self.layout.local(layer, rank),
+                self.owned(layer).start,
+                init_std,
+                seed,
+                layer,
+            )
+
+    def _make_optimizer(self, allocate: Allocate) -> "LazyAdam | MomentumSinkhorn":
+        if self.config.optimizer != "momentum_sinkhorn":
+            return LazyAdam(self._store, self.config, allocate)
+        rank = self.mesh.rank("engram")
+        parts = []
+        for layer in self.layout.layers:
+            parts.append((self.layout.local(layer, rank), self.shapes[layer].num_rows))
+        return MomentumSinkhorn(
+            self._store,
+            self.config,
+            allocate,
+            parts,
+            self.mesh,
+        )
 
     def owned(self, layer: int) -> range:
         """Global rows of ``layer`` that this rank owns; may be empty."""
