@@ -52,11 +52,11 @@ class Processor(Machine):
         return paired_ratio(theirs[:rounds], ours[:rounds])
 
     def oracle(self, case: Case) -> Op:
-        """The plain reference."""
+        """The plain reference is what a result is checked against."""
         return case.reference or case.exact
 
     def peers(self, case: Case) -> dict[str, Callable[[], Op]]:
-        """The plain reference first."""
+        """What is timed beside the op, the plain reference first."""
         return {"reference": lambda: self.oracle(case), **case.cpu_peers}
 
 

@@ -31,18 +31,18 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class Card(Machine):
-    """The current CUDA device."""
+    """The current CUDA device, timed by its own events."""
 
     def times(self, runs: Sequence[Callable[[], object]]) -> list[list[float]]:
         """Of one after the other."""
         return [_times(run) for run in runs]
 
     def speed_up(self, theirs: Sequence[float], ours: Sequence[float]) -> float:
-        """Of the medians."""
+        """The ratio of the medians."""
         return statistics.median(theirs) / statistics.median(ours)
 
     def oracle(self, case: Case) -> Op:
-        """PyTorch's operations."""
+        """PyTorch's operations are what a result is checked against."""
         return case.exact
 
     def peers(self, case: Case) -> dict[str, Callable[[], Op]]:
@@ -50,7 +50,7 @@ class Card(Machine):
         return {"torch.compile": lambda: torch.compile(case.exact, dynamic=False), **case.peers}
 
     def memory(self, run: Callable[[], object]) -> list[str]:
-        """By the caching allocator."""
+        """Peak memory as the caching allocator counts it."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

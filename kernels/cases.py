@@ -44,7 +44,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a step's micro-batch."""
+        """Tokens of a step's micro-batch."""
         return self.batch * self.length
 
     def rows(self, tokens: int) -> tuple[int, int]:
@@ -143,7 +143,7 @@ class Case:
         return max(self.loose, LIMITS[self.dtype])
 
     def forward(self, op: Op, inputs: Sequence[Tensor]) -> Tensor:
-        """The op alone."""
+        """Call the op alone, without gradients."""
         with torch.no_grad():
             return op(*inputs)
 

@@ -46,7 +46,7 @@ class Report:
     shared: int
     """Bytes of shared memory a block."""
     registers: int
-    """Of a thread."""
+    """Registers that a thread takes."""
     spilled: int
     """Bytes of a thread that did not fit the registers."""
 

@@ -86,7 +86,7 @@ class Uncached(NullCache):
     """In place of a cache where no directory can be written."""
 
     def load_overload(self, sig, target_context):
-        """Nothing is kept."""
+        """Load nothing: nothing is kept."""
         tell_once(
             f"compiling loops for this CPU: a few seconds. No directory can keep them: {EACH_START}"
         )

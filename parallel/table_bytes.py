@@ -74,7 +74,7 @@ class TableBytes:
 
     @property
     def host(self) -> int:
-        """Bytes of host memory."""
+        """Bytes of host memory that it all takes."""
         return self.rows_on_host + self.hot_on_host
 
     @property
@@ -84,7 +84,7 @@ class TableBytes:
 
     @property
     def disk(self) -> int:
-        """Bytes of disk."""
+        """Bytes of disk that it all takes."""
         return self.rows_on_disk
 
 

@@ -44,9 +44,9 @@ class TableConfig:
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates for rows."""
     eps: Positive = 1e-8
-    """Adam's epsilon for rows."""
+    """Epsilon in the denominator of Adam's step on rows."""
     momentum: DecayRate = 0.95
-    """Decay rate of momentum_sinkhorn."""
+    """Decay rate of the momentum of momentum_sinkhorn."""
     sinkhorn_scale: Positive = 0.18
     """RMS of a row's step over the learning rate, with momentum_sinkhorn."""
     sinkhorn_threshold: NonNegative = 1e-3

@@ -125,7 +125,7 @@ def _exact(
 
 
 def _causal_conv1d_fn() -> Op:
-    """Dao-AILab's CUDA kernels."""
+    """The peer: Dao-AILab's CUDA kernels."""
     from causal_conv1d import causal_conv1d_fn
 
     def peer_fn(

@@ -75,11 +75,11 @@ class Filter:
         return dx_BQD
 
     def activate_(self, pre: Tensor) -> Tensor:
-        """The activation, in place."""
+        """Apply the activation to its input, in place."""
         return F.silu(pre, inplace=True) if self.silu else pre
 
     def activation_backward(self, dy: Tensor, pre: Tensor) -> Tensor:
-        """Gradient of the pre-activations."""
+        """The gradient of what went into the activation."""
         return torch.ops.aten.silu_backward(dy, pre) if self.silu else dy
 
 

@@ -58,7 +58,7 @@ class Tile:
 
     @property
     def block(self) -> int:
-        """Channels of a program."""
+        """Channels that one program takes."""
         return 32 * self.warps * self.channels
 
 

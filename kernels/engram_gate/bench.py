@@ -73,7 +73,7 @@ def plain(
     key_weight: Tensor,
     residual: bool = False,
 ) -> Tensor:
-    """The formula under autograd."""
+    """The formula in plain operations, under autograd."""
     return engram_gate_reference(
         h,
         k,

@@ -27,7 +27,7 @@ class NgramHash:
     primes: tuple[tuple[int, ...], ...]
     """Rows of each table: one tuple of heads an order."""
     orders: tuple[int, ...]
-    """n-gram orders, ascending."""
+    """Lengths of the n-grams, ascending."""
     vocab_size: int
     """V', ids are below it; ``id * multiplier`` then fits int64."""
     pad_id: int

@@ -149,7 +149,7 @@ def _shared(hash: NgramHash) -> dict[str, object]:
 
 
 def _heads(hash: NgramHash) -> list[int]:
-    """Of each order."""
+    """Number of heads of each order."""
     return [len(primes) for primes in hash.primes]
 
 

@@ -30,7 +30,7 @@ TINY = 4
 
 
 def cases(size: Size, dtype: torch.dtype) -> Iterator[Case]:
-    """The head and loss."""
+    """The model's head and its loss."""
     tokens = size.tokens
     V = size.vocab
     D = size.d_model

@@ -42,7 +42,7 @@ class Shard:
     """The part of the vocabulary that the weight's rows are."""
 
     first: int
-    """Its first token."""
+    """The first token of the part."""
     total: int
     """Tokens of the whole vocabulary."""
     merge: Callable[[Tensor], Tensor]

@@ -20,7 +20,7 @@ from kernels.moe_permute.op import Permutation, permute, unpermute
 
 
 def round_trip(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, experts: int) -> Tensor:
-    """permute, then unpermute."""
+    """Permute the rows and bring them back."""
     x_MD, permutation = permute(x_TD, ids_TK, experts, dropless=True)
     return unpermute(x_MD, permutation, weights_TK)
 

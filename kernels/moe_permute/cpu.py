@@ -31,7 +31,7 @@ class Permutation:
     counts_E: torch.Tensor
     """(E,) int64: rows of each expert, exact."""
     top_k: int
-    """K, slots a token."""
+    """K, slots that each token has."""
 
 
 def sort_by_expert(expert_ids_TK: torch.Tensor, num_experts: int) -> Permutation:

@@ -27,7 +27,7 @@ def pytorchs(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The formula."""
+    """The formula in plain operations."""
     return rms_norm_reference(x, weight, EPS).to(dtype)
 
 

@@ -117,7 +117,7 @@ def _by_keys(scores_TE: Tensor, top_k: int) -> Tensor:
 def route_fwd(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, scores: str, route_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weights_TK, scores_TE and expert_ids_TK."""
+    """Give weights_TK, scores_TE and expert_ids_TK."""
     from kernels.route import triton
 
     return triton.forward(
@@ -153,7 +153,7 @@ def route_bwd(
 
 @torch.library.custom_op("engramba::choose_experts", mutates_args=())
 def choose_experts_fwd(scores_TE: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
-    """expert_ids_TK."""
+    """Give expert_ids_TK, of the K best scores."""
     from kernels.route import triton
 
     return triton.forward(scores_TE, bias_E, top_k, "given", 1.0)[2]

@@ -202,7 +202,7 @@ def _slices(rows: int, width: int) -> int:
 
 
 def _decays(A: Tensor) -> Tensor:
-    """A log2(e) in fp32."""
+    """A log2(e) in fp32, for exponentials of base 2."""
     return (A.float() * math.log2(math.e)).contiguous()
 
 

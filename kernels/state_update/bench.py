@@ -33,7 +33,7 @@ def step(
     dt_bias: Tensor,
     **options: Any,
 ) -> Tensor:
-    """Mamba-2's, without a gate."""
+    """A step of Mamba-2's state, without a gate."""
     return state_update(
         state,
         x,

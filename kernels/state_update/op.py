@@ -168,7 +168,7 @@ def _triton_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    """As ``step_in_place``."""
+    """The same as ``step_in_place``, on a card."""
     per_head = state.shape[1:3]
     dt = dt.expand(x.shape)
     A = A.expand(state.shape[1:])

@@ -58,5 +58,5 @@ def count_uses(kept_SV, heat_SV, heat_R, rows_U, now):
 
 @_compile
 def _used(heat, now):
-    """log2(2^heat + 2^now)."""
+    """Give log2(2^heat + 2^now): a use now, added to those before."""
     return np.float32(max(heat, now) + np.log2(1 + np.exp2(-abs(heat - now))))

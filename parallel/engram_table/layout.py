@@ -20,7 +20,7 @@ class TableShape:
     num_rows: int
     """R, rows of all orders and heads together."""
     width: int
-    """W, values a row."""
+    """W, values of one row."""
 
 
 class RowLayout:

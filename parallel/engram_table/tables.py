@@ -62,7 +62,7 @@ class NoOptimizer:
         """Nothing is known of a row."""
 
     def update(self, *arguments: object) -> torch.Tensor:
-        """Always a ValueError."""
+        """Raise a ValueError: there is nothing to update by."""
         raise ValueError(
             "step: expected trainable tables, got rows without an optimizer (trainable=False)"
         )
