@@ -69,8 +69,8 @@ def train_step(
     for index, batch in enumerate(batches):
         coming = partial(following, batches[index + 1 :], upcoming)
         loss_sum += _add_gradients(trainer, batch, scale, coming)
-        if "E" in trainer.config.model.pattern:
-            counted = expert_loads(trainer.model)
+        counted = expert_loads(trainer.model)
+        if counted is not None:
             loads = counted if loads is None else loads + counted
         if index < len(batches) - 1:
             trainer.engine.end_micro_batch()

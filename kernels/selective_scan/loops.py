@@ -30,9 +30,11 @@ _LOG2_E = _f32(math.log2(math.e))
 _E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (
     _f32(math.log(2) ** k / math.factorial(k)) for k in range(8)
 )
-# exponents of normal numbers; a smaller decay counts as 1e-38
+# Exponents of normal numbers; a smaller decay counts as 1e-38.
 _LEAST = _f32(-126)
 _MOST = _f32(127)
+# Sums may be reordered, so the source's own order of operations counts: naming a step of the loops
+# below has changed bits of gradients. Compare them after each line that changes.
 _compile = compile_loop(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 

@@ -142,9 +142,13 @@ def _router(model: ModelConfig, mesh: Mesh) -> nn.Parameter:
     return declare(placement, mesh)
 
 
-def expert_loads(model: nn.Module) -> torch.Tensor:
-    """(layers, E) int64: rows that this rank routed to each expert in the last forward pass."""
-    return torch.stack([layer.counts_E for layer in _expert_layers(model)])
+def expert_loads(model: nn.Module) -> torch.Tensor | None:
+    """(layers, E) int64: rows that this rank routed to each expert in the last forward pass.
+
+    None for a model without experts.
+    """
+    loads = [layer.counts_E for layer in _expert_layers(model)]
+    return torch.stack(loads) if loads else None
 
 
 def _expert_layers(model: nn.Module) -> list[MoE]:

@@ -169,3 +169,7 @@ def test_balance_evens_a_skewed_router():
         figures.append(float(update_balance(layer, expert_loads(layer), single_mesh())))
     assert figures[0] > 1.5
     assert max(figures[-5:]) < 1.25
+
+
+def test_a_model_without_experts_has_no_loads():
+    assert expert_loads(torch.nn.Linear(2, 2)) is None

@@ -20,7 +20,6 @@ from parallel.placement import PlacedParameter, Placement, placed_parameters
 from training.checkpoint.format.boxes import Box, range_boxes
 from training.engram.memory import EngramMemory
 from training.model.model import HybridModel
-from training.model.moe import MoE
 from training.trainer import Trainer
 
 MASTER = "fp32"
@@ -189,12 +188,11 @@ def _add_fragment(
 
 
 def _add_buffers(tensors: Tensors, model: nn.Module, writes: bool) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            box = Box((0,), tuple(module.bias.shape))
-            tensors[f"buffer/{name}.bias"] = LogicalTensor(
-                box.sizes, module.bias.dtype, [Chunk(box, module.bias, writes)]
-            )
+    """What layers keep beside parameters, the same on all ranks: the routers' biases."""
+    for name, values in model.named_buffers():
+        box = Box((0,) * values.ndim, tuple(values.shape))
+        chunk = Chunk(box, values, writes)
+        tensors[f"buffer/{name}"] = LogicalTensor(box.sizes, values.dtype, [chunk])
 
 
 def _add_tables(tensors: Tensors, memory: EngramMemory | None, weights_only: bool) -> None:
