@@ -90,8 +90,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize(("verb", "source"), [("train", "tiny"), ("prepare", ""), ("plan", "t")])
-def test_a_command_tells_all_at_once(verb, source):
+def test_a_command_tells_all_at_once(corpus, verb, source):
     words = " ".join([verb, source, *COMMANDS[verb].values()]).split()
+    if verb == "train":
+        words += ["--data.path", str(corpus)]
     assert told_by(*words)[0] == list(COMMANDS[verb])
 
 
