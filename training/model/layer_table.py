@@ -17,8 +17,6 @@ from training.model.config import (
 )
 from training.model.layer_kind import GROWS, LayerKind, LayerParameters, StateTensor
 
-# --- Mamba-2 ---
-
 
 def mamba2_parameters(model: ModelConfig) -> LayerParameters:
     """in_proj to z, x, B, C and dt; out_proj; convolution; A, D and dt's bias; the gated norm."""
@@ -62,9 +60,6 @@ def _conv_state(conv_width: int, channels: int) -> StateTensor:
     return StateTensor(name="conv", shape=(conv_width - 1, channels), dtype="compute")
 
 
-# --- Mamba-1 ---
-
-
 def mamba1_parameters(model: ModelConfig) -> LayerParameters:
     """in_proj to x and z; x_proj to dt, B and C; dt_proj; out_proj; convolution; A, D, dt's
     bias.
@@ -104,9 +99,6 @@ def mamba1_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
     )
 
 
-# --- S4D ---
-
-
 def s4d_parameters(model: ModelConfig) -> LayerParameters:
     """in_proj to u and z; out_proj; A (real and imaginary part) and C (a pair) for each stored
     state; log_dt and D once a channel.
@@ -142,9 +134,6 @@ def s4d_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
     return (StateTensor(name="ssm", shape=(inner, _stored_states(model)), dtype="complex64"),)
 
 
-# --- attention ---
-
-
 def attention_parameters(model: ModelConfig) -> LayerParameters:
     """Projections to queries, keys and values, and back to the stream."""
     heads = model.attention
@@ -162,9 +151,6 @@ def attention_state(model: ModelConfig, tp: int) -> tuple[StateTensor, ...]:
     heads = max(1, model.attention.num_kv_heads // tp)  # heads are copied where ranks are more
     shape = (GROWS, heads, model.attention.head_dim)
     return tuple(StateTensor(name=name, shape=shape, dtype="compute") for name in ("k", "v"))
-
-
-# --- MLP and mixture of experts: no product but with parameters, and nothing is kept ---
 
 
 def mlp_parameters(model: ModelConfig) -> LayerParameters:
