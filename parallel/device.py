@@ -2,7 +2,9 @@
 beside what.
 """
 
-from collections.abc import Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 
@@ -64,6 +66,95 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host
+
+
+class HostCopy:
+    """A tensor's values on their way to host memory: whoever reads them waits for them, and for
+    nothing that the device was given later.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Begin to copy, after what the calling thread's stream has been given."""
+        self._device = tensor.device
+        self._arrived = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.detach().clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor.detach(), non_blocking=True)
+        self._arrived = torch.cuda.current_stream(self._device).record_event()
+
+    def read(self) -> torch.Tensor:
+        """The values, once they are there; any thread may ask, any number of times."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+    def value(self) -> float:
+        """``read`` of a single one."""
+        return float(self.read())
+
+
+class Elapsed:
+    """How long stretches of work took. On a card their ends may not have been reached."""
+
+    def __init__(
+        self, seconds: float, spans: "Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]" = ()
+    ) -> None:
+        self._seconds = seconds
+        self._spans = spans
+
+    def seconds(self) -> float:
+        """All of it, once the card has come to the ends."""
+        total = self._seconds
+        for begin, end in self._spans:
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1000
+        return total
+
+    @classmethod
+    def total(cls, parts: "Sequence[Elapsed]") -> "Elapsed":
+        """Of several together."""
+        spans = [span for part in parts for span in part._spans]
+        return cls(sum(part._seconds for part in parts), spans)
+
+
+class Stopwatch:
+    """Time of stretches of work where it is done: on a CPU by the host's clock, on a card between
+    two events of the stream, so that what was queued before is not part of it and nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measure(self, device: torch.device) -> Iterator[None]:
+        """The work on ``device`` inside counts."""
+        if device.type != "cuda":
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+            return
+        stream = torch.cuda.current_stream(device)
+        first = stream.record_event(torch.cuda.Event(enable_timing=True))
+        yield
+        last = stream.record_event(torch.cuda.Event(enable_timing=True))
+        self._spans.append((first, last))
+        self._add_ended()
+
+    def take(self) -> Elapsed:
+        """What has been measured since the last call."""
+        taken = Elapsed(self._seconds, list(self._spans))
+        self._seconds = 0.0
+        self._spans.clear()
+        return taken
+
+    def _add_ended(self) -> None:
+        """No events are kept of what the card has left behind."""
+        while self._spans and self._spans[0][1].query():
+            begin, end = self._spans.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
 
 
 class DeviceQueue:

@@ -4,14 +4,13 @@ Each rank brings its own tokens: tensor ranks divide theirs first. T tokens, K c
 experts, D model width, M rows sorted by expert.
 """
 
-import time
-
 import torch
 from torch import nn
 
 from kernels.grouped_matmul import grouped_mlp
 from kernels.moe_permute import permute, unpermute
 from parallel.collectives import all_to_all_rows, exchange_values
+from parallel.device import Elapsed, Stopwatch
 from parallel.mesh import Mesh
 from parallel.placement import Init, Placement, declare
 
@@ -31,7 +30,7 @@ class ExpertParallelMLP(nn.Module):
         self.num_experts = num_experts
         self.ep_size = mesh.size("ep")
         self.num_local_experts = num_experts // self.ep_size
-        self.exchange_s = 0.0
+        self.exchange_time = Stopwatch()
         self.gate_up = experts(d_model, 2 * inner, init=init)
         self.down = experts(inner, d_model, init=out_init)
 
@@ -70,12 +69,12 @@ class ExpertParallelMLP(nn.Module):
         group = self.mesh.group("ep")
         ranks = self.ep_size
         local = self.num_local_experts
-        begin = time.perf_counter()
-        received_counts = exchange_values(counts_E, group)
-        send = counts_E.view(ranks, local).sum(1).tolist()
-        receive = received_counts.view(ranks, local).sum(1).tolist()
-        arrived = all_to_all_rows(x_MD, send, receive, group)
-        self.exchange_s += time.perf_counter() - begin
+        with self.exchange_time.measure(x_MD.device):
+            received_counts = exchange_values(counts_E, group)
+            both = torch.stack([counts_E, received_counts])
+            # The one wait for the device of a layer's pass: sizes of buffers are the host's.
+            send, receive = both.view(2, ranks, local).sum(2).tolist()
+            arrived = all_to_all_rows(x_MD, send, receive, group)
         # Rows arrive by (source rank, expert); the experts want them by expert.
         expert_of_block = torch.arange(local, device=x_MD.device).repeat(ranks)
         expert_ids = expert_of_block.repeat_interleave(received_counts, output_size=sum(receive))
@@ -89,16 +88,11 @@ class ExpertParallelMLP(nn.Module):
             ),
             order,
         )
-        begin = time.perf_counter()
-        back = all_to_all_rows(y, receive, send, group)
-        self.exchange_s += time.perf_counter() - begin
-        return back
+        with self.exchange_time.measure(y.device):
+            return all_to_all_rows(y, receive, send, group)
 
 
-def take_exchange_seconds(model: nn.Module) -> float:
-    """Host seconds of all forward exchanges since the last call."""
+def take_exchange_time(model: nn.Module) -> Elapsed:
+    """Time of all forward exchanges since the last call, waiting for peers included."""
     layers = [module for module in model.modules() if isinstance(module, ExpertParallelMLP)]
-    total = sum(layer.exchange_s for layer in layers)
-    for layer in layers:
-        layer.exchange_s = 0.0
-    return total
+    return Elapsed.total([layer.exchange_time.take() for layer in layers])

@@ -31,7 +31,8 @@ from training.config import RunConfig
 from training.model import engram as engram_layer
 from training.model import moe as moe_layer
 from training.model.config import AttentionConfig, EngramConfig, Mamba2Config, MoEConfig
-from training.step import global_grad_norm, train_step
+from training.step import dense_grad_squares, train_step
+from training.step_figures import GradSquares
 from training.trainer import Trainer
 
 STEPS = 5
@@ -291,14 +292,14 @@ def observe(config: RunConfig, watch_kinks: bool) -> dict[str, Any]:
     figures = []
     by_step: dict[int, dict[str, Piece]] = {}
 
-    def recorded_norm(trainer: Trainer) -> tuple[float, float | None]:
+    def recorded_squares(trainer: Trainer) -> GradSquares:
         if step in (0, STEPS - 1):
             by_step[step] = gradients(trainer)
-        return global_grad_norm(trainer)
+        return dense_grad_squares(trainer)
 
     initial = parameters(trainer)
     initial_rows = table_rows(trainer)
-    with mock.patch("training.step.global_grad_norm", recorded_norm), ExitStack() as stack:
+    with mock.patch("training.step.dense_grad_squares", recorded_squares), ExitStack() as stack:
         distances = stack.enter_context(kinks()) if watch_kinks else {}
         for step in range(STEPS):
             batches = made_up_batches(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from parallel.collectives import sum_in_place
-from parallel.experts import take_exchange_seconds
+from parallel.device import to_device
+from parallel.experts import take_exchange_time
 from training.data.dataset import Batch, Row, ValidationRows
 from training.data.loader import load_step
 from training.engram.memory import memory_of
@@ -44,7 +45,8 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
     count = min(num_rows, len(rows))
     first = FirstRows(rows, count, rows.seq_length)
     # fp64: what rounding loses over millions of targets does not show in their mean.
-    total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+    total = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    num_targets = 0
     for start in range(0, count, per_round):
         batches = load_step(
             first,
@@ -55,15 +57,18 @@ def evaluate(trainer: Trainer, rows: ValidationRows, num_rows: int) -> float:
             num_readers,
         )
         for batch in batches:
-            total += _loss_and_targets(trainer, batch)
-    take_exchange_seconds(trainer.model)  # none of it belongs to the next step
-    sum_in_place(total, mesh.group("loss"))
-    loss_sum, num_targets = total
-    return float(loss_sum / num_targets.clamp_min(1))
+            total += _loss_sum(trainer, batch)
+            num_targets += batch.num_targets
+    take_exchange_time(trainer.model)  # none of it belongs to the next step
+    counted = to_device(torch.tensor(num_targets, dtype=torch.float64), trainer.device)
+    sums = torch.stack([total, counted])
+    sum_in_place(sums, mesh.group("loss"))
+    loss_sum, all_targets = sums.tolist()
+    return loss_sum / max(1.0, all_targets)
 
 
-def _loss_and_targets(trainer: Trainer, batch: Batch) -> torch.Tensor:
-    """(2,) fp64: the summed loss of a micro-batch, and the number of its targets."""
+def _loss_sum(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """() fp64: the summed loss of a micro-batch."""
     fetched = trainer.rows_for_evaluation(batch)
     moved = batch.to(trainer.device)
     loss, _ = trainer.model(
@@ -72,11 +77,7 @@ def _loss_and_targets(trainer: Trainer, batch: Batch) -> torch.Tensor:
         moved.seq_idx_BL,
         memory_of(fetched),
     )
-    return torch.tensor(
-        [float(loss), moved.num_targets],
-        dtype=torch.float64,
-        device=trainer.device,
-    )
+    return loss.double()
 
 
 def perplexity(loss: float) -> float:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.collectives import wait_for_all
@@ -19,11 +20,12 @@ from training.run.ending import finish, resume_command
 from training.run.ownership import own_run
 from training.run.preemption import asked_to_stop
 from training.run.run_data import open_data
-from training.run.session import End, Session, begin
+from training.run.session import End, Session, Votes, begin
 from training.run.start_mode import StartMode
 from training.run_file import RUNS
 from training.schedule import learning_rate
-from training.step import StepResult, train_step
+from training.step import BegunStep
+from training.step_figures import StepFigures, StepResult
 
 
 def train(config: RunConfig, process: ProcessLike, mode: StartMode) -> End:
@@ -78,32 +80,69 @@ def resumed_run_json(directory: Path, mode: StartMode) -> Path | None:
     return path if mode.continues and path.exists() else None
 
 
+@dataclass(frozen=True)
+class QueuedStep:
+    """A step that the device may still be at."""
+
+    done: int
+    """Steps that there are with it."""
+    learning_rate: float
+    figures: StepFigures
+    seconds: float
+    """Since the step before was queued."""
+
+
 def run_steps(run: Session) -> End:
     """Load, step, log, evaluate, save, until the last step or until a signal.
 
-    A save goes on beside the steps that follow it; when this returns it is complete.
+    A step's figures are read when the next one has begun: a card has work while the host waits for
+    them. Nothing of that work is kept where they say that the run ends. A save goes on beside the
+    steps that follow it; when this returns it is complete.
     """
     settings = run.config.train
+    before: QueuedStep | None = None
     with run.loader, run.metrics, run.stop, run.saver:
         for step in range(run.start, settings.steps):
             done = step + 1
             last = done == settings.steps
             rate = learning_rate(run.config.optimizer, step, settings.steps)
             upcoming = list if last else run.loader.peek
-            result = train_step(run.trainer, next(run.loader), rate, step, upcoming)
-            log_step(run, done, result, rate)
-            if last or is_due(done, settings.eval_every):
-                log_validation(run, done)
-            stopping = run.stop.agreed()
-            if last or stopping or is_due(done, settings.save_every):
-                save(run, done)
-            if last or stopping:
-                finish_saving(run, done)
-            if stopping and not last:
-                command = resume_command(run.config, run.world_size, settings.steps)
-                run.metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
-                return End.STOPPED
+            begun = BegunStep(run.trainer, next(run.loader), upcoming)
+            if before is not None and settle(run, before):
+                return stop_after(run, step)
+            figures = begun.finish(rate, step, run.votes)
+            before = QueuedStep(done, rate, figures, run.speed.lap())
+            evaluates = last or is_due(done, settings.eval_every)
+            saves = last or is_due(done, settings.save_every)
+            if evaluates or saves:
+                stopping = settle(run, before)
+                before = None
+                if evaluates:
+                    log_validation(run, done)
+                if stopping and not last:
+                    return stop_after(run, done)
+                if saves:
+                    save(run, done)
+        finish_saving(run, settings.steps)
     return End.FINISHED
+
+
+def settle(run: Session, queued: QueuedStep) -> bool:
+    """Log a step, once its figures are there; whether a rank was asked to stop, the same answer on
+    all.
+    """
+    result = queued.figures.read()
+    log_step(run, queued, result)
+    return Votes(*result.votes).stops > 0 and run.stop.agreed()
+
+
+def stop_after(run: Session, done: int) -> End:
+    """Save what ``done`` steps made, and say how to go on. Collective over world."""
+    save(run, done)
+    finish_saving(run, done)
+    command = resume_command(run.config, run.world_size, run.config.train.steps)
+    run.metrics.say(f"asked to stop: saved after step {done}; to go on: {command}")
+    return End.STOPPED
 
 
 def is_due(done: int, every: int) -> bool:
@@ -111,10 +150,12 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def log_step(run: Session, done: int, result: StepResult, rate: float) -> None:
+def log_step(run: Session, queued: QueuedStep, result: StepResult) -> None:
     """Write the record of a step; its line is printed now and then."""
     settings = run.config.train
-    record = run.speed.record(done, result, rate) | run.saver.poll()
+    done = queued.done
+    record = run.speed.record(done, result, queued.learning_rate, queued.seconds)
+    record |= run.saver.figures(Votes(*result.votes).saved == run.world_size)
     if run.owner.is_lost():
         # All ranks must end: the guard of the save says why.
         run.stop.ask()
@@ -134,7 +175,7 @@ def log_validation(run: Session, done: int) -> None:
 
 def save(run: Session, done: int) -> None:
     """Begin a save of what ``done`` steps made. Collective over world."""
-    run.saver.save(done, {"rows": run.loader.row})
+    run.saver.save(done, {"rows": run.rows_after(done)})
     run.metrics.write({"step": done, **run.saver.poll()}, echo=False)
     run.speed.pause()
 

@@ -1,45 +1,23 @@
-"""One optimizer step over the rank's micro-batches: forward, backward, norm, clip, update."""
+"""One optimizer step over the rank's micro-batches: forward, backward, norm, clip, update.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Nothing here waits for the device, but for the gradients of Engram rows, which are at home in host
+memory: a step is queued, and its figures are read when they are there.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from parallel.collectives import gather_objects, sum_in_place
-from parallel.errors import RunError
-from parallel.experts import take_exchange_seconds
-from parallel.placement import placed_parameters
+from parallel.collectives import sum_in_place
+from parallel.device import HostCopy, to_device
+from parallel.experts import take_exchange_time
+from parallel.placement import squared_norm
 from training.data.dataset import Batch
 from training.engram.memory import memory_of
 from training.model.moe import expert_loads, update_balance
+from training.step_figures import GradSquares, StepFigures, StepResult, StepSums, Waits
 from training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Figures of one step, the same on every rank except the waiting time."""
-
-    loss: float
-    """Mean cross-entropy of the step's targets, nats."""
-    grad_norm: float
-    """Global norm before clipping, Engram rows included."""
-    expert_max: float | None
-    """Largest expert load / mean, over the MoE layers."""
-    engram_wait_s: float | None
-    """Seconds that this rank's step stood still for Engram rows."""
-    engram_work_s: float | None
-    """Seconds of hashing, fetching, returning and updating Engram rows,
-    in the background or not.
-    """
-    exchange_s: float
-    """Seconds that this rank spent in the all-to-all of expert rows, waiting included."""
-    num_targets: int | None = None
-    """Targets of the step, over all ranks."""
-    engram_hot_hits: float | None = None
-    """Share of the distinct rows of micro-batches that their owners had among their hot rows, over
-    all ranks.
-    """
 
 
 def train_step(
@@ -50,7 +28,7 @@ def train_step(
     upcoming: Callable[[], list[Batch]] = list,
 ) -> StepResult:
     """Accumulate the micro-batches' gradients, clip them by the global norm, update parameters and
-    table rows.
+    table rows; wait for the figures.
 
     Args:
         upcoming: the micro-batches of the next step, none after the last: their table rows are
@@ -59,55 +37,96 @@ def train_step(
     Raises:
         RunError: a loss or gradient is not finite; nothing has been updated.
     """
-    memory = trainer.memory
-    num_targets = _global_targets(trainer, batches)
-    # The engine divides gradients by micro-batches and by the ranks that it sums them over.
-    scale = len(batches) * trainer.mesh.size("grad") / max(1, num_targets)
-    loss_sum = torch.zeros((), device=trainer.device)
-    loads = None
-    waited, worked = engram_seconds(trainer)
-    for index, batch in enumerate(batches):
-        coming = partial(following, batches[index + 1 :], upcoming)
-        loss_sum += _add_gradients(trainer, batch, scale, coming)
-        counted = expert_loads(trainer.model)
-        if counted is not None:
-            loads = counted if loads is None else loads + counted
-        if index < len(batches) - 1:
+    begun = BegunStep(trainer, batches, upcoming)
+    return begun.finish(learning_rate, step).read()
+
+
+class BegunStep:
+    """A step whose first micro-batch has been queued."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: list[Batch],
+        upcoming: Callable[[], list[Batch]] = list,
+    ) -> None:
+        """Queue the first micro-batch; ``upcoming`` as ``train_step``'s."""
+        self._trainer = trainer
+        self._batches = batches
+        self._upcoming = upcoming
+        self._seconds = engram_seconds(trainer)
+        self._num_targets = _global_targets(trainer, batches)
+        # The engine divides gradients by micro-batches and by the ranks that it sums them over.
+        ranks = trainer.mesh.size("grad")
+        self._scale = (len(batches) * ranks / self._num_targets.clamp_min(1).double()).float()
+        self._loss_sum = torch.zeros((), device=trainer.device)
+        self._loads: torch.Tensor | None = None
+        self._add(0)
+
+    def finish(
+        self,
+        learning_rate: float,
+        step: int,
+        votes: Callable[[], Sequence[int]] = tuple,
+    ) -> StepFigures:
+        """Queue the other micro-batches and the update. Collective over world.
+
+        Where a loss or gradient is not finite, which the figures tell, nothing is updated.
+
+        Args:
+            votes: gives counts of this rank that are summed with the figures; asked late.
+        """
+        trainer = self._trainer
+        for index in range(1, len(self._batches)):
             trainer.engine.end_micro_batch()
-    grad_norm, hot_hits = global_grad_norm(trainer)
-    loss = _mean_loss(trainer, loss_sum, scale / len(batches))
-    _require_finite(trainer, loss, grad_norm, step)
-    clip = trainer.config.optimizer.clip_norm
-    factor = min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0
-    if memory is not None:
-        memory.tables.step(learning_rate, factor, step)
-    trainer.engine.finish_step(factor, learning_rate)
-    expert_max = None
-    if loads is not None:
-        expert_max = float(update_balance(trainer.model, loads, trainer.mesh))
-    now_waited, now_worked = engram_seconds(trainer)
-    return StepResult(
-        loss=loss,
-        grad_norm=grad_norm,
-        expert_max=expert_max,
-        engram_wait_s=now_waited - waited if memory else None,
-        engram_work_s=now_worked - worked if memory else None,
-        exchange_s=take_exchange_seconds(trainer.model),
-        num_targets=num_targets,
-        engram_hot_hits=hot_hits,
-    )
+            self._add(index)
+        squares = dense_grad_squares(trainer)
+        sums = self._sums(squares.values, votes())
+        factor = sums.clip_factor(trainer.config.optimizer.clip_norm)
+        if trainer.memory is not None:
+            on_host = HostCopy(factor)
+            trainer.memory.tables.step(learning_rate, on_host.value, step)
+        trainer.engine.finish_step(factor.float(), learning_rate)
+        if sums.loads is not None:
+            update_balance(trainer.model, sums.loads, ~factor.isnan())
+        return StepFigures(trainer, step, sums, self._num_targets, squares, self._waits())
+
+    def _add(self, index: int) -> None:
+        """Queue one micro-batch."""
+        coming = partial(following, self._batches[index + 1 :], self._upcoming)
+        trainer = self._trainer
+        self._loss_sum += _add_gradients(trainer, self._batches[index], self._scale, coming)
+        loads = expert_loads(trainer.model)
+        if loads is not None:
+            self._loads = loads if self._loads is None else self._loads + loads
+
+    def _sums(self, squares: torch.Tensor, votes: Sequence[int]) -> StepSums:
+        hot = (0, 0)
+        tables = self._trainer.memory and self._trainer.memory.tables
+        if tables:
+            squares = torch.cat([squares, tables.squared_grad_norm().to(squares)[None]])
+            hot = tables.hot_use
+        return StepSums(self._trainer.mesh, self._loss_sum, squares, hot, votes, self._loads)
+
+    def _waits(self) -> Waits:
+        exchange = take_exchange_time(self._trainer.model)
+        if self._trainer.memory is None:
+            return Waits(None, None, exchange)
+        waited, worked = self._seconds
+        now_waited, now_worked = engram_seconds(self._trainer)
+        return Waits(now_waited - waited, now_worked - worked, exchange)
 
 
 def _add_gradients(
     trainer: Trainer,
     batch: Batch,
-    scale: float,
+    scale: torch.Tensor,
     coming: Callable[[int], list[Batch]],
 ) -> torch.Tensor:
     """Forward and backward of one micro-batch, table rows included; its sum of cross-entropies.
 
     Args:
-        scale: what the loss is multiplied by before the backward.
+        scale: () what the loss is multiplied by before the backward.
         coming: the next n micro-batches, whose table rows begin to move.
     """
     rows = trainer.rows_for_training(batch, coming)
@@ -142,61 +161,24 @@ def engram_seconds(trainer: Trainer) -> tuple[float, float]:
     return worker.waited_s, worker.worked_s
 
 
-def global_grad_norm(trainer: Trainer) -> tuple[float, float | None]:
-    """Norm of the whole model's gradient, table rows included, each global element once.
-
-    With it, in one all-reduce over world, the share of the table rows asked for that were hot; None
-    where none were asked for or none are kept.
+def dense_grad_squares(trainer: Trainer) -> GradSquares:
+    """This rank's share of the squared norm of the model's gradient, table rows excluded: each
+    global element counts once over all ranks.
     """
-    squared = trainer.engine.squared_grad_norm()
-    hot_use = (0, 0)
-    if trainer.memory is not None:
-        squared = squared + trainer.memory.tables.squared_grad_norm().to(squared)
-        hot_use = trainer.memory.tables.hot_use
-    sums = torch.stack([squared, *squared.new_tensor(hot_use)])
-    sum_in_place(sums, trainer.mesh.group("world"))
-    sums[0].sqrt_()
-    norm, hot, asked = sums.tolist()
-    return norm, hot / asked if asked and trainer.config.table.hot_rows else None
+    parameters = []
+    squares = []
+    for parameter, start, values in trainer.engine.gradient_fragments():
+        parameters.append(parameter)
+        squares.append(squared_norm(parameter, start, values, trainer.mesh))
+    values = torch.stack(squares) if squares else torch.zeros(0, device=trainer.device)
+    return GradSquares(parameters, values)
 
 
-def _global_targets(trainer: Trainer, batches: list[Batch]) -> int:
-    """Targets of the step over all data ranks: the loss is a mean over them,
-    not a mean of means.
+def _global_targets(trainer: Trainer, batches: list[Batch]) -> torch.Tensor:
+    """() int64: targets of the step over all data ranks. The loss is a mean over them, not a mean
+    of means.
     """
-    count = torch.tensor(sum(batch.num_targets for batch in batches), device=trainer.device)
+    mine = torch.tensor(sum(batch.num_targets for batch in batches))
+    count = to_device(mine, trainer.device)
     sum_in_place(count, trainer.mesh.group("loss"))
-    return int(count)
-
-
-def _mean_loss(trainer: Trainer, loss_sum: torch.Tensor, scale: float) -> float:
-    """Mean over the step's targets; ``scale`` is (ranks of ``grad``) / targets."""
-    sum_in_place(loss_sum, trainer.mesh.group("loss"))
-    return float(loss_sum) * scale / trainer.mesh.size("grad")
-
-
-def _require_finite(trainer: Trainer, loss: float, grad_norm: float, step: int) -> None:
-    """Stop on every rank, before anything is updated, naming the first rank and parameter that is
-    not finite.
-    """
-    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
-        return
-    names = {id(parameter): name for name, parameter in placed_parameters(trainer.model)}
-    bad = next(
-        (
-            names[id(fragment.parameter)]
-            for fragment in trainer.engine.gradient_fragments()
-            if not torch.isfinite(fragment.values).all()
-        ),
-        None,
-    )
-    found = gather_objects(bad, trainer.mesh.group("world"))
-    where = next(
-        (f"rank {rank}, gradient of {name}" for rank, name in enumerate(found) if name),
-        "an Engram table row",
-    )
-    raise RunError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, first on {where}. "
-        "Nothing was updated; "
-        "resume from the last checkpoint with a lower optimizer.learning_rate or train.dtype=fp32."
-    )
+    return count

@@ -5,7 +5,7 @@ What DeepSpeed does here: shard master weights and optimizer state over data ran
 over data ranks (experts over ``expt_dp``), run the optimizer, gather the new weights. What it does
 not: the gradient norm and clipping. Its norm counts replicas by a flag per parameter, knows neither
 parts with copies nor Engram rows, and is wrong for experts beside tensor parallelism; ours follows
-from the placements (``squared_grad_norm``).
+from the placements (``parallel.placement.squared_norm``).
 
 The model arrives in its own dtypes (bf16 with a few fp32 parameters), so DeepSpeed's own casting
 stays off. It then accumulates gradients in fp32 and uses one optimizer class for both stages and
@@ -37,7 +37,7 @@ from parallel.engine.deepspeed_setup import (
 from parallel.engine.optimizer_state import MakeOptimizer, OptimizerState, probe_state
 from parallel.engine.protocol import GradientFragment, GroupState, StateFragment
 from parallel.mesh import Mesh
-from parallel.placement import PlacedParameter, squared_norm
+from parallel.placement import PlacedParameter
 
 
 class ZeroEngine:
@@ -49,7 +49,7 @@ class ZeroEngine:
         self._zero = deepspeed_engine.optimizer
         self._mesh = mesh
         self._state = state
-        self._factor = 1.0
+        self._factor = torch.ones(())
         self._zero.optimizer.register_step_pre_hook(self._scale_gradients)
 
     @property
@@ -85,16 +85,15 @@ class ZeroEngine:
                 )
             yield GradientFragment(owned.parameter, owned.start, values)
 
-    def squared_grad_norm(self) -> torch.Tensor:
-        """This rank's share of the squared global gradient norm."""
-        total = torch.zeros((), device=self._engine.device)
-        for parameter, start, values in self.gradient_fragments():
-            total += squared_norm(parameter, start, values, self._mesh)
-        return total
-
-    def finish_step(self, factor: float, learning_rate: float) -> None:
+    def finish_step(self, factor: torch.Tensor, learning_rate: float) -> None:
         """Run the inner optimizer on this rank's partitions and gather the new parameters."""
         assert self._engine.is_gradient_accumulation_boundary(), "micro-batches are missing"
+        inner = self._zero.optimizer
+        if getattr(inner, "_step_supports_amp_scaling", False):
+            # Torch's fused optimizers read it on the device, and leave everything as it is.
+            inner.found_inf = factor.isnan().float()
+        elif factor.isnan():
+            return
         self._factor = factor
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
@@ -104,8 +103,6 @@ class ZeroEngine:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """As the inner optimizer begins: its gradients are ours to change only then."""
-        if self._factor == 1.0:
-            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

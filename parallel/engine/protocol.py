@@ -66,18 +66,14 @@ class Engine(Protocol):
     def gradient_fragments(self) -> Iterator[GradientFragment]:
         """This rank's share of the step's gradients: between its last backward and its end."""
 
-    def squared_grad_norm(self) -> torch.Tensor:
-        """This rank's share of the squared global gradient norm, (): each global element counts
-        once over all ranks. When ``gradient_fragments`` may be called.
-        """
-
-    def finish_step(self, factor: float, learning_rate: float) -> None:
+    def finish_step(self, factor: torch.Tensor, learning_rate: float) -> None:
         """Update masters and parameters by the step's gradients, and forget those.
 
         Communicates over data ranks, for experts over ``expt_dp``.
 
         Args:
-            factor: what gradients are multiplied by first (clipping).
+            factor: () fp32 on the device, the same on all ranks: what gradients are multiplied by
+                first (clipping). NaN: they are not finite, and nothing is updated.
         """
 
     def state_fragments(self) -> Iterator[StateFragment]:

@@ -6,6 +6,7 @@ would enter DeepSpeed's buckets, be partitioned by ZeRO, and be overwritten by r
 Shape suffixes: U distinct rows, M distinct rows of all layers, W row width.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -322,7 +323,12 @@ class EngramTables:
         norm_U = torch.linalg.vector_norm(grad_UW, dim=1)
         return to_device(norm_U.double().square().sum(), self.device)
 
-    def step(self, learning_rate: float, grad_scale: float = 1.0, step: int = 0) -> None:
+    def step(
+        self,
+        learning_rate: float,
+        grad_scale: float | Callable[[], float] = 1.0,
+        step: int = 0,
+    ) -> None:
         """Update the touched rows by the accumulated gradients times ``grad_scale``, and clear
         those.
 
@@ -330,7 +336,8 @@ class EngramTables:
 
         Args:
             learning_rate: of the run; rows learn at ``learning_rate_multiple`` times that.
-            grad_scale: the factor of global clipping.
+            grad_scale: the factor of global clipping, or what gives it to the table's thread, which
+                may wait for it. NaN: the step's gradients are not finite, and nothing is updated.
             step: number of the step, from 0.
 
         Raises:
@@ -350,11 +357,19 @@ class EngramTables:
 
     @torch.no_grad()
     def _update(
-        self, learning_rate: float, grad_scale: float, step: int, ahead: list[Fetch]
+        self,
+        learning_rate: float,
+        grad_scale: float | Callable[[], float],
+        step: int,
+        ahead: list[Fetch],
     ) -> None:
+        factor = grad_scale() if callable(grad_scale) else grad_scale
+        if math.isnan(factor):
+            self._clear()
+            return
         rows_U, grad_UW = self._merged()
         changed_U = self._optimizer.update(
-            rows_U.to(self._memory), grad_UW, learning_rate, grad_scale, step
+            rows_U.to(self._memory), grad_UW, learning_rate, factor, step
         ).cpu()
         if self._hot:
             self._hot.write_through(changed_U)

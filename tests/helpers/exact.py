@@ -155,7 +155,7 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     memory.tables.step(config.optimizer.learning_rate, factor)
-    update_balance(model, expert_loads(model), single_mesh())
+    update_balance(model, expert_loads(model), torch.tensor(True))
     return norm
 
 

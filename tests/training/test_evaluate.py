@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.experts import take_exchange_seconds
+from parallel.experts import take_exchange_time
 from parallel.mesh import build_mesh
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import layout, tiny_config
@@ -113,7 +113,7 @@ def trained(path: Path, evaluating: bool) -> list[tuple[float, float]]:
         figures.append((result.loss, result.grad_norm))
         if evaluating:
             evaluate(trainer, ValidationRows(files, LENGTH), 6)
-            assert take_exchange_seconds(trainer.model) == 0.0
+            assert take_exchange_time(trainer.model).seconds() == 0.0
     return figures
 
 

@@ -104,8 +104,28 @@ class Saver:
             self._figures["save_s"] = self._write(tensors, record, self._read_files(), begin)
         self._figures["save_stall_s"] = time.perf_counter() - begin
 
+    def has_ended(self) -> bool:
+        """Whether this rank's part of the outstanding save is done, if there is one.
+
+        A save raises its RunErrors on every rank, so ranks wait for one another; anything else is
+        this rank's alone, and raised here.
+        """
+        saving = self._outstanding
+        error = saving.exception() if saving is not None and saving.done() else None
+        if error is not None and not isinstance(error, RunError):
+            raise error
+        return saving is not None and saving.done()
+
     def poll(self) -> dict[str, float]:
+        """``figures``, after all ranks have been asked whether they are done."""
+        return self.figures(self._all_have_ended())
+
+    def figures(self, all_have_ended: bool) -> dict[str, float]:
         """What has happened since the last call, for the metrics.
+
+        Args:
+            all_have_ended: whether ``has_ended`` was true on every rank since the save began; the
+                same on all.
 
         Returns:
             ``save_stall_s``, for which training stood still, where a save began; ``save_s``, from
@@ -114,7 +134,7 @@ class Saver:
         Raises:
             RunError: on every rank at the same step: the outstanding save failed.
         """
-        if self._outstanding is not None and self._has_ended(self._outstanding):
+        if self._outstanding is not None and all_have_ended:
             self._take_result(self._outstanding)
         figures = self._figures
         self._figures = {}
@@ -124,7 +144,7 @@ class Saver:
         """Wait for the outstanding save; raises as ``poll``."""
         while self._outstanding is not None:
             # Asked time and again on training's group: a rank that dies meanwhile is noticed there.
-            if self._has_ended(self._outstanding):
+            if self._all_have_ended():
                 self._take_result(self._outstanding)
             else:
                 wait([self._outstanding], POLL_S)
@@ -167,16 +187,11 @@ class Saver:
         )
         return time.perf_counter() - begin
 
-    def _has_ended(self, saving: Future[float]) -> bool:
-        """Whether it has ended on all ranks.
-
-        A save raises its RunErrors on every rank, so ranks wait for one another; anything else is
-        this rank's alone.
-        """
-        error = saving.exception() if saving.done() else None
-        if error is not None and not isinstance(error, RunError):
-            raise error
-        self._all_done.fill_(float(saving.done()))
+    def _all_have_ended(self) -> bool:
+        """Ask all ranks. Collective, where a save is outstanding."""
+        if self._outstanding is None:
+            return False
+        self._all_done.fill_(float(self.has_ended()))
         min_in_place(self._all_done, self._trainer.mesh.group("world"))
         return bool(self._all_done)
 

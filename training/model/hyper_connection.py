@@ -93,8 +93,8 @@ class HyperConnection(nn.Module):
         squares = flat.square().mean(-1, keepdim=True)
         inverse_rms = torch.rsqrt(squares + self.eps)
         sizes = [self.streams, self.streams, self.streams**2]
-        repeats = torch.tensor(sizes, device=self.alpha.device)
-        scale = self.alpha.repeat_interleave(repeats)
+        thirds = zip(self.alpha, sizes, strict=True)
+        scale = torch.cat([alpha.expand(size) for alpha, size in thirds])
         logits = F.linear(flat, self.phi) * inverse_rms * scale + self.bias
         return logits.split(sizes, dim=-1)
 

@@ -101,6 +101,7 @@ class HybridModel(nn.Module):
                 x_BLSD,
                 context,
                 use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a layer is random
             )
         return layer(x_BLSD, context)
 

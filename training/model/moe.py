@@ -155,24 +155,23 @@ def _expert_layers(model: nn.Module) -> list[MoE]:
     return [layer for layer in model.modules() if isinstance(layer, MoE)]
 
 
+def largest_load(loads: torch.Tensor) -> float:
+    """Largest load / mean load over the layers, of (layers, E) whole numbers of all ranks; 1 is
+    perfect balance.
+    """
+    return float((loads.amax(1) / loads.double().mean(1)).max())
+
+
 @torch.no_grad()
-def update_balance(
-    model: nn.Module,
-    loads: torch.Tensor,
-    mesh: Mesh,
-) -> torch.Tensor:
-    """After a step: sum the loads over all ranks (they hold different tokens) and move each layer's
-    bias.
+def update_balance(model: nn.Module, loads: torch.Tensor, is_finite: torch.Tensor) -> None:
+    """After a step: move each layer's bias.
 
     Args:
-        loads: (layers, E) int64 of this rank over the step's micro-batches; reduced in place over
-            ``world``.
-
-    Returns:
-        Largest load / mean load over the layers: 1 is perfect balance.
+        loads: (layers, E) of all ranks over the step's micro-batches; whole numbers.
+        is_finite: () bool: whether the step's gradients are; else nothing moves.
     """
-    sum_in_place(loads, mesh.group("world"))
-    for layer, counts_E in zip(_expert_layers(model), loads, strict=True):
+    counts = loads.long()
+    for layer, counts_E in zip(_expert_layers(model), counts, strict=True):
         if layer.config.bias_rate:
-            update_bias(layer.bias, counts_E, layer.config.bias_rate)
-    return (loads.amax(1) / loads.float().mean(1)).max()
+            moved = update_bias(layer.bias.clone(), counts_E, layer.config.bias_rate)
+            layer.bias.copy_(torch.where(is_finite, moved, layer.bias))

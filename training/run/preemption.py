@@ -34,9 +34,13 @@ class StopRequest:
         """Ask for the end without a signal; whoever does has said why."""
         self._asks = True
 
+    def asked(self) -> bool:
+        """Whether this rank has been asked to stop, or asks."""
+        return self._asks or self._signals.first is not None
+
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop: the same answer on all. Collective over world,
-        one scalar.
+        one scalar, which is waited for: a step asks only when its figures say that one has.
 
         Rank 0 tells of what another rank has received.
         """

@@ -5,7 +5,7 @@ may still refuse.
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,15 @@ class End(Enum):
     """The run had come to its end before."""
 
 
+class Votes(NamedTuple):
+    """What a rank says to all others beside the figures of a step; and the sums of it."""
+
+    stops: int
+    """1 where this rank was asked to stop."""
+    saved: int
+    """1 where this rank's part of the outstanding save is done."""
+
+
 @dataclass(frozen=True)
 class Session:
     """A run between its first step and its last. Entered by the loop, part by part."""
@@ -52,6 +61,8 @@ class Session:
     world_size: int
     start: int
     """Steps that were done before."""
+    first_row: int
+    """Rows of the data that those had consumed."""
     trainer: Trainer
     loader: StepLoader
     saver: Saver
@@ -59,6 +70,14 @@ class Session:
     speed: Speedometer
     stop: StopRequest
     owner: Ownership
+
+    def rows_after(self, done: int) -> int:
+        """Rows that ``done`` steps have consumed, over all ranks."""
+        return self.first_row + (done - self.start) * self.config.train.global_batch
+
+    def votes(self) -> Votes:
+        """What this rank says now."""
+        return Votes(stops=int(self.stop.asked()), saved=int(self.saver.has_ended()))
 
 
 def begin(
@@ -126,6 +145,7 @@ def begin(
         data=data,
         world_size=process.world_size,
         start=origin.step,
+        first_row=origin.rows,
         trainer=trainer,
         loader=loader,
         saver=saver,

@@ -9,7 +9,7 @@ from parallel.device import device_name
 from training.config import RunConfig
 from training.plan.flops import flops_per_token, peak_flops
 from training.run.metrics import memory_gib
-from training.step import StepResult
+from training.step_figures import StepResult
 
 
 class Speedometer:
@@ -31,14 +31,20 @@ class Speedometer:
         """Do not count the time since the last record: evaluation, saving."""
         self.last = time.perf_counter()
 
-    def record(self, done: int, result: StepResult, rate: float) -> dict[str, Any]:
-        """The record of the step that made ``done`` steps."""
+    def lap(self) -> float:
+        """Seconds since the last lap or pause; called once a step."""
         now = time.perf_counter()
         seconds = now - self.last
         self.last = now
         if self.counted:  # the first step allocates and compiles
             self.spent += seconds
         self.counted += 1
+        return seconds
+
+    def record(self, done: int, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+        """The record of the step that made ``done`` steps, and took so many seconds; after its
+        lap.
+        """
         mean = self.spent / max(1, self.counted - 1) if self.spent else seconds
         return {
             "step": done,

@@ -417,7 +417,7 @@ def scaled_step(factor: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         group["weight_decay"] = 0.0
     before = {name: p.detach().clone().numpy() for name, p in placed_parameters(model)}
     backward(engine)
-    engine.finish_step(factor, 1.0)
+    engine.finish_step(torch.tensor(factor), 1.0)
     return {name: (before[name], p.detach().numpy()) for name, p in placed_parameters(model)}
 
 
@@ -437,7 +437,7 @@ def doubled_masters(ep: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(Twice the parameters, the parameters after the masters were doubled in place)."""
     model, engine = started(ParallelConfig(ep=ep, zero_stage=2))
     backward(engine)
-    engine.finish_step(1.0, 1.0)
+    engine.finish_step(torch.tensor(1.0), 1.0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     assert engine.value_states == ("exp_avg", "exp_avg_sq")
     for parameter, start, master, states in engine.state_fragments():

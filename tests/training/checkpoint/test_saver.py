@@ -313,16 +313,16 @@ def small_files_from_step_5(rank: int) -> None:
     """
     from training import loop
 
-    step = loop.train_step
+    finish = loop.BegunStep.finish
 
-    def limited(trainer, batches, rate, index, upcoming):
+    def limited(begun, rate, index, votes):
         if rank == 1 and index == 5:
             while not Path("runs/full/checkpoints/step-00000004").exists():
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
-        return step(trainer, batches, rate, index, upcoming)
+        return finish(begun, rate, index, votes)
 
-    loop.train_step = limited
+    loop.BegunStep.finish = limited
 
 
 def test_a_disk_that_is_full_ends_the_run_and_the_save_before_is_resumed(corpus, tmp_path):
